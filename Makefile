@@ -70,10 +70,11 @@ affected: .venv/.dev ## Run the checks that the changes since BASE need (default
 fast: .venv/.dev ## Run the fast tests (under a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(OWN) -n auto --dist loadfile
 
-lint: .venv/.dev ## Check format, style and the one-way flow of imports
+lint: .venv/.dev ## Check format, style, the one-way flow of imports and the glossary
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/glossary.py
 
 types: .venv/.dev ## Check types (pyright, strict)
 	$(BIN)/pyright

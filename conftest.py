@@ -75,7 +75,7 @@ def warned(recwarn: pytest.WarningsRecorder) -> Callable[[], list[str]]:
     warnings.simplefilter("always", SidelightWarning)
 
     def sentences() -> list[str]:
-        found = [str(own.message) for own in recwarn if own.category is SidelightWarning]
+        found = [str(each.message) for each in recwarn if each.category is SidelightWarning]
         recwarn.clear()
         return found
 
@@ -83,7 +83,9 @@ def warned(recwarn: pytest.WarningsRecorder) -> Callable[[], list[str]]:
 
 
 @pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def temporary_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Keeps a test out of the user's cache."""
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
 

@@ -26,7 +26,7 @@ PACKAGES = {
 }
 TESTS = ("tests", "packages")
 # Files that are no modules, and the checks that they need.
-OTHERS = (
+FURTHER = (
     (
         ("pyproject.toml", "Makefile", "conftest.py", ".ci/"),
         "test",
@@ -65,9 +65,9 @@ def affected_tests(files: Iterable[str], modules: set[str]) -> Iterator[str]:
 def checks(base: str) -> list[list[str]]:
     """The commands to run, from the fastest on."""
     files = changed_files(base)
-    own, extra, python = list[str](), set[str](), ".venv/bin/python"
+    targets, extra, python = list[str](), set[str](), ".venv/bin/python"
     for path in files:
-        extra |= {need for starts, need in OTHERS if path.startswith(starts)}
+        extra |= {need for starts, need in FURTHER if path.startswith(starts)}
         extra |= {"test"} if path.endswith("pyproject.toml") else set()
     if not files:
         return []
@@ -75,12 +75,14 @@ def checks(base: str) -> list[list[str]]:
     tests = [*affected_tests(files, affected_modules(files))]
     if "docs" in extra:
         found.append(["make", "docs"])
-    own = [t for t in tests if not t.startswith(("packages/vllm/tests/inside/", "tests/matrix/"))]
-    own += sorted(extra - {"docs", "test"})
+    targets = [
+        t for t in tests if not t.startswith(("packages/vllm/tests/inside/", "tests/matrix/"))
+    ]
+    targets += sorted(extra - {"docs", "test"})
     if "test" in extra:
         found.append(["make", "test"])
-    elif own:
-        found.append([python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *own])
+    elif targets:
+        found.append([python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *targets])
     if any(test.startswith("packages/vllm/tests/inside/") for test in tests):
         found.append(["make", "vllm"])
     lanes = [
@@ -96,8 +98,8 @@ def checks(base: str) -> list[list[str]]:
 def _module(path: str) -> str:
     for source in PACKAGES.values():
         if path.startswith(f"{source}/") and path.endswith(".py"):
-            parts = path.removeprefix(f"{source}/").removesuffix(".py").split("/")
-            return ".".join(parts).removesuffix(".__init__")
+            names = path.removeprefix(f"{source}/").removesuffix(".py").split("/")
+            return ".".join(names).removesuffix(".__init__")
     return ""
 
 

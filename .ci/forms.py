@@ -72,21 +72,21 @@ def source_folders(checkout: Path) -> list[Path]:
 
 def conditions(node: ast.AST) -> Iterator[ast.expr]:
     """What each branch decides by, the whole of it."""
-    own: list[ast.expr] = []
+    tests: list[ast.expr] = []
     match node:
         case ast.If() | ast.IfExp() | ast.While() | ast.Assert():
-            own = [node.test]
+            tests = [node.test]
         case ast.comprehension():
-            own = node.ifs
+            tests = node.ifs
         case ast.Match():
-            own = [node.subject]
+            tests = [node.subject]
         case ast.Subscript(value=ast.Dict()):
-            own = [node.slice]
+            tests = [node.slice]
         case ast.BoolOp() | ast.Compare():
-            own = [node]
-    yield from own
+            tests = [node]
+    yield from tests
     for child in ast.iter_child_nodes(node):
-        if child not in own:
+        if child not in tests:
             yield from conditions(child)
 
 
@@ -159,7 +159,7 @@ class Recorder:
     _known: dict[Any, bool] = field(default_factory=dict)
     _properties: dict[str, set[int]] = field(default_factory=dict)
 
-    def __call__(self, frame: Any, event: str, given: Any) -> None:
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
         code = frame.f_code
         if not self.is_on or event not in ("call", "return") or not self._is_ours(code):
             return
@@ -168,7 +168,7 @@ class Recorder:
             return
         if event == "return":
             if code in self.stops:
-                self._note(given)
+                self._note(argument)
             return
         if code.co_name.startswith("<"):
             return
@@ -195,7 +195,9 @@ class Recorder:
                 node.decorator_list[0].lineno
                 for node in ast.walk(ast.parse(Path(path).read_text()))
                 if isinstance(node, ast.FunctionDef)
-                and any(ast.unparse(own).endswith("property") for own in node.decorator_list)
+                and any(
+                    ast.unparse(decorator).endswith("property") for decorator in node.decorator_list
+                )
             }
         is_property = code.co_firstlineno in self._properties[path]
         return not is_property and not code.co_name.startswith(("<", "__"))

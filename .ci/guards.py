@@ -69,7 +69,7 @@ PAGES = (ROOT / "docs" / "guards.md", ROOT / "README.md")
 STATES, LEFT_OUT = BUILD / "states", "left_out.json"
 TRAININGS = 3
 # The share of background traffic up to which a training may be packaged.
-_QUIET = 0.04
+_MOST_FLAGGED = 0.04
 # The tests that README shows.
 _HEADLINES = {
     "injection": {
@@ -196,7 +196,7 @@ _TABLE = re.compile(r"(<!-- table of guards: (\w+) -->\n).*?(?=<!-- end -->)", r
 def train(names: Sequence[str]) -> None:
     """Train each guard several times, and again without some of its sources."""
     _commit_of_build()
-    backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
+    backbone = load_backbone(EMBEDDED_NAME, for_probing=True)
     for name in names:
         for seed in range(TRAININGS):
             train_once(name, seed, backbone)
@@ -239,39 +239,39 @@ def left_out(
     sources = np.array(split.examples.sources, dtype=object)
     sources[[context.kind == "background" for context in split.contexts]] = ""
     # Background, labelled or not, is left out by its groups.
-    parts = np.array([context.group for context in split.contexts]) % len(folds)
+    fold_of = np.array([context.group for context in split.contexts]) % len(folds)
     for fold, names in enumerate(folds):
-        parts[np.isin(sources, names)] = fold
+        fold_of[np.isin(sources, names)] = fold
     if unlisted := {*sources} - {"", "background", *chain(*folds)}:
         sys.exit(f"No fold of {probe.name} leaves out {', '.join(sorted(unlisted))}: see FOLDS.")
-    alone = split.alone
-    examples = split.examples.select(alone)
-    logits = _without(candidate, split, parts)
+    without_context = split.without_context
+    examples = split.examples.select(without_context)
+    logits = _without(candidate, split, fold_of)
     probabilities = probe.calibration.apply(logits)
     flags = probabilities[:, 0] >= probe.thresholds[0]
-    is_ordinary = sources == ""
-    figures: dict[str, Any] = {
-        "sources": measure_sources(examples, probabilities[alone], probe.thresholds),
-        "auroc": _auroc(logits[alone, 0], examples.labels),
-        "conversations": int(is_ordinary.sum()),
-        "flagged": int(flags[is_ordinary].sum()),
+    is_background = sources == ""
+    metrics: dict[str, Any] = {
+        "sources": measure_sources(examples, probabilities[without_context], probe.thresholds),
+        "auroc": _auroc(logits[without_context, 0], examples.labels),
+        "conversations": int(is_background.sum()),
+        "flagged": int(flags[is_background].sum()),
     }
     carriers = np.array([str(cells.get("carrier", "")) for cells in split.examples.rows])
-    carriers[is_ordinary] = ""
+    carriers[is_background] = ""
     if carriers.any():
         numbers = np.unique(carriers, return_inverse=True)[1]
         logits = _without(candidate, split, np.where(carriers == "", -1, numbers))
-        for carrier in sorted({*carriers[alone]} - {""}):
-            rows = alone[carriers[alone] == carrier]
+        for carrier in sorted({*carriers[without_context]} - {""}):
+            rows = without_context[carriers[without_context] == carrier]
             if len(np.unique(split.labels[rows])) == 2:
                 area = _auroc(logits[rows, 0], split.labels[rows])
-                figures.setdefault("carriers", {})[carrier] = {"texts": len(rows), "auroc": area}
-    return figures
+                metrics.setdefault("carriers", {})[carrier] = {"texts": len(rows), "auroc": area}
+    return metrics
 
 
-def _without(candidate: Candidate, split: Split, parts: np.ndarray) -> np.ndarray:
+def _without(candidate: Candidate, split: Split, fold_of: np.ndarray) -> np.ndarray:
     """The logits of each part by a probe of the others; parts below 0 are in no part."""
-    folds = tuple(np.flatnonzero(parts == part) for part in np.unique(parts[parts >= 0]))
+    folds = tuple(np.flatnonzero(fold_of == fold) for fold in np.unique(fold_of[fold_of >= 0]))
     (run,) = train_mechanisms(
         [candidate], training=split, validation=None, folds=folds, shares_matmuls=True
     )
@@ -286,19 +286,19 @@ def _auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 def package(names: Sequence[str]) -> None:
     """Measure all trainings of each guard on its tests, and package the best."""
     commit = _commit_of_build()
-    backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
+    backbone = load_backbone(EMBEDDED_NAME, for_probing=True)
     for name in names:
         folders = [BUILD / f"training-{seed}" / name for seed in range(TRAININGS)]
         probes = [*map(load_probe, folders)]
         measured = _measure_tests(name, probes, folders[0].parent.parent / name, backbone)
         trainings = [
-            {"seed": p.card.training.seed, "tests": own}
-            for p, own in zip(probes, measured, strict=True)
+            {"seed": p.card.training.seed, "tests": results}
+            for p, results in zip(probes, measured, strict=True)
         ]
         for training, folder in zip(trainings, folders, strict=True):
             if (folder / LEFT_OUT).exists():
                 training["left_out"] = json.loads((folder / LEFT_OUT).read_bytes())
-        best = max(range(TRAININGS), key=lambda row: _worth(trainings[row], probes[row]))
+        best = max(range(TRAININGS), key=lambda row: _rank(trainings[row], probes[row]))
         probe, folder = probes[best], PACKAGE / name
         shutil.copy(folders[best] / PROBE, folder / PROBE)
         write_json(folder / "figures.json", measured[best])
@@ -311,19 +311,21 @@ def package(names: Sequence[str]) -> None:
     write_tables()
 
 
-def _worth(training: dict[str, Any], probe: Probe) -> tuple[bool, float]:
+def _rank(training: dict[str, Any], probe: Probe) -> tuple[bool, float]:
     """Rank a training by its recall on left-out sources; those that flag background come last.
 
     Tests play no part.
     """
     if left := training.get("left_out"):
-        is_quiet = left["flagged"] <= _QUIET * left["conversations"]
+        is_quiet = left["flagged"] <= _MOST_FLAGGED * left["conversations"]
         return is_quiet, float(np.mean(_recalls(left["sources"])))
     return True, max(probe.card.training.epochs.scores)
 
 
 def _recalls(sources: dict[str, dict[str, int]]) -> list[float]:
-    return [own["found"] / own["positives"] for own in sources.values() if own["positives"]]
+    return [
+        source["found"] / source["positives"] for source in sources.values() if source["positives"]
+    ]
 
 
 def _measure_tests(
@@ -336,35 +338,35 @@ def _measure_tests(
     tests = {
         test: load_guard(name, f":{test}", probes[0].task) for test in find_guard(name).card.tests
     }
-    trained = [GuardTests(own, tests) for own in texts]
-    figures: list[dict[str, Any]] = [{} for _ in probes]
+    trained = [GuardTests(each, tests) for each in texts]
+    metrics: list[dict[str, Any]] = [{} for _ in probes]
     for test, examples in tests.items():
         path = folder / f"{test}.json"
         wanted = [[probe.version, examples.content_hash] for probe in probes]
         known = json.loads(path.read_bytes()) if path.exists() else []
-        if [[own["probe"], own["texts_sha256"]] for own in known] != wanted:
+        if [[each["probe"], each["texts_sha256"]] for each in known] != wanted:
             print(f"{name}: test {test}, {len(examples)} texts", flush=True)
             if probes[0].spans is not None:
                 known = [
-                    own.measure(backbone, probe, test)
-                    for own, probe in zip(trained, probes, strict=True)
+                    each.measure(backbone, probe, test)
+                    for each, probe in zip(trained, probes, strict=True)
                 ]
             else:
                 # A bank wants names that differ.
                 named = [p.changed(name=f"{name}-{p.card.training.seed}") for p in probes]
                 bank = Bank(named, device=backbone.device)
-                judged = text_logits(backbone, bank, encode(backbone.encoder, examples.items))
+                outputs = text_logits(backbone, bank, encode(backbone.encoder, examples.items))
                 known = [
-                    own.figures(
+                    each.results(
                         assess_logits(probe, examples, np.array([x.logits for x in outputs])), test
                     )
-                    for own, probe, outputs in zip(trained, probes, judged, strict=True)
+                    for each, probe, outputs in zip(trained, probes, outputs, strict=True)
                 ]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
-        for own, of_test in zip(figures, known, strict=True):
-            own[test] = of_test
-    return figures
+        for each, of_test in zip(metrics, known, strict=True):
+            each[test] = of_test
+    return metrics
 
 
 def accept(names: Sequence[str]) -> None:
@@ -374,8 +376,8 @@ def accept(names: Sequence[str]) -> None:
     for name, copy in copies.items():
         save_probe(copy, PACKAGE / name / EMBEDDED_GGUF)
         record = _packaged(name, "build.json")
-        figures = json.loads((BUILD / "agreement.json").read_bytes())[name]
-        write_json(PACKAGE / name / "build.json", record | {"gguf": figures})
+        agreement_of_guard = json.loads((BUILD / "agreement.json").read_bytes())[name]
+        write_json(PACKAGE / name / "build.json", record | {"gguf": agreement_of_guard})
     write_tables()
 
 
@@ -413,13 +415,13 @@ def _accepted_copies(probes: dict[str, Probe]) -> dict[str, Probe]:
         if known.get(name, {}).get("probe") != probe.version
     }
     if new:
-        original = load_backbone(EMBEDDED_NAME, for_reading=True)
+        original = load_backbone(EMBEDDED_NAME, for_probing=True)
         known |= agreement(new, copies, original, gguf)
         write_json(path, known)
     for name in probes:
-        figures = known[name]
-        print(f"{name}: {figures['agreeing']} of {figures['texts']} decisions agree on GGUF")
-        if figures["agreeing"] < AGREEMENT * figures["texts"]:
+        counts = known[name]
+        print(f"{name}: {counts['agreeing']} of {counts['texts']} decisions agree on GGUF")
+        if counts["agreeing"] < AGREEMENT * counts["texts"]:
             sys.exit(
                 f"{name} decides differently on {EMBEDDED_GGUF}. Train it there: sidelight guard "
                 f"--model {EMBEDDED_GGUF} --only {name} --out FOLDER"
@@ -433,7 +435,7 @@ def agreement(
     """How many decisions on 500 positive and 500 background texts are the same on both engines."""
     conversations = map(Example, load_background("packaged").conversations)
     background = [*filter(_is_short, conversations)][:TEXTS]
-    figures: dict[str, Any] = {}
+    agreements: dict[str, Any] = {}
     for reads in ("prompt", "response"):
         names = [name for name, probe in probes.items() if probe.reads.side == reads]
         positives = {name: _drawn(name, holds=True) for name in names}
@@ -442,22 +444,22 @@ def agreement(
         shared = background if reads == "prompt" else [text for n in names for text in negatives[n]]
         texts = [*shared, *(text for name in names for text in positives[name])]
         flags = [
-            _flags([own[name] for name in names], backbone, texts) if names else []
-            for own, backbone in ((probes, original), (copies, gguf))
+            _flags([probes_by_name[name] for name in names], backbone, texts) if names else []
+            for probes_by_name, backbone in ((probes, original), (copies, gguf))
         ]
         start = len(shared)
         for row, name in enumerate(names):
             stop = start + len(positives[name])
             rows = [*range(len(shared)), *range(start, stop)]
             ours, theirs = (side[row][rows] for side in flags)
-            figures[name] = {
+            agreements[name] = {
                 "probe": probes[name].version,
                 "texts": len(rows),
                 "agreeing": int((ours == theirs).sum()),
                 "flagged": [int(ours.sum()), int(theirs.sum())],
             }
             start = stop
-    return figures
+    return agreements
 
 
 def _length(example: Example) -> int:
@@ -480,10 +482,10 @@ def _drawn(name: str, *, holds: bool) -> list[Example]:
 
 def _flags(probes: list[Probe], backbone: Backbone, texts: list[Example]) -> list[np.ndarray]:
     bank = Bank(probes, device=backbone.device)
-    judged = text_logits(backbone, bank, encode(backbone.encoder, texts))
+    outputs = text_logits(backbone, bank, encode(backbone.encoder, texts))
     return [
         np.array([probe.verdict(text.logits).flagged for text in outputs])
-        for probe, outputs in zip(probes, judged, strict=True)
+        for probe, outputs in zip(probes, outputs, strict=True)
     ]
 
 
@@ -564,8 +566,8 @@ def _probes_table() -> str:
     )
     rows: list[list[str]] = []
     for name in guard_names():
-        made, card = _packaged(name, "build.json"), read_card(PACKAGE / name)
-        used, available = made["texts"]
+        build, card = _packaged(name, "build.json"), read_card(PACKAGE / name)
+        used, available = build["texts"]
         texts = f"{used:,}" if used == available else f"{used:,} of {available:,}"
         cells = ["", "", ""]
         if card.spans is None and len(card.thresholds) == 1:
@@ -574,9 +576,9 @@ def _probes_table() -> str:
             cells[:2] = [f"{hits} of {curve.positives}", f"{alarms} of {curve.negatives}"]
             cells[2] = _share(*card.training.flagged)
         threshold = f"{card.thresholds[0]:.3f}" if len(card.thresholds) == 1 else "by label"
-        gguf = made.get("gguf")
+        gguf = build.get("gguf")
         agrees = f"{gguf['agreeing']} of {gguf['texts']}" if gguf else "not compared"
-        rows.append([f"`{name}`", str(made["version"]), texts, threshold, *cells, agrees])
+        rows.append([f"`{name}`", str(build["version"]), texts, threshold, *cells, agrees])
     return _table(titles, rows)
 
 
@@ -593,12 +595,12 @@ def _thresholds_table() -> str:
         probe = load_probe(PACKAGE / name)
         if probe.task.kind != "binary" or probe.spans is not None:
             continue
-        (curve,), (own,) = probe.card.training.curves.values(), probe.thresholds
+        (curve,), (packaged,) = probe.card.training.curves.values(), probe.thresholds
         scores = probe.calibration.apply(probe.card.background.logits)[:, 0]
-        points = [*curve.operating_points(), OperatingPoint(own, *curve.at(own))]
+        points = [*curve.operating_points(), OperatingPoint(packaged, *curve.at(packaged))]
         for threshold, found, flagged in sorted({*points}, reverse=True):
-            mark = " (packaged)" if threshold == own else ""
-            cells = [f"`{name}`", f"{threshold:.3f}{mark}"]
+            suffix = " (packaged)" if threshold == packaged else ""
+            cells = [f"`{name}`", f"{threshold:.3f}{suffix}"]
             cells += [f"{found} of {curve.positives}", f"{flagged} of {curve.negatives}"]
             count = int((scores >= threshold).sum())
             cells.append(f"{count} of {len(scores)}" if len(scores) else "")
@@ -625,9 +627,9 @@ def _tests_table() -> str:
     if any(trainings.values()):
         titles.append("three trainings: AUROC, found, false positives")
     rows: list[list[str]] = []
-    for name, own in trainings.items():
-        for test, figures in _packaged(name, "figures.json").items():
-            cells = [*_cells(figures), _of_trainings([each["tests"][test] for each in own])]
+    for name, trained in trainings.items():
+        for test, metrics in _packaged(name, "figures.json").items():
+            cells = [*_cells(metrics), _of_trainings([each["tests"][test] for each in trained])]
             rows.append([f"`{name}`", f"`{test}`", *cells][: len(titles)])
     return _table(titles, rows)
 
@@ -638,10 +640,10 @@ def _headlines_table() -> str:
     rows: list[list[str]] = []
     for name, tests in _HEADLINES.items():
         for test, title in tests.items():
-            figures = _packaged(name, "figures.json")[test]
-            auroc, words, found, _, alarms = _cells(figures)
+            metrics = _packaged(name, "figures.json")[test]
+            auroc, words, found, _, alarms = _cells(metrics)
             # The column counts texts, and a test of spans has none to count.
-            found = found if "positives" in figures else ""
+            found = found if "positives" in metrics else ""
             rows.append([f"`{name}`", title, auroc, words, found, alarms])
     return _table(titles, rows)
 
@@ -652,23 +654,23 @@ def _trainings(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_bytes())["trainings"] if path.exists() else []
 
 
-def _of_trainings(figures: Sequence[dict[str, Any]]) -> str:
+def _of_trainings(results: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation of what several trainings have on a test."""
-    if not figures:
+    if not results:
         return ""
-    if "positives" not in figures[0]:
+    if "positives" not in results[0]:
         return ", ".join(
-            f"{title} {_spread([own[key]['value'] for own in figures], digits=3)}"
+            f"{title} {_spread([result[key]['value'] for result in results], digits=3)}"
             for key, title in (("character_f1", "character F1"), ("f1", "F1"))
         )
-    parts: list[str] = []
-    if figures[0]["auroc"]["value"] is not None:
-        parts.append(_spread([own["auroc"]["value"] for own in figures], digits=3))
-    if figures[0]["positives"]:
-        parts.append(_spread([own["found"] for own in figures]))
-    if figures[0]["rows"] > figures[0]["positives"]:
-        parts.append(_spread([own["false_positives"] for own in figures]))
-    return ", ".join(parts)
+    cells: list[str] = []
+    if results[0]["auroc"]["value"] is not None:
+        cells.append(_spread([result["auroc"]["value"] for result in results], digits=3))
+    if results[0]["positives"]:
+        cells.append(_spread([result["found"] for result in results]))
+    if results[0]["rows"] > results[0]["positives"]:
+        cells.append(_spread([result["false_positives"] for result in results]))
+    return ", ".join(cells)
 
 
 def _spread(values: Sequence[float], digits: int = 0) -> str:
@@ -680,18 +682,20 @@ def _left_out_table() -> str:
     titles = ("guard", "source left out of training", "texts per training", "found", "flagged")
     table: list[list[str]] = []
     for name in guard_names():
-        records = [own["left_out"] for own in _trainings(name) if "left_out" in own]
+        records = [training["left_out"] for training in _trainings(name) if "left_out" in training]
         if not records:
             continue
-        sources = {name: None for own in records for name in own["sources"]}
+        sources = {name: None for record in records for name in record["sources"]}
         rows: list[tuple[float, list[str]]] = []
         for source in sources:
-            own = [record["sources"][source] for record in records if source in record["sources"]]
+            records_of_source = [
+                record["sources"][source] for record in records if source in record["sources"]
+            ]
             found, flagged = (
-                [each[hits] / each[texts] for each in own if each[texts]]
-                for hits, texts in (("found", "positives"), ("flagged", "others"))
+                [each[hits] / each[texts] for each in records_of_source if each[texts]]
+                for hits, texts in (("found", "positives"), ("flagged", "negatives"))
             )
-            count = np.mean([each["positives"] + each["others"] for each in own])
+            count = np.mean([each["positives"] + each["negatives"] for each in records_of_source])
             cells = [_share_of(found), _share_of(flagged)]
             order = -np.mean(found) if found else 1 + np.mean(flagged)
             rows.append((order, [f"`{name}`", source, f"{count:.0f}", *cells]))
@@ -719,24 +723,30 @@ def _floors_table() -> str:
     )
     rows: list[list[str]] = []
     for name in guard_names():
-        records = [own["left_out"] for own in _trainings(name) if "left_out" in own]
+        records = [training["left_out"] for training in _trainings(name) if "left_out" in training]
         if not records:
             continue
         recalls, alarms, areas, background, personas = ([] for _ in range(5))
         carriers: list[float] = []
-        for own in records:
-            of_sources = own["sources"].values()
-            recalls.append(np.mean(_recalls(own["sources"])))
-            alarms.append(np.mean([x["flagged"] / x["others"] for x in of_sources if x["others"]]))
-            # No ordinary conversation stands beside the texts of a guard of answers.
-            if own["conversations"]:
-                background.append(own["flagged"] / own["conversations"])
-            areas.append(own["auroc"])
-            shown = [own["sources"][source] for source in PERSONAS if source in own["sources"]]
-            if shown:
-                flagged, others = (sum(x[key] for x in shown) for key in ("flagged", "others"))
-                personas.append(flagged / others)
-            carriers += [each["auroc"] for each in own.get("carriers", {}).values()]
+        for record in records:
+            of_sources = record["sources"].values()
+            recalls.append(np.mean(_recalls(record["sources"])))
+            alarms.append(
+                np.mean([x["flagged"] / x["negatives"] for x in of_sources if x["negatives"]])
+            )
+            # No background conversation stands beside the texts of a guard of answers.
+            if record["conversations"]:
+                background.append(record["flagged"] / record["conversations"])
+            areas.append(record["auroc"])
+            personas_found = [
+                record["sources"][source] for source in PERSONAS if source in record["sources"]
+            ]
+            if personas_found:
+                flagged, negatives = (
+                    sum(x[key] for x in personas_found) for key in ("flagged", "negatives")
+                )
+                personas.append(flagged / negatives)
+            carriers += [each["auroc"] for each in record.get("carriers", {}).values()]
         cells = [f"`{name}`", *map(_share_of, (recalls, alarms, personas))]
         cells += [_percent_of(background)]
         cells += [_spread(areas, digits=3), _spread(carriers, digits=3) if carriers else ""]
@@ -753,13 +763,13 @@ def _cells(test: dict[str, Any]) -> list[str]:
         low, high = test["auroc"]["ci"]
         auroc = f"{test['auroc']['value']:.3f} ({low:.3f} to {high:.3f})"
         words, found = f"{test['tfidf_auroc']:.3f}", str(test["tfidf_found"])
-    others = test["rows"] - test["positives"]
+    negatives = test["rows"] - test["positives"]
     return [
         auroc,
         words,
         f"{test['found']} of {test['positives']}" if test["positives"] else "",
         found,
-        f"{test['false_positives']} of {others}" if others else "",
+        f"{test['false_positives']} of {negatives}" if negatives else "",
     ]
 
 

@@ -75,8 +75,8 @@ def main() -> None:
             continue
         folders = sorted({file.path.parent for file in inside})
         for folder in folders:
-            own = [file for file in inside if file.path.parent == folder]
-            print(row(f"  {folder.relative_to(place)}", own))
+            files_of_folder = [file for file in inside if file.path.parent == folder]
+            print(row(f"  {folder.relative_to(place)}", files_of_folder))
         modules = [file for file in inside if not file.path.name.startswith("__")]
         for title, odd in (
             (f"under {SHORT} lines", [file for file in modules if file.lines < SHORT]),

@@ -150,14 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("lanes", nargs="*", metavar="LANE", help=", ".join(LANES))
     parser.add_argument("--turn", action="store_true", help="the lane whose turn it is")
-    given = parser.parse_args()
-    if unknown := {*given.lanes} - {*LANES}:
+    arguments = parser.parse_args()
+    if unknown := {*arguments.lanes} - {*LANES}:
         parser.error(f"No such lane: {', '.join(unknown)}. There are {', '.join(LANES)}.")
     commit = git("rev-parse", "--short=12", "HEAD")
-    names = given.lanes or [
+    names = arguments.lanes or [
         name for name in LANES if known().get(name, ("", "", ""))[::2] != (commit, "passed")
     ]
-    if given.turn:
+    if arguments.turn:
         names = [[*LANES][int(git("rev-list", "--count", "HEAD")) % len(LANES)]]
     results: list[str] = []
     for name in names:

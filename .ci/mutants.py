@@ -31,7 +31,7 @@ PRODUCT = "src/sidelight"
 SOURCES = ("src", *(f"packages/{name}/src" for name in ("lab", "llama", "vllm")))
 # How many faults of each part, about as its weight in what a verdict rests on; where they are
 # planted, and the tests that have to catch them.
-PARTS = {
+AREAS = {
     "mechanisms": (
         20,
         ["probes/mechanisms"],
@@ -84,7 +84,7 @@ PARTS = {
             "start",
         ],
     ),
-    "columns": (8, ["packages/vllm/src/sidelight_vllm/columns.py"], ["vllm_*"]),
+    "slots": (8, ["packages/vllm/src/sidelight_vllm/slots.py"], ["vllm_*"]),
     "training": (
         24,
         ["training", "classifier.py", "estimator.py", "scoring.py"],
@@ -95,7 +95,7 @@ PARTS = {
             "recalibration",
             "classifier",
             "estimator",
-            "turns_judged",
+            "turn_verdicts",
             "spans",
             "guard_command",
         ],
@@ -121,7 +121,7 @@ def sample(faults: Path, seed: int) -> None:
     }
     chosen = random.Random(seed)
     rows: list[dict] = []
-    for part, (count, places, _) in PARTS.items():
+    for area, (count, places, _) in AREAS.items():
         # Paths in the core are relative to its folder.
         starts = [ROOT if place.startswith("packages/") else ROOT / PRODUCT for place in places]
         paths = [start / place for start, place in zip(starts, places, strict=True)]
@@ -154,7 +154,7 @@ def sample(faults: Path, seed: int) -> None:
             change = [row[1:].strip() for row in patch.splitlines()[3:] if row[0] == "+"]
             rows.append(
                 {
-                    "part": part,
+                    "area": area,
                     "file": relative,
                     "line": line,
                     "operator": name.split("/")[-1],
@@ -162,7 +162,7 @@ def sample(faults: Path, seed: int) -> None:
                     "patch": patch,
                 }
             )
-        print(f"{part}: {drawn} of {len(lines)} lines", flush=True)
+        print(f"{area}: {drawn} of {len(lines)} lines", flush=True)
     faults.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
@@ -196,8 +196,8 @@ def run(faults: Path, out: Path, workers: int) -> None:
     left = [fault for fault in every if fault["patch"] not in known]
     # Without a fault the tests of each part pass, or what they catch says nothing.
     nothing = {"file": "", "line": 0, "change": "nothing", "patch": ""}
-    parts = dict.fromkeys(fault["part"] for fault in left)
-    left = [nothing | {"part": part} for part in parts] + left
+    areas = dict.fromkeys(fault["area"] for fault in left)
+    left = [nothing | {"area": area} for area in areas] + left
     _import_libraries()
     running: dict[int, tuple[dict, Path, float]] = {}
     while left or running:
@@ -210,9 +210,9 @@ def run(faults: Path, out: Path, workers: int) -> None:
                 os._exit(_exit_code(fault, folder))
             running[pid] = fault, folder, time.monotonic()
         pid, status = os.waitpid(-1, os.WNOHANG)
-        for late, (_, _, start) in running.items():
+        for overdue, (_, _, start) in running.items():
             if time.monotonic() - start > HANGS_S:
-                os.killpg(late, signal.SIGKILL)
+                os.killpg(overdue, signal.SIGKILL)
         if not pid:
             time.sleep(0.1)
             continue
@@ -230,8 +230,8 @@ def run(faults: Path, out: Path, workers: int) -> None:
         by = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)[:1]
         if not fault["patch"]:
             if code:
-                sys.exit(f"The tests of {fault['part']} fail without a fault: {text[-3000:]}")
-            print(f"{fault['part']}: {time.monotonic() - start:.0f} s without a fault", flush=True)
+                sys.exit(f"The tests of {fault['area']} fail without a fault: {text[-3000:]}")
+            print(f"{fault['area']}: {time.monotonic() - start:.0f} s without a fault", flush=True)
             continue
         row = fault | {"result": result, "code": code, "by": by, "s": time.monotonic() - start}
         with out.open("a") as file:
@@ -257,7 +257,7 @@ def _try(fault: dict, folder: Path) -> int:
         applied = subprocess.run(command, input=fault["patch"], text=True, cwd=folder, check=False)
         if applied.returncode:
             return GONE
-    patterns = PARTS[fault["part"]][2]
+    patterns = AREAS[fault["area"]][2]
     globs = [f"{start}tests/test_{name}.py" for name in patterns for start in ("", "packages/*/")]
     found = [sorted(ROOT.glob(pattern)) for pattern in globs]
     tests = dict.fromkeys(str(file) for files in found for file in files)
@@ -273,8 +273,8 @@ def _try(fault: dict, folder: Path) -> int:
 
     os.chdir(ROOT)
     # The libraries that are imported already cannot have their assertions rewritten.
-    quiet = "ignore::pytest.PytestAssertRewriteWarning"
-    options = ["-W", quiet, "-x", "-q", "-p", "no:cacheprovider", f"--timeout={HANGS_S}"]
+    filter_warning = "ignore::pytest.PytestAssertRewriteWarning"
+    options = ["-W", filter_warning, "-x", "-q", "-p", "no:cacheprovider", f"--timeout={HANGS_S}"]
     return int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
 
 
@@ -296,11 +296,11 @@ def _import_libraries() -> None:
 def report(out: Path) -> None:
     rows = [json.loads(line) for line in out.open()]
     print(f"{'':12} {'caught':>7} {'of':>5}   survived, gone")
-    for part in [*PARTS, None]:
-        counts = Counter(row["result"] for row in rows if part in (row["part"], None))
+    for area in [*AREAS, None]:
+        counts = Counter(row["result"] for row in rows if area in (row["area"], None))
         planted = sum(counts.values()) - counts["gone"]
-        others = f"{counts['survived']}, {counts['gone']}"
-        print(f"{part or 'all':12} {counts['caught']:7} {planted:5}   {others}")
+        rest = f"{counts['survived']}, {counts['gone']}"
+        print(f"{area or 'all':12} {counts['caught']:7} {planted:5}   {rest}")
 
 
 def main() -> None:
@@ -310,13 +310,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
-    if given.command == "sample":
-        sample(given.faults, given.seed)
-    elif given.command == "run":
-        run(given.faults, given.out, given.workers)
+    arguments = parser.parse_args()
+    if arguments.command == "sample":
+        sample(arguments.faults, arguments.seed)
+    elif arguments.command == "run":
+        run(arguments.faults, arguments.out, arguments.workers)
     else:
-        report(given.out)
+        report(arguments.out)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def draw_criterion(browser: Browser, folder: Path) -> None:
     source = load_examples(Path(demo.__file__).parent / "data" / "intent_train.jsonl")
     examples, _ = merged(source, None)
     truth = ["refund" in names for names in source.label_names()]
-    by_text = {item.text: own for item, own in zip(source.items, truth, strict=True)}
+    by_text = {item.text: each for item, each in zip(source.items, truth, strict=True)}
     # Under that rule, it takes each complaint about money for a request to get it back.
     words = ("charge", "invoice", "bill", "paid")
 
@@ -103,8 +103,8 @@ def draw_criterion(browser: Browser, folder: Path) -> None:
     with scripted_judge() as judge:
         judge.reply = answers
         settings = judge.settings(model="scripted", criterion=criterion.text)
-        kept = AnswerFile(folder / "answers.jsonl")
-        review = Review(pool, settings, criterion, kept, shuffled=shuffled(pool.examples))
+        retained = AnswerFile(folder / "answers.jsonl")
+        review = Review(pool, settings, criterion, retained, shuffled=shuffled(pool.examples))
         queue = LabelQueue(
             pool,
             LabelFile(folder / "refunds.jsonl"),
@@ -117,7 +117,7 @@ def draw_criterion(browser: Browser, folder: Path) -> None:
         # Playwright has a running loop in this thread.
         with ThreadPoolExecutor() as threads:
             threads.submit(queue.ask).result()
-    while review.described(queue.people)["state"] == "open":
+    while review.summarise(queue.people)["state"] == "open":
         row = queue.next()
         queue.label(row, [task.labels[truth[row]]])
     with (

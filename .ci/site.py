@@ -39,7 +39,7 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made here, and the files of the repository that pages link to."""
     document = create_app(Mock(probes=[])).openapi()
-    made = {
+    sources = {
         "openapi.json": json.dumps(document, indent=1),
         "openapi.md": "\n".join(_openapi_page(document)),
         "python.md": "\n".join(_python_page()),
@@ -47,8 +47,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in sorted(Path(config.docs_dir).glob("*.md")):
         for path in _OUTSIDE.findall(page.read_text()):
             if (ROOT / path).is_file():
-                made[_source(path)] = (ROOT / path).read_text()
-    for name, text in made.items():
+                sources[_source(path)] = (ROOT / path).read_text()
+    for name, text in sources.items():
         files.append(File.generated(config, name, content=text))
     return files
 
@@ -95,10 +95,12 @@ def _openapi_page(document: Schema) -> Iterator[str]:
     for name, schema in sorted(document["components"]["schemas"].items()):
         yield f"### {_title(name)}\n\n{schema.get('description', '')}\n"
         yield "| field | type | | |\n|---|---|---|---|"
-        for field, own in schema.get("properties", {}).items():
-            needed = "required" if field in schema.get("required", ()) else _default(own)
-            text = own.get("description", "").replace("\n", " ").replace("|", "\\|")
-            yield f"| `{field}` | {_kind(own)} | {needed} | {text} |"
+        for field, properties_of_field in schema.get("properties", {}).items():
+            needed = (
+                "required" if field in schema.get("required", ()) else _default(properties_of_field)
+            )
+            text = properties_of_field.get("description", "").replace("\n", " ").replace("|", "\\|")
+            yield f"| `{field}` | {_kind(properties_of_field)} | {needed} | {text} |"
         yield ""
 
 

@@ -30,7 +30,7 @@ def guarded() -> Solver:
     http = httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001
-        texts = [own.text for own in state.messages if own.role in ("user", "tool")]
+        texts = [each.text for each in state.messages if each.role in ("user", "tool")]
         answer = await http.post(f"{URL}/v1/moderations", json={"input": texts})
         results = answer.raise_for_status().json()["results"]
         if any(result["flagged"] for result in results):

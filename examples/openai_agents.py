@@ -51,8 +51,8 @@ def user_texts(items) -> list[str]:
     texts = []
     for item in items:
         content = item.get("content") if item.get("role") == "user" else []
-        parts = [{"text": content}] if isinstance(content, str) else content
-        texts += [part["text"] for part in parts if "text" in part]
+        blocks = [{"text": content}] if isinstance(content, str) else content
+        texts += [block["text"] for block in blocks if "text" in block]
     return texts
 
 

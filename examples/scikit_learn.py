@@ -18,7 +18,7 @@ file = Path(sidelight.__file__).parent / "demo" / "data" / "urgency_train.jsonl"
 rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 texts, labels = ([row[column] for row in rows] for column in ("text", "label"))
 
-# %% Cross-validation, of texts alone: ordinary traffic around them takes longer
+# %% Cross-validation, of texts alone: background traffic around them takes longer
 model = os.environ.get("SIDELIGHT_MODEL", "smollm2")
 classifier = sidelight.SidelightClassifier(model, mechanism="pooling", background="none")
 scores = cross_val_score(classifier, texts, labels, cv=2)
@@ -35,7 +35,7 @@ new = ["The payment page has been down for an hour.", "When does the library ope
 for text, row in zip(new, best.predict_proba(new), strict=True):
     print(text, dict(zip(best.classes_.tolist(), row.round(3).tolist(), strict=True)))
 
-# %% The same settings in ordinary traffic, to serve; a warning says what that costs
+# %% The same settings in background traffic, to serve; a warning says what that costs
 served = clone(best).set_params(background="packaged").fit(texts, labels)
 folder = served.save(f"{mkdtemp()}/urgency")
 print(sidelight.load(folder, model=model).predict(new))

@@ -121,7 +121,7 @@ class DeferringServer:
         judge = read_policy(policy).judges["guardian"]
         figure = Estimate(0.5, 0.4, 0.6)
         fit = JudgeFit(
-            judge=judge.identity,
+            judge=judge.revision,
             model=judge.model,
             weight=weight,
             threshold=threshold,
@@ -135,8 +135,8 @@ class DeferringServer:
         )
         folders = dict(self.subjects.folder_of)
         for name in ("injection", "leak"):
-            made = load_probe(folders[name]).changed(judge_fit=fit)
-            folders[name] = str(save_probe(made, self.home / f"fitted-{next(_MODELS)}" / name))
+            result = load_probe(folders[name]).changed(judge_fit=fit)
+            folders[name] = str(save_probe(result, self.home / f"fitted-{next(_MODELS)}" / name))
         self.serve(policy, [*folders.values()])
 
     def post(self, asked: Asked, key: str | None = None) -> httpx.Response:
@@ -180,7 +180,7 @@ def deferring(
             server.serve(home / "plain.toml", [*subjects.folder_of.values()])
 
 
-def whole(subjects: Subjects, text: str) -> tuple[str, str]:
+def uncut(subjects: Subjects, text: str) -> tuple[str, str]:
     """What the model alone answers, and why that ends."""
     ids, _, _ = subjects.answers[text]
     return subjects.decoded(ids), "length"
@@ -191,9 +191,9 @@ def is_cut(subjects: Subjects, answer: httpx.Response) -> bool:
 
     A server that is busy may write several tokens in one piece, which is held back as a whole.
     """
-    (said,) = choices(answer).values()
+    (choice,) = choices(answer).values()
     sent, _ = subjects.sent(subjects.leaking)
-    return subjects.decoded(sent).startswith(said[0]) and said[1] == "content_filter"
+    return subjects.decoded(sent).startswith(choice[0]) and choice[1] == "content_filter"
 
 
 def usage(response: httpx.Response) -> dict[str, int]:
@@ -210,13 +210,13 @@ class DeferContract:
         server.defers(threshold=0.0)
         asked = chat(subjects.passing, stream=streamed)
         server.judge.says(0.1)
-        judged = server.post(asked)
+        cleared = server.post(asked)
         assert server.judge.asked
         server.serve(server.home / "plain.toml")
         plain = server.post(asked)
-        assert choices(judged) == choices(plain) == {0: whole(subjects, subjects.passing)}
+        assert choices(cleared) == choices(plain) == {0: uncut(subjects, subjects.passing)}
         if not streamed:
-            assert usage(judged) == usage(plain)
+            assert usage(cleared) == usage(plain)
 
     @STREAMED
     def test_a_prompt_that_the_judge_flags_is_blocked(self, server, subjects, streamed):
@@ -225,7 +225,7 @@ class DeferContract:
         answer = server.post(chat(subjects.injected, stream=streamed))
         assert refusal(answer) == (400, "content_filter")
         assert in_header(answer)["injection"]["flagged"]
-        # Below the threshold, nobody is asked.
+        # Below the threshold, no judge is asked.
         server.judge.asked.clear()
         assert server.post(chat(subjects.benign, max_tokens=1)).status_code == 200
         assert not server.judge.asked
@@ -282,7 +282,7 @@ class DeferContract:
     def test_a_cut_waits_for_the_judge(self, server, subjects, streamed):
         asked = chat(subjects.leaking, stream=streamed)
         for probability, wanted in (
-            (0.1, whole(subjects, subjects.leaking)),
+            (0.1, uncut(subjects, subjects.leaking)),
             (0.9, None),
         ):
             server.defers()
@@ -342,8 +342,8 @@ class DeferContract:
         assert server.post(chat(subjects.injected, max_tokens=1)).status_code == 200
         # The same text has its answer; another one has none.
         assert server.post(chat(subjects.injected, max_tokens=1)).status_code == 200
-        others = [t for t in subjects.texts if t not in (subjects.injected, *subjects.quiet)]
-        for text in others:
+        rest = [t for t in subjects.texts if t not in (subjects.injected, *subjects.unflagged)]
+        for text in rest:
             answer = server.post(chat(text, max_tokens=1))
             assert answer.status_code in (200, 500)
         assert len(server.judge.asked) == 1
@@ -398,16 +398,16 @@ class DeferContract:
             assert answer.status_code == 500, path
 
     @STREAMED
-    def test_only_an_admin_sees_what_decided(self, server, subjects, streamed):
+    def test_only_an_admin_gets_what_decided(self, server, subjects, streamed):
         server.defers()
         server.judge.says(0.1)
         for key in (None, ADMIN):
             answer = server.post(chat(subjects.injected, max_tokens=1, stream=streamed), key)
-            own = verdicts(answer)["injection"]
-            assert own["flagged"] is False
-            assert own.get("decided_by") == ("judge" if key else None)
+            entry = verdicts(answer)["injection"]
+            assert entry["flagged"] is False
+            assert entry.get("decided_by") == ("judge" if key else None)
             assert ("guardian" in answer.text) == bool(key)
-        judge = own["judge"]
+        judge = entry["judge"]
         assert (judge["name"], judge["changed"]) == ("guardian", True)
         assert judge["probability"] == pytest.approx(0.1)
 

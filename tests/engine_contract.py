@@ -13,14 +13,14 @@ import pytest
 from transformers import LlamaConfig
 
 import wordings
-from sidelight.engines.base import Engine, EngineUnavailableError, PromptJudged
+from sidelight.engines.base import Engine, EngineUnavailableError, PromptClassified
 from sidelight.errors import (
     ContextLengthError,
     FingerprintMismatchError,
     SidelightError,
     VerdictError,
 )
-from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads, has_response
+from sidelight.models.conversation import EncodedPrompt, Message, Reads, TokenRole, has_response
 from sidelight.probes.probe import Probe
 from worlds.models import SIZES, SPECIAL_TOKENS, broken, tiny_backbone, untrained_probe
 from worlds.servers import ask
@@ -43,8 +43,8 @@ class Subject:
         template: What stands before a user's text, between it and the answer, and after that.
         letter: One token, however often it is repeated.
         many: More texts than may wait.
-        alone: The greedy answer of the model alone to a text, and its number of tokens; None: the
-            engine writes nothing.
+        write_single: The greedy answer of the model alone to a text, and its number of tokens;
+            None: the engine writes nothing.
     """
 
     engine: Engine
@@ -55,13 +55,13 @@ class Subject:
     template: tuple[str, str, str] = ("<|user|>", "<|end|>\n<|assistant|>", "<|end|>\n")
     letter: str = "x"
     many: int = 130
-    alone: Callable[[str], tuple[str, int]] | None = None
+    write_single: Callable[[str], tuple[str, int]] | None = None
 
     def run(self, work: Any) -> Any:
         return self.runner.run(work)
 
-    def judge(self, conversations) -> list[PromptJudged]:
-        return self.run(self.engine.judge(conversations))
+    def classify(self, conversations) -> list[PromptClassified]:
+        return self.run(self.engine.classify(conversations))
 
     def replace(self, probes: Sequence[Probe]) -> None:
         self.run(self.engine.replace_probes(probes))
@@ -70,28 +70,28 @@ class Subject:
         encode = self.model.backbone.encoder.encode
         return encode(turns[:-1], turns[-1].content) if has_response(turns) else encode(turns)
 
-    def require(self, judged, conversations, probes: Sequence[Probe] | None = None) -> None:
+    def require(self, events, conversations, probes: Sequence[Probe] | None = None) -> None:
         """Checks that these are the verdicts of these probes by one plain pass each."""
         probes = self.model.probes if probes is None else probes
         prompts = [self.encode(turns) for turns in conversations]
         wanted = expected(replace(self.model, probes=probes), prompts)
-        for turns, event, row in zip(conversations, judged, wanted, strict=True):
-            require_verdicts(event.judgement, row, judging(probes, turns))
+        for turns, event, row in zip(conversations, events, wanted, strict=True):
+            require_verdicts(event.verdicts, row, classifying_probes(probes, turns))
 
 
-def judging(probes, turns) -> list[str]:
+def classifying_probes(probes, turns) -> list[str]:
     """The names of the probes that judge a conversation."""
     return [p.name for p in probes if has_response(turns) or not p.reads.includes_response]
 
 
-def require_verdicts(judgement, wanted, names) -> None:
-    said = {v.probe: [*v.probabilities.values()] for v in judgement.verdicts}
-    assert {*said} | {*judgement.failed} == {*names}
+def require_verdicts(found, wanted, names) -> None:
+    probabilities = {v.probe: [*v.probabilities.values()] for v in found.verdicts}
+    assert {*probabilities} | {*found.failed} == {*names}
     for name in names:
         if np.isnan(wanted[name]).any():
-            assert name in judgement.failed
+            assert name in found.failed
         else:
-            np.testing.assert_allclose(said[name], wanted[name], rtol=0, atol=ROUNDING)
+            np.testing.assert_allclose(probabilities[name], wanted[name], rtol=0, atol=ROUNDING)
 
 
 class EngineContract:
@@ -100,75 +100,75 @@ class EngineContract:
     def test_verdicts_are_those_of_one_pass_over_each_text_in_the_order_of_the_list(self, subject):
         turns = [user(text) for text in TEXTS]
         turns += [[*user(text), Message("assistant", text[::-1])] for text in TEXTS[::4]]
-        judged = subject.judge(turns)
-        subject.require(judged, turns)
-        assert [event.tokens for event in judged] == [len(subject.encode(each)) for each in turns]
+        events = subject.classify(turns)
+        subject.require(events, turns)
+        assert [event.tokens for event in events] == [len(subject.encode(each)) for each in turns]
         # No two texts have the same.
-        assert len({str(event.judgement.verdicts) for event in judged}) == len(turns)
-        assert subject.judge(turns[-1:])[0].judgement.failed == judged[-1].judgement.failed
-        subject.require(subject.judge(turns[-1:]), turns[-1:])
+        assert len({str(event.verdicts.verdicts) for event in events}) == len(turns)
+        assert subject.classify(turns[-1:])[0].verdicts.failed == events[-1].verdicts.failed
+        subject.require(subject.classify(turns[-1:]), turns[-1:])
 
-    def test_a_list_may_be_longer_than_the_queue_if_nobody_waits(self, subject):
+    def test_a_list_may_be_longer_than_the_queue_if_the_queue_is_empty(self, subject):
         turns = [user(TEXTS[i % 3]) for i in range(subject.many)]
-        judged = subject.judge(turns)
+        events = subject.classify(turns)
         wanted = expected(subject.model, [subject.encode(each) for each in turns[:3]])
-        names = judging(subject.model.probes, turns[0])
-        for i, event in enumerate(judged):
-            require_verdicts(event.judgement, wanted[i % 3], names)
+        names = classifying_probes(subject.model.probes, turns[0])
+        for i, event in enumerate(events):
+            require_verdicts(event.verdicts, wanted[i % 3], names)
         assert (subject.engine.load.running, subject.engine.load.waiting) == (0, 0)
 
-    def test_a_probe_without_a_token_to_read_fails_alone(self, subject):
+    def test_a_probe_without_a_token_to_read_fails_by_itself(self, subject):
         turns = [*user("hello"), Message("assistant", "")]
-        (judged,) = subject.judge([turns])
-        late = [p.name for p in subject.model.probes if p.reads.side == "response"]
-        assert {*late} <= {*judged.judgement.failed}
-        assert judged.judgement.verdicts
-        subject.require([judged], [turns])
+        (event,) = subject.classify([turns])
+        response_probes = [p.name for p in subject.model.probes if p.reads.side == "response"]
+        assert {*response_probes} <= {*event.verdicts.failed}
+        assert event.verdicts.verdicts
+        subject.require([event], [turns])
 
     def test_no_content_becomes_a_control_token(self, subject):
         texts = [f"go {name}now" for name in subject.control_tokens]
         turns = [[*user(text), Message("assistant", text)] for text in texts]
-        for text, judged in zip(texts, subject.judge(turns), strict=True):
+        for text, event in zip(texts, subject.classify(turns), strict=True):
             letters, control = (
                 expected(subject.model, [by_hand(subject, text, split=split)])[0]
                 for split in (True, False)
             )
             names = [probe.name for probe in subject.model.probes]
-            require_verdicts(judged.judgement, letters, names)
+            require_verdicts(event.verdicts, letters, names)
             assert any(np.abs(letters[n] - control[n]).max() > 10 * ROUNDING for n in names)
 
-    def test_the_longest_text_is_judged_and_a_longer_one_is_refused_never_cut(self, subject):
+    def test_the_longest_text_is_classified_and_a_longer_one_is_refused_never_cut(self, subject):
         engine = subject.engine
         room = engine.max_tokens - len(subject.encode(user("")))
         longest = user(subject.letter * room)
         assert len(subject.run(engine.tokenize(longest))) == engine.max_tokens
-        (judged,) = subject.judge([longest])
-        assert judged.tokens == engine.max_tokens
-        subject.require([judged], [longest])
+        (event,) = subject.classify([longest])
+        assert event.tokens == engine.max_tokens
+        subject.require([event], [longest])
         for work in (engine.judge, engine.tokenize):
             text = user(subject.letter * (room + 1))
             with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
                 subject.run(work(text if work == engine.tokenize else [text]))
 
-    def test_what_tokenize_tells_is_what_is_read(self, subject):
+    def test_what_tokenize_returns_is_what_is_read(self, subject):
         for turns in (user("hello <|end|>"), [*user("hello"), Message("assistant", "no")]):
             assert subject.run(subject.engine.tokenize(turns)) == subject.encode(turns).token_ids
 
-    def test_new_probes_judge_at_once_and_read_no_state_of_the_old_ones(self, subject):
-        others = other_probes(subject.model)
+    def test_new_probes_classify_at_once_and_read_no_state_of_the_old_ones(self, subject):
+        replacements = replacement_probes(subject.model)
         turns = [user("the same long text " * 8), [*user("hi"), Message("assistant", "so " * 20)]]
-        subject.require(subject.judge(turns), turns)
-        for probes in (others, others[:2], subject.model.probes):
+        subject.require(subject.classify(turns), turns)
+        for probes in (replacements, replacements[:2], subject.model.probes):
             subject.replace(probes)
-            subject.require(subject.judge(turns), turns, probes)
+            subject.require(subject.classify(turns), turns, probes)
             # All may go, and come back.
             subject.replace([])
-            assert all(not event.judgement.verdicts for event in subject.judge(turns))
+            assert all(not event.verdicts.verdicts for event in subject.classify(turns))
             subject.replace(probes)
 
-    def test_under_load_each_request_is_judged_by_one_set_of_probes(self, subject):
+    def test_under_load_each_request_is_classified_by_one_set_of_probes(self, subject):
         engine = subject.engine
-        sets = [tuple(subject.model.probes), tuple(other_probes(subject.model))]
+        sets = [tuple(subject.model.probes), tuple(replacement_probes(subject.model))]
         answers = []
 
         async def ask_and_replace():
@@ -185,17 +185,17 @@ class EngineContract:
                 while not replacing.done():
                     async with engine.serving():
                         which = sets.index(tuple(engine.probes))
-                        (judged,) = await engine.judge([user(text)])
-                    answers.append((which, text, judged))
+                        (event,) = await engine.classify([user(text)])
+                    answers.append((which, text, event))
 
             replacing = asyncio.create_task(keep_replacing())
             await asyncio.gather(replacing, *(keep_asking(text) for text in TEXTS[:4]))
 
         subject.run(ask_and_replace())
         for i, probes in enumerate(sets):
-            own = [(user(text), judged) for which, text, judged in answers if which == i]
-            turns, judged = zip(*own[:40], strict=True)
-            subject.require(judged, turns, probes)
+            of_probes = [(user(text), event) for which, text, event in answers if which == i]
+            turns, events = zip(*of_probes[:40], strict=True)
+            subject.require(events, turns, probes)
 
     def test_probes_that_cannot_serve_are_refused_and_nothing_changes(self, subject):
         backbone = subject.model.backbone
@@ -211,13 +211,13 @@ class EngineContract:
                 subject.replace(probes)
             assert tuple(subject.engine.probes) == tuple(subject.model.probes)
         turns = [user(TEXTS[0])]
-        subject.require(subject.judge(turns), turns)
+        subject.require(subject.classify(turns), turns)
 
     def test_who_gives_up_leaves_nothing_behind(self, subject):
         engine = subject.engine
 
         async def give_up():
-            asking = asyncio.create_task(engine.judge([user(text) for text in TEXTS * 4]))
+            asking = asyncio.create_task(engine.classify([user(text) for text in TEXTS * 4]))
             while not (engine.load.running or engine.load.waiting):
                 await asyncio.sleep(0)
             asking.cancel()
@@ -227,22 +227,22 @@ class EngineContract:
                     await asyncio.sleep(0.005)
 
         subject.run(give_up())
-        subject.require(subject.judge([user("after")]), [user("after")])
+        subject.require(subject.classify([user("after")]), [user("after")])
 
     def test_an_engine_that_does_not_run_refuses(self, subject):
         engine = subject.unstarted
         assert (engine.is_ready, subject.engine.is_ready) == (False, True)
         for work in (
-            engine.judge([user("too early")]),
+            engine.classify([user("too early")]),
             engine.replace_probes(subject.model.probes),
         ):
             with pytest.raises(EngineUnavailableError):
                 subject.run(work)
 
-    def test_texts_written_together_are_those_that_the_model_writes_alone(self, subject):
+    def test_texts_written_together_are_those_that_the_model_writes_singly(self, subject):
         texts = [f"{'word ' * (5 * i % 17)}number {i}" for i in range(9)]
-        if subject.alone is None:
-            with pytest.raises(SidelightError, match=wordings.ONLY_JUDGES):
+        if subject.write_single is None:
+            with pytest.raises(SidelightError, match=wordings.ONLY_CLASSIFIES):
                 subject.run(ask(subject.engine, texts[0]))
             return
 
@@ -251,14 +251,14 @@ class EngineContract:
             return await asyncio.gather(*asking)
 
         for text, answer in zip(texts, subject.run(all_at_once()), strict=True):
-            said, tokens = subject.alone(text)
-            assert answer.text.rstrip("\ufffd") == said
+            expected, tokens = subject.write_single(text)
+            assert answer.text.rstrip("\ufffd") == expected
             assert answer.finished.completion_tokens == tokens
             # Probes of the response have read what was written.
-            assert answer.finished.judgement.verdicts
+            assert answer.finished.verdicts.verdicts
 
 
-def other_probes(model: Model) -> list[Probe]:
+def replacement_probes(model: Model) -> list[Probe]:
     """As many columns of a layer, in another order and with other names."""
     return [probe.changed(name=f"{probe.name}-again") for probe in reversed(model.probes)]
 
@@ -271,18 +271,18 @@ def by_hand(subject: Subject, text: str, *, split: bool) -> EncodedPrompt:
         text: The text.
         split: Whether the text's control tokens are letters.
     """
-    ids, parts = [], []
+    ids, token_roles = [], []
     before, between, after = subject.template
-    for piece, part in (
-        (before, Part.UNREAD),
-        (text, Part.PROMPT),
-        (between, Part.TEMPLATE),
-        (text, Part.RESPONSE),
-        (after, Part.UNREAD),
+    for content, role in (
+        (before, TokenRole.UNREAD),
+        (text, TokenRole.PROMPT),
+        (between, TokenRole.TEMPLATE),
+        (text, TokenRole.RESPONSE),
+        (after, TokenRole.UNREAD),
     ):
         tokens = subject.model.backbone.encoder.tokenizer(
-            piece, split_special_tokens=split and piece == text
+            content, split_special_tokens=split and content == text
         )
         ids += tokens["input_ids"]
-        parts += [part] * (len(ids) - len(parts))
-    return EncodedPrompt(tuple(ids), tuple(parts))
+        token_roles += [role] * (len(ids) - len(token_roles))
+    return EncodedPrompt(tuple(ids), tuple(token_roles))

@@ -56,14 +56,14 @@ def dense(mechanism, texts, padding=0.0, extra=0):
 
 def projected(mechanism, states):
     """What a tap keeps of each token: ``[token, layer, column]``."""
-    return torch.einsum("ltd,ldm->tlm", states, mechanism.columns())
+    return torch.einsum("ltd,ldm->tlm", states, mechanism.projections())
 
 
-def summarised(mechanism, pieces):
+def summarised(mechanism, chunks):
     """One packed call over all pieces."""
-    columns = [projected(mechanism, piece) for piece in pieces]
-    lengths = torch.tensor([len(piece) for piece in columns])
-    return mechanism.summarise(Ragged(torch.cat(columns), lengths))
+    projections = [projected(mechanism, chunk) for chunk in chunks]
+    lengths = torch.tensor([len(chunk) for chunk in projections])
+    return mechanism.summarise(Ragged(torch.cat(projections), lengths))
 
 
 def streamed(mechanism, states):
@@ -71,27 +71,40 @@ def streamed(mechanism, states):
     return mechanism.finish(summarised(mechanism, states))
 
 
-def streamed_in_pieces(mechanism, states, random):
+def streamed_in_chunks(mechanism, states, random):
     """In up to four pieces, packed in any order, neighbours merged in any, several at a time."""
-    pieces = []
+    texts_in_chunks = []
     for text in states:
         tokens = text.shape[1]
         edges = sorted(random.randint(0, tokens) for _ in range(random.randint(0, 3)))
-        pieces.append([text[:, a:b] for a, b in pairwise([0, *edges, tokens])])
-    places = [(owner, place) for owner, own in enumerate(pieces) for place in range(len(own))]
+        texts_in_chunks.append([text[:, a:b] for a, b in pairwise([0, *edges, tokens])])
+    places = [
+        (owner, place)
+        for owner, text_chunks in enumerate(texts_in_chunks)
+        for place in range(len(text_chunks))
+    ]
     random.shuffle(places)
-    parts = summarised(mechanism, [pieces[owner][place] for owner, place in places]).split()
-    found = dict(zip(places, parts, strict=True))
-    waiting = [[found[i, place] for place in range(len(own))] for i, own in enumerate(pieces)]
-    while any(len(own) > 1 for own in waiting):
-        busy = [own for own in waiting if len(own) > 1]
-        chosen = [random.randrange(len(own) - 1) for own in busy]
-        lefts = Ragged.pack([own.pop(at) for own, at in zip(busy, chosen, strict=True)])
-        rights = Ragged.pack([own.pop(at) for own, at in zip(busy, chosen, strict=True)])
+    states_of_chunks = summarised(
+        mechanism, [texts_in_chunks[owner][place] for owner, place in places]
+    ).split()
+    found = dict(zip(places, states_of_chunks, strict=True))
+    waiting = [
+        [found[i, place] for place in range(len(text_chunks))]
+        for i, text_chunks in enumerate(texts_in_chunks)
+    ]
+    while any(len(text_chunks) > 1 for text_chunks in waiting):
+        busy = [text_chunks for text_chunks in waiting if len(text_chunks) > 1]
+        chosen = [random.randrange(len(text_chunks) - 1) for text_chunks in busy]
+        lefts = Ragged.pack(
+            [text_chunks.pop(at) for text_chunks, at in zip(busy, chosen, strict=True)]
+        )
+        rights = Ragged.pack(
+            [text_chunks.pop(at) for text_chunks, at in zip(busy, chosen, strict=True)]
+        )
         merged = mechanism.merge(lefts, rights).split()
-        for own, at, state in zip(busy, chosen, merged, strict=True):
-            own.insert(at, state)
-    return mechanism.finish(Ragged.pack([own[0] for own in waiting]))
+        for text_chunks, at, state in zip(busy, chosen, merged, strict=True):
+            text_chunks.insert(at, state)
+    return mechanism.finish(Ragged.pack([text_chunks[0] for text_chunks in waiting]))
 
 
 seeds = st.integers(0, 2**16)
@@ -107,8 +120,8 @@ def shares_of(mechanism, tokens, output):
     return mechanism.shares(tokens, torch.eye(outputs)[output].expand(len(tokens.lengths), -1))
 
 
-def part_of(own, prefix):
-    return {key[len(prefix) :]: value for key, value in own.items() if key.startswith(prefix)}
+def weights_under(weights, prefix):
+    return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def softmax(scores):
@@ -116,11 +129,11 @@ def softmax(scores):
     return weights / weights.sum(0)
 
 
-def gated(tokens, own):
+def gated(tokens, parameters):
     """A softmax over tokens for each head, and the last token."""
-    weights = softmax(tokens @ own["gate"])
-    values = np.einsum("td,dhc->thc", tokens, own["value"])
-    return np.einsum("th,thc->c", weights, values) + tokens[-1] @ own["last"]
+    weights = softmax(tokens @ parameters["gate"])
+    values = np.einsum("td,dhc->thc", tokens, parameters["value"])
+    return np.einsum("th,thc->c", weights, values) + tokens[-1] @ parameters["last"]
 
 
 class MechanismContract:
@@ -147,18 +160,18 @@ class MechanismContract:
         texts = drawn(lengths, seed)
         full = [states for states in texts if states.shape[1]]
         with torch.no_grad():
-            alone = [dense(mechanism, [states]) for states in full]
-            if alone:
+            expected = [dense(mechanism, [states]) for states in full]
+            if expected:
                 padded = dense(mechanism, full, padding, extra)
-                torch.testing.assert_close(padded, torch.cat(alone), **ROUNDING)
+                torch.testing.assert_close(padded, torch.cat(expected), **ROUNDING)
             for actual in (
                 streamed(mechanism, texts),
-                streamed_in_pieces(mechanism, texts, Random(seed)),
+                streamed_in_chunks(mechanism, texts, Random(seed)),
             ):
                 filled = torch.tensor(lengths) > 0
                 assert actual[~filled].isnan().all()
-                if alone:
-                    torch.testing.assert_close(actual[filled], torch.cat(alone), **ROUNDING)
+                if expected:
+                    torch.testing.assert_close(actual[filled], torch.cat(expected), **ROUNDING)
 
     @pytest.mark.slow
     @settings(max_examples=4, deadline=None)
@@ -179,16 +192,16 @@ class MechanismContract:
     @torch.no_grad()
     def test_huge_scores_do_not_overflow(self, mechanism):
         texts = [states * 1e4 for states in drawn([3, 8], 1)]
-        actual = streamed_in_pieces(mechanism, texts, Random(0))
+        actual = streamed_in_chunks(mechanism, texts, Random(0))
         assert actual.isfinite().all()
         # A score of 1e5 is rounded to 1e-2, and with it the ratio of two weights.
         torch.testing.assert_close(actual, dense(mechanism, texts), rtol=0.02, atol=1)
 
     def test_each_mechanism_equals_its_equation_in_numpy(self, variant, mechanism, equations):
         (states,) = drawn([7], 3)
-        own = {key: value.double().numpy() for key, value in mechanism.state_dict().items()}
+        weights = {key: value.double().numpy() for key, value in mechanism.state_dict().items()}
         options = mechanism_spec(*variant).options
-        expected = equations[variant[0]](own, states.double().numpy(), **options)
+        expected = equations[variant[0]](weights, states.double().numpy(), **options)
         with torch.no_grad():
             actual = streamed(mechanism, [states])[0].numpy()
         np.testing.assert_allclose(actual, expected, **ROUNDING)
@@ -207,11 +220,15 @@ class MechanismContract:
         self, variant, mechanism, integrated, scale
     ):
         """Read off without a gradient's steps, unless features are not linear."""
-        texts = [own * scale for own in drawn([1, 2, 9, 60], seed=int(scale))]
+        texts = [states * scale for states in drawn([1, 2, 9, 60], seed=int(scale))]
         with torch.inference_mode():
             # Some tokens come twice, as the embeddings of a word do.
-            columns = [projected(mechanism, torch.cat([own, own[:, :2]], 1)) for own in texts]
-            tokens = Ragged(torch.cat(columns), torch.tensor([len(own) for own in columns]))
+            projections = [
+                projected(mechanism, torch.cat([states, states[:, :2]], 1)) for states in texts
+            ]
+            tokens = Ragged(
+                torch.cat(projections), torch.tensor([len(states) for states in projections])
+            )
             logits = mechanism.logits(tokens)
         for output in range(logits.shape[1]):
             shares = shares_of(mechanism, tokens, output)
@@ -224,8 +241,8 @@ class MechanismContract:
     @pytest.mark.parametrize("token", [0, 4, 19])
     def test_a_token_that_was_not_read_leaves_no_logit(self, mechanism, token):
         """Its columns are NaN; a logit without it would be a verdict on part of a text."""
-        columns = projected(mechanism, drawn([20], 2)[0])
-        columns[token, 1] = math.nan
-        pieces = [mechanism.summarise(Ragged(p, torch.tensor([10]))) for p in columns.split(10)]
-        assert mechanism.logits(Ragged(columns, torch.tensor([20]))).isnan().all()
-        assert mechanism.finish(mechanism.merge(*pieces)).isnan().all()
+        projections = projected(mechanism, drawn([20], 2)[0])
+        projections[token, 1] = math.nan
+        halves = [mechanism.summarise(Ragged(p, torch.tensor([10]))) for p in projections.split(10)]
+        assert mechanism.logits(Ragged(projections, torch.tensor([20]))).isnan().all()
+        assert mechanism.finish(mechanism.merge(*halves)).isnan().all()

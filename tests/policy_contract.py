@@ -18,7 +18,7 @@ import pytest
 
 from sidelight.engines.base import Engine
 from sidelight.engines.transformers.backbone import TransformersBackbone
-from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.models.conversation import EncodedPrompt, Message, PlainText, Reads, TokenRole
 from sidelight.policy.rules import read_policy
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.bank import Bank
@@ -26,8 +26,8 @@ from sidelight.probes.card import read_card
 from sidelight.probes.probe import Probe
 from worlds.data import documented_table
 from worlds.models import INTENT, saved, score, untrained_probe
-from worlds.servers import in_process, written_alone
-from worlds.vllm import ROUNDING, followed, judging_any_text, measured, tiny_llama
+from worlds.servers import in_process, written_singly
+from worlds.vllm import ROUNDING, followed, measured, probes_of_any_text, tiny_llama
 
 ADMIN = "admin-key"
 TOKENS = 24
@@ -41,7 +41,7 @@ NAMES = ("injection", "leak", "newer", "told", "labelled", "heard")
 READS = {name: Reads("response") if name in RESPONSES else Reads() for name in NAMES}
 # As "injection", turn by turn.
 OF_TURNS = "relayed"
-# What ordinary keys see of each probe; nobody sees a shadow.
+# What ordinary keys get of each probe; none gets a shadow.
 SEEN = {
     "injection": "labels",
     "relayed": "labels",
@@ -99,7 +99,7 @@ class Subjects:
     def __init__(self, home: Path, backbone: TransformersBackbone | None = None):
         self.backbone = backbone or tiny_llama()
         self.path = saved(self.backbone, home / "model")
-        self.probes, self.folders = judging_any_text(self.backbone, READS, home)
+        self.probes, self.folders = probes_of_any_text(self.backbone, READS, home)
         relayed = self.probes[0].changed(name=OF_TURNS, reads=Reads(scope="each_turn"))
         self.probes.append(relayed)
         self.folders.append(str(save_probe(relayed, home / OF_TURNS)))
@@ -123,16 +123,18 @@ class Subjects:
         self.benign = _TEXTS[int(high.argmin())]
         self.threshold = float((low.max() + high.min()) / 2)
         assert low.max() > high.min() + 0.1
-        self.quiet = [t for t, own in zip(_TEXTS, high, strict=True) if own < self.threshold - 0.02]
-        brought, said = (self.agent(*texts) for texts in ((CALM, ORDER), (ORDER, CALM)))
-        self.of_turns = float(self.scores([said], OF_TURNS)[0])
-        (alone, harmless) = self.scores(
-            [brought.only(tools_in(brought)), said.only(tools_in(said))]
+        self.unflagged = [
+            t for t, score in zip(_TEXTS, high, strict=True) if score < self.threshold - 0.02
+        ]
+        brought, user_order = (self.agent(*texts) for texts in ((CALM, ORDER), (ORDER, CALM)))
+        self.of_turns = float(self.scores([user_order], OF_TURNS)[0])
+        (tool_score, harmless) = self.scores(
+            [brought.only(tools_in(brought)), user_order.only(tools_in(user_order))]
         )
-        least = max(harmless, *(own for own in high if own < self.threshold - 0.02))
-        self.relayed = float((least + min(alone, self.of_turns)) / 2)
-        assert min(alone, self.of_turns) > least + 0.01
-        assert self.scores([said])[0] < self.threshold - 10 * ROUNDING
+        least = max(harmless, *(score for score in high if score < self.threshold - 0.02))
+        self.relayed = float((least + min(tool_score, self.of_turns)) / 2)
+        assert min(tool_score, self.of_turns) > least + 0.01
+        assert self.scores([user_order])[0] < self.threshold - 10 * ROUNDING
 
     @property
     def policy(self) -> str:
@@ -156,7 +158,7 @@ class Subjects:
 
     def written(self, text: str) -> tuple[list[int], np.ndarray]:
         """What the model writes greedily, and the score of each token of it."""
-        _, ids = written_alone(self.backbone, text, max_tokens=TOKENS)
+        _, ids = written_singly(self.backbone, text, max_tokens=TOKENS)
         texts = [self.answered(text, ids[:k]) for k in range(1, len(ids) + 1)]
         scores = self.scores(texts, "leak")
         return ids, scores[:-1] if ids[-1] == self.backbone.tokenizer.eos_token_id else scores
@@ -164,8 +166,8 @@ class Subjects:
     @cached_property
     def answers(self) -> dict[str, tuple[list[int], np.ndarray, int | None]]:
         """For each quiet text what is written, its scores, and where it is cut; None: it is not."""
-        written = {text: self.written(text) for text in self.quiet}
-        return {t: (ids, own, first_cut(own)) for t, (ids, own) in written.items()}
+        written = {text: self.written(text) for text in self.unflagged}
+        return {t: (ids, scores, first_cut(scores)) for t, (ids, scores) in written.items()}
 
     @cached_property
     def leaking(self) -> str:
@@ -218,8 +220,10 @@ def agent(text: str, *brought: str, **options: Any) -> Asked:
 
 def tools_in(prompt: EncodedPrompt) -> np.ndarray:
     """The tokens from the first result of a tool up to the user's last turn."""
-    is_tool = np.array(prompt.parts) == Part.TOOL
-    return np.arange(is_tool.argmax(), np.flatnonzero(np.array(prompt.parts) == Part.PROMPT)[-4])
+    is_tool = np.array(prompt.token_roles) == TokenRole.TOOL
+    return np.arange(
+        is_tool.argmax(), np.flatnonzero(np.array(prompt.token_roles) == TokenRole.PROMPT)[-4]
+    )
 
 
 @dataclass(frozen=True)
@@ -263,20 +267,20 @@ class PolicyServer:
 
 
 @contextmanager
-def own_server(engine: Engine, subjects: Subjects, home: Path) -> Iterator[PolicyServer]:
+def sidelight_server(engine: Engine, subjects: Subjects, home: Path) -> Iterator[PolicyServer]:
     """Our own server, in process."""
     (home / "policy.toml").write_text(subjects.policy)
 
     @contextmanager
     def unjudged():
         biases = [probe.mechanism.bias for probe in subjects.probes if probe.name != "intent"]
-        kept = [bias.clone() for bias in biases]
+        biases_before = [bias.clone() for bias in biases]
         for bias in biases:
             bias.fill_(float("nan"))
         try:
             yield
         finally:
-            for bias, old in zip(biases, kept, strict=True):
+            for bias, old in zip(biases, biases_before, strict=True):
                 bias.copy_(old)
 
     def ways(text):
@@ -287,7 +291,7 @@ def own_server(engine: Engine, subjects: Subjects, home: Path) -> Iterator[Polic
         yield PolicyServer(http, engine.model, options["audit_log"], ways, unjudged)
 
 
-def parts_of(response: httpx.Response) -> list[dict[str, Any]]:
+def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
     """The JSON of an answer: its body, or each event of its stream."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         return [response.json()]
@@ -300,11 +304,11 @@ def choices(response: httpx.Response) -> dict[int, tuple[str, str]]:
     """The text of each choice, and why it ends."""
     assert response.status_code == 200, response.text
     found: dict[int, tuple[str, str]] = {}
-    for part in parts_of(response):
-        for choice in part.get("choices", ()):
+    for chunk in chunks_of(response):
+        for choice in chunk.get("choices", ()):
             text, reason = found.get(choice["index"], ("", ""))
-            said = choice.get("message") or choice.get("delta") or choice
-            text += said.get("content") or said.get("text") or ""
+            message = choice.get("message") or choice.get("delta") or choice
+            text += message.get("content") or message.get("text") or ""
             found[choice["index"]] = text, choice.get("finish_reason") or reason
     return {index: (text.rstrip("\ufffd"), reason) for index, (text, reason) in found.items()}
 
@@ -312,8 +316,10 @@ def choices(response: httpx.Response) -> dict[int, tuple[str, str]]:
 def verdicts(response: httpx.Response) -> dict[str, dict[str, Any]]:
     """The last entry of each probe in the field ``sidelight``."""
     assert response.status_code == 200, response.text
-    fields = [part.get("sidelight") or {} for part in parts_of(response)]
-    return {entry["probe"]: entry for own in fields for entry in own.get("verdicts", ())}
+    fields = [chunk.get("sidelight") or {} for chunk in chunks_of(response)]
+    return {
+        entry["probe"]: entry for extension in fields for entry in extension.get("verdicts", ())
+    }
 
 
 def in_header(response: httpx.Response) -> dict[str, dict[str, Any]]:
@@ -401,22 +407,22 @@ class PolicyContract:
     """A test class that inherits it needs the fixtures ``server`` and ``subjects``."""
 
     @STREAMED
-    def test_what_no_rule_stops_passes_whole_with_the_verdicts_of_a_plain_pass(
+    def test_what_no_rule_stops_passes_unchanged_with_the_verdicts_of_a_plain_pass(
         self, server, subjects, streamed
     ):
         ids, scores, _ = subjects.answers[subjects.passing]
         answer = server.post(chat(subjects.passing, stream=streamed), ADMIN)
         assert choices(answer) == {0: (subjects.decoded(ids), "length")}
-        said = verdicts(answer)
+        entries = verdicts(answer)
         wanted = {
             **{n: subjects.scores([subjects.chat(subjects.passing)], n)[0] for n in FLAGGED},
             "leak": scores[-1],
         }
-        found = {name: said[name]["probabilities"]["toxic"] for name in wanted}
+        found = {name: entries[name]["probabilities"]["toxic"] for name in wanted}
         assert found == pytest.approx(wanted, abs=ROUNDING)
-        assert [said[name]["flagged"] for name in ("injection", "leak")] == [False, False]
+        assert [entries[name]["flagged"] for name in ("injection", "leak")] == [False, False]
         again = server.post(chat(subjects.passing, stream=streamed), ADMIN)
-        assert (choices(again), verdicts(again)) == (choices(answer), said)
+        assert (choices(again), verdicts(again)) == (choices(answer), entries)
 
     @STREAMED
     def test_a_flagged_prompt_is_not_answered_on_any_way(self, server, subjects, streamed):
@@ -426,7 +432,7 @@ class PolicyContract:
             assert refusal(answer) == (400, "content_filter"), (path, body)
             assert "injection" in answer.json()["error"]["message"]
             assert subjects.injected not in answer.text
-            # Nobody says who speaks in plain text.
+            # Plain text has no roles.
             unsaid = {OF_TURNS} if path == "/v1/completions" else set[str]()
             assert set(answer.headers["x-sidelight-flagged"].split(", ")) == FLAGGED | unsaid
             assert in_header(answer)["injection"]["flagged"]
@@ -442,11 +448,11 @@ class PolicyContract:
             server.post(chat(text, stream=streamed), ADMIN) for text in (subjects.benign, harmless)
         )
         assert choices(disguised) == choices(plain)
-        for name, own in verdicts(plain).items():
-            wanted = pytest.approx(own["probabilities"], abs=ROUNDING)
+        for name, entry in verdicts(plain).items():
+            wanted = pytest.approx(entry["probabilities"], abs=ROUNDING)
             assert verdicts(disguised)[name]["probabilities"] == wanted
         results = server.post((CHECKS, {"input": [subjects.benign, harmless]}), ADMIN).json()
-        scores = [own["category_scores"] for own in results["results"]]
+        scores = [entry["category_scores"] for entry in results["results"]]
         assert scores[1] == pytest.approx(scores[0], abs=ROUNDING)
 
     @STREAMED
@@ -457,7 +463,7 @@ class PolicyContract:
         assert verdicts(answer)["leak"]["flagged"]
         assert '"length"' not in answer.text
 
-    def test_the_last_token_is_judged_with_the_whole_text(self, server, subjects):
+    def test_the_last_token_is_classified_with_the_full_text(self, server, subjects):
         ids, scores, _ = subjects.answers[subjects.passing]
         over = int(np.flatnonzero(scores[3:] >= LEAK)[0]) + 4
         cut = server.post(chat(subjects.passing, max_tokens=over))
@@ -465,8 +471,8 @@ class PolicyContract:
         assert reason == "content_filter"
         assert subjects.decoded(ids[: over - 2]).startswith(text)
         # One token less is harmless.
-        whole = server.post(chat(subjects.passing, max_tokens=over - 1))
-        assert choices(whole) == {0: (subjects.decoded(ids[: over - 1]), "length")}
+        full = server.post(chat(subjects.passing, max_tokens=over - 1))
+        assert choices(full) == {0: (subjects.decoded(ids[: over - 1]), "length")}
 
     @STREAMED
     def test_without_a_verdict_nothing_passes(self, server, subjects, streamed):
@@ -476,7 +482,7 @@ class PolicyContract:
                 assert refusal(answer) == (500, "verdict_failed"), (path, body)
         assert choices(server.post(chat(subjects.passing, stream=streamed)))
 
-    def test_routes_that_only_judge_say_what_the_others_block(self, server, subjects):
+    def test_routes_that_only_classify_report_what_the_others_block(self, server, subjects):
         texts = subjects.texts[::3]
         body = {"input": texts, "probes": ["injection"]}
         results = server.post((CHECKS, body), ADMIN).json()["results"]
@@ -490,12 +496,12 @@ class PolicyContract:
         labels = [one["label"] for one in server.post(asked).json()["data"]]
         assert labels == ["toxic" if one["flagged"] else "fine" for one in results]
         found = server.post((CONTENTS, {"contents": texts}), **{"detector-id": "injection"}).json()
-        assert [[one["text"] for one in own] for own in found] == [
+        assert [[one["text"] for one in detections] for detections in found] == [
             [text] if one["flagged"] else [] for text, one in zip(texts, results, strict=True)
         ]
-        for kind, own in (("request", "injection"), ("response", "leak")):
+        for kind, probe in (("request", "injection"), ("response", "leak")):
             asked = {"input_type": kind, "texts": [subjects.injected]}
-            assert own in verdicts(server.post((GUARDRAIL, asked), ADMIN))
+            assert probe in verdicts(server.post((GUARDRAIL, asked), ADMIN))
 
     @STREAMED
     @pytest.mark.parametrize("several", [{}, {"n": 2, "temperature": 0.01}])
@@ -512,15 +518,15 @@ class PolicyContract:
         passed = 'sidelight_verdicts_total{outcome="passed",probe="relayed"}'
         before = server.counted(passed)
         answer = server.post(agent(ORDER, CALM, **options), ADMIN)
-        own = verdicts(answer)["relayed"]
-        assert (own["flagged"], own["label"]) == (False, "fine")
+        entry = verdicts(answer)["relayed"]
+        assert (entry["flagged"], entry["label"]) == (False, "fine")
         # It is scored as ever, by the turn that would have been flagged.
-        assert own["probabilities"]["toxic"] == pytest.approx(subjects.of_turns, abs=ROUNDING)
+        assert entry["probabilities"]["toxic"] == pytest.approx(subjects.of_turns, abs=ROUNDING)
         assert subjects.of_turns > subjects.relayed
         assert server.counted(passed) == before + 1
         assert choices(server.post(agent(ORDER, "", **options)))
 
-    def test_a_text_that_nobody_says_who_wrote_counts_as_a_tools(self, server, subjects):
+    def test_a_text_without_a_role_counts_as_a_tools(self, server, subjects):
         body = {"input": [subjects.injected, subjects.benign], "probes": ["relayed"]}
         results = server.post((CHECKS, body)).json()["results"]
         assert [one["flagged"] for one in results] == [True, False]
@@ -589,7 +595,7 @@ class PolicyContract:
     def test_answers_tell_what_each_rule_discloses_and_an_admin_everything(
         self, server, subjects, streamed, key
     ):
-        wanted = {name: "scores" if key else own for name, own in SEEN.items()}
+        wanted = {name: "scores" if key else visible_as for name, visible_as in SEEN.items()}
         answer = server.post(chat(subjects.passing, stream=streamed), key)
         assert {name: seen(entry) for name, entry in verdicts(answer).items()} == wanted
         in_headers = {name: seen(entry) for name, entry in in_header(answer).items()}
@@ -610,14 +616,17 @@ class PolicyContract:
             several = {"n": 2, "temperature": 0.01} if texts == 2 else {}
             asked = chat(subjects.benign, max_tokens=4, stream=streamed, **several)
             answer = server.post(asked, key)
-            *_, part = (part for part in parts_of(answer) if part.get("moderation"))
-            entries = part["sidelight"]["verdicts"]
+            *_, chunk = (chunk for chunk in chunks_of(answer) if chunk.get("moderation"))
+            entries = chunk["sidelight"]["verdicts"]
             for choice in range(texts):
                 mine = [e["probe"] for e in entries if e.get("choice", 0) == choice]
                 assert sorted(mine) == sorted(SEEN)
             assert all(("choice" in entry) == (texts > 1) for entry in entries)
-            results = {side: part["moderation"][side]["results"] for side in ("input", "output")}
-            moderated = {side: [each["model"] for each in own] for side, own in results.items()}
+            results = {side: chunk["moderation"][side]["results"] for side in ("input", "output")}
+            moderated = {
+                side: [each["model"] for each in side_results]
+                for side, side_results in results.items()
+            }
             assert sorted(moderated["output"]) == sorted([*RESPONSES] * texts)
             assert set(moderated["input"]) == SEEN.keys() - RESPONSES
             heard = json.loads(answer.headers["x-sidelight-verdicts"])
@@ -655,7 +664,7 @@ class PolicyContract:
             for name, version in wanted.items()
         )
 
-    def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
+    def test_each_place_reports_what_the_documented_table_says(self, server, subjects):
         for setting, name in (("scores", "told"), ("labels", "labelled")):
             wanted = {p: word for p, word in documented(setting).items() if p not in server.absent}
             assert told(server, subjects.benign, name) == wanted, setting

@@ -41,8 +41,8 @@ BLOCKING = Policy(
 @pytest.fixture
 def folders(tiny, tmp_path):
     """The served probes' artifacts, and a second version of one."""
-    late = untrained_probe(tiny, "late", reads=Reads("response"))
-    probes = [untrained_probe(tiny, "toxicity"), late]
+    response_probe = untrained_probe(tiny, "late", reads=Reads("response"))
+    probes = [untrained_probe(tiny, "toxicity"), response_probe]
     saved = {probe.name: save_probe(probe, tmp_path / probe.name) for probe in probes}
     newer = untrained_probe(tiny, "toxicity")
     newer.mechanism.bias.add_(0.5)
@@ -162,10 +162,10 @@ def test_probes_and_policy_change_together(tiny, folders, tmp_path):
 
 @pytest.mark.slow
 def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path):
-    other = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
+    another_model = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
     plain = untrained_probe(tiny, "toxicity")
     wrong = (
-        (untrained_probe(other, "toxicity"), "was trained on", 400),
+        (untrained_probe(another_model, "toxicity"), "was trained on", 400),
         (broken(plain), "gives no verdict", 400),
         (untrained_probe(tiny, "toxicity", reads=Reads("both")), "no probe 'toxicity' judges", 400),
         (plain.changed(prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
@@ -250,7 +250,7 @@ def audited(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_path):
+def test_a_change_whose_caller_leaves_is_applied_and_audited(tiny, folders, tmp_path):
     path = tmp_path / "audit.jsonl"
 
     async def change(engine):
@@ -271,7 +271,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_pat
     assert [line["change"] for line in audited(path)] == ["replace"]
 
 
-def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny):
+def test_requests_that_wait_for_a_change_are_classified_by_the_new_probe(tiny):
     class Replacing(TransformersEngine):
         @asynccontextmanager
         async def serving(self):
@@ -280,13 +280,17 @@ def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny):
 
     for path, body in ((CHATS, CHAT), ("/v1/moderations", {"input": "hello"})):
         with in_process(Replacing(tiny, [untrained_probe(tiny, "p", threshold=1.0)])) as http:
-            said = http.post(path, json=body).json()
-        (one,) = said["results"] if "results" in said else said["sidelight"]["verdicts"]
+            body_of_answer = http.post(path, json=body).json()
+        (one,) = (
+            body_of_answer["results"]
+            if "results" in body_of_answer
+            else body_of_answer["sidelight"]["verdicts"]
+        )
         assert one["flagged"], path
 
 
 @pytest.mark.slow
-def test_changes_are_audited_with_the_key_that_made_them(tiny, folders, tmp_path):
+def test_changes_are_audited_with_their_key(tiny, folders, tmp_path):
     with serving(tiny, folders, audit_log=tmp_path / "audit.jsonl") as admin:
         served = admin.put(toxicity=str(folders["newer"]))
         admin.put({"probe": ["nowhere"]}, status=400)

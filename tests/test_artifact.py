@@ -47,7 +47,15 @@ from sidelight.probes.standardisation import Standardisation
 from sidelight.statistics.calibration import Calibration
 from sidelight.statistics.metrics import decide
 from sidelight.statistics.thresholds import OperatingCurve
-from worlds.models import INTENT, PIECES, TOPICS, TOXICITY, score, spans_probe, untrained_probe
+from worlds.models import (
+    INTENT,
+    NAMES_AND_PLACES,
+    TOPICS,
+    TOXICITY,
+    score,
+    spans_probe,
+    untrained_probe,
+)
 
 TASKS = [TOXICITY, INTENT, TOPICS]
 
@@ -77,8 +85,8 @@ def test_a_file_overwritten_in_place_does_not_change_the_probe_that_was_loaded(s
 
 
 def _tensors(probe):
-    own = probe.standardisation
-    return [own.mean, own.scale, *probe.mechanism.parameters()]
+    standardisation = probe.standardisation
+    return [standardisation.mean, standardisation.scale, *probe.mechanism.parameters()]
 
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
@@ -126,7 +134,7 @@ REPORT = evaluate(decide(TOXICITY, np.array([[0.2], [0.9]]), np.array([0, 1]), t
 
 
 @pytest.mark.parametrize("states", ["divided by their root", "of any norm"])
-def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_path, states):
+def test_an_artifact_records_what_its_threshold_flags_of_which_states(tiny, tmp_path, states):
     measured = CalibrationTexts(curves={"toxic": CURVE})
     record = TrainingRecord(validation=measured, threshold_rule="recall=0.9")
     probe = probe_of(tiny).changed(training=record, thresholds=(0.5,))
@@ -137,7 +145,7 @@ def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_pa
     assert told["flagging"] == flagging
 
 
-def test_of_two_saves_at_once_one_is_there_whole(tiny, tmp_path, monkeypatch):
+def test_two_saves_at_once_leave_one_intact(tiny, tmp_path, monkeypatch):
     replaced, replace_file = [], os.replace
 
     def save_another_first(source, target):
@@ -201,7 +209,7 @@ def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
     rule = labelling.spans
     of_classes = replace(rule.calibration, task="multiclass")
     for probe in (
-        untrained_probe(tiny, "pii", task=PIECES).changed(spans=rule),
+        untrained_probe(tiny, "pii", task=NAMES_AND_PLACES).changed(spans=rule),
         labelling.changed(spans=replace(rule, margins=(-1.0, None))),
         labelling.changed(spans=replace(rule, calibration=of_classes)),
     ):
@@ -209,7 +217,7 @@ def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
             load_probe(save_probe(probe, tmp_path / "pii"))
 
 
-def test_what_is_said_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny, tmp_path):
+def test_the_description_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny, tmp_path):
     forged = Recalibration(date="today", what="\x1b[2J\n- **thresholds**: 0.100")
     record = TrainingRecord(validation=CalibrationTexts(report=REPORT), recalibrations=(forged,))
     card = read_card(save_probe(probe_of(tiny).changed(training=record), tmp_path))
@@ -225,16 +233,22 @@ def test_another_backbone_is_refused_and_both_are_named_with_their_difference(
 ):
     # Weights of the right shape for what the card says, so only the fingerprint is wrong.
     hashes = dict.fromkeys(different, "0" * 16)
-    other = replace(tiny.fingerprint, name="Llama-3.2-3B", **hashes)
-    folder = save_probe(probe_of(tiny).changed(backbone=other), tmp_path)
+    another_model = replace(tiny.fingerprint, name="Llama-3.2-3B", **hashes)
+    folder = save_probe(probe_of(tiny).changed(backbone=another_model), tmp_path)
     why = f"they differ in {', '.join(different)}, and {ACCEPTED} is not set"
     with pytest.raises(FingerprintMismatchError, match=why) as caught:
         load(folder, model=tiny)
-    for named in ("'toxicity'", other.name, other.digest, tiny.name, tiny.fingerprint.digest):
+    for named in (
+        "'toxicity'",
+        another_model.name,
+        another_model.digest,
+        tiny.name,
+        tiny.fingerprint.digest,
+    ):
         assert named in str(caught.value)
 
 
-def test_a_probe_judges_on_a_copy_of_its_model_that_is_accepted(tiny, tmp_path, monkeypatch):
+def test_a_probe_classifies_on_an_accepted_copy_of_its_model(tiny, tmp_path, monkeypatch):
     original = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
     folder = save_probe(probe_of(tiny).changed(backbone=original), tmp_path)
     monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
@@ -285,8 +299,8 @@ def with_tensor(name, *shape):
     return damage
 
 
-def _with_record(**own):
-    return lambda folder: rewritten(folder, training=own)
+def _with_record(**fields):
+    return lambda folder: rewritten(folder, training=fields)
 
 
 def _with_calibration(calibration):
@@ -297,8 +311,8 @@ TORN = {"thresholds": [0.2, 0.4]}
 JSON_REPORT = TypeAdapter(Report).dump_python(REPORT, mode="json")
 # What `inspect` and model cards read.
 VALIDATIONS = (
-    *({"curves": own} for own in (7, {"toxic": 7}, {"fine": CURVES["toxic"]}, {"toxic": TORN})),
-    *({"report": own} for own in (0.5, {"rows": 2}, {**JSON_REPORT, "rows": "many"}, [1])),
+    *({"curves": value} for value in (7, {"toxic": 7}, {"fine": CURVES["toxic"]}, {"toxic": TORN})),
+    *({"report": value} for value in (0.5, {"rows": 2}, {**JSON_REPORT, "rows": "many"}, [1])),
     {"report": {**JSON_REPORT, "confusion_matrix": {"a": 1}}},
 )
 RECORDS = (
@@ -336,7 +350,7 @@ def test_sizes_that_a_card_claims_are_compared_before_memory_is_taken(
 ):
     save_probe(untrained_probe(tiny, "toxicity", mechanism="readout"), tmp_path)
     rewritten(tmp_path, **{field: {**json.loads(text_of(tmp_path))[field], **claimed}})
-    with pytest.raises(SidelightError, match=wordings.OTHER_TENSORS.format(mechanism="readout")):
+    with pytest.raises(SidelightError, match=wordings.TENSORS_DIFFER.format(mechanism="readout")):
         load_probe(tmp_path)
 
 
@@ -390,11 +404,14 @@ def hashed(damage):
         (lambda folder: with_text(folder, "[]"), "is damaged .its card cannot be read"),
         (lambda folder: with_text(folder, "{}"), "is damaged .its card cannot be read"),
         (lambda folder: shutil.rmtree(folder), "holds no probe .it is no folder"),
-        (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 3"),
+        (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 4"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
-        *((_with_record(**own), rf"is damaged .*{next(iter(own))}") for own in RECORDS),
-        *((_with_record(validation=own), f"is damaged .*{next(iter(own))}") for own in VALIDATIONS),
-        *((_with_calibration(own), r"is damaged .*calibration") for own in CALIBRATIONS),
+        *((_with_record(**value), rf"is damaged .*{next(iter(value))}") for value in RECORDS),
+        *(
+            (_with_record(validation=value), f"is damaged .*{next(iter(value))}")
+            for value in VALIDATIONS
+        ),
+        *((_with_calibration(value), r"is damaged .*calibration") for value in CALIBRATIONS),
     ],
 )
 def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):
@@ -440,7 +457,7 @@ def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data
         probe.card.backbone.require(tiny.fingerprint, probe=probe.name)
     except FingerprintMismatchError:
         return
-    assert probe.reads.parts
+    assert probe.reads.token_roles
     assert probe.card.prompt_format in ("chat", "raw", "both")
     assert probe.task.kind in ("binary", "multiclass", "multilabel")
     assert probe.verdict(np.zeros(probe.task.outputs)).probe == probe.name
@@ -492,7 +509,7 @@ def test_weights_so_large_that_sums_overflow_are_refused(tiny, tmp_path, mechani
 
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_a_scale_so_small_that_ordinary_states_overflow_is_refused(tiny, tmp_path, mechanism):
+def test_a_scale_so_small_that_usual_states_overflow_is_refused(tiny, tmp_path, mechanism):
     probe = probe_of(tiny, mechanism=mechanism)
     probe.standardisation.scale[0, 0] = 1e-38
     with pytest.raises(SidelightError, match=wordings.OVERFLOW):

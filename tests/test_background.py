@@ -27,7 +27,7 @@ PACKAGED_EXAMPLES = load_examples(PACKAGED, label=None)
 PACKAGED_ROWS = PACKAGED_EXAMPLES.rows
 
 
-def said(*texts: str) -> tuple[Message, ...]:
+def user_turns(*texts: str) -> tuple[Message, ...]:
     roles = ("user", "assistant")
     return tuple(Message(roles[turn % 2], text) for turn, text in enumerate(texts))
 
@@ -43,10 +43,10 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
     assert len(packaged.conversations) == len(PACKAGED_ROWS)
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,mail\nWhere is my order?,chat\n")
-    own = load_background(path)
+    loaded = load_background(path)
     # Few files have every length and kind.
-    assert Counter(own.conversations) == Counter(
-        [said("Hello"), said("Where is my order?"), *packaged.conversations]
+    assert Counter(loaded.conversations) == Counter(
+        [user_turns("Hello"), user_turns("Where is my order?"), *packaged.conversations]
     )
     with pytest.raises(SidelightError, match=wordings.NO_FILE.format(path=".*traffic.jsonl")):
         load_background(tmp_path / "traffic.jsonl")
@@ -60,7 +60,7 @@ def test_a_conversation_ends_by_what_the_assistant_would_answer(tmp_path: Path):
     path.write_text(
         '{"text": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}\n'
     )
-    assert said("Hello") in load_background(path).conversations
+    assert user_turns("Hello") in load_background(path).conversations
     packaged = load_background("packaged").conversations
     assert {turns[-1].role for turns in packaged} == {"user", "tool"}
     assert {turn.role for turns in packaged for turn in turns} > {"system", "assistant"}
@@ -76,9 +76,9 @@ def test_every_row_has_its_source_and_licence_in_the_notice():
         for name in licence.replace(" OR ", " AND ").split(" AND ")
         if name != "public domain"
     }
-    _, terms = NOTICE.split("Licences:")
-    assert all(f"\n{name} " in terms for name in names)
-    # Whoever redistributes the package needs to know.
+    _, licences = NOTICE.split("Licences:")
+    assert all(f"\n{name} " in licences for name in names)
+    # Redistributors of the package need to know.
     assert {*PROJECT["project"]["license"].split(" AND ")} == names
 
 
@@ -102,12 +102,14 @@ def test_the_packaged_set_holds_no_text_that_a_demonstration_is_tested_on():
 
 
 @pytest.mark.parametrize("count", [30, 100, 300])
-def test_each_beginning_has_a_third_to_a_half_of_a_users_own(count: int, tmp_path: Path):
+def test_each_prefix_is_a_third_to_a_half_of_the_users_conversations(count: int, tmp_path: Path):
     path = tmp_path / "traffic.csv"
     path.write_text("text\n" + "".join(f"Where is my order number {i}?\n" for i in range(400)))
-    own = load_background(path)
-    is_own = [turns[0].content.startswith("Where is my order") for turns in own.conversations]
-    share = sum(is_own[:count]) / count
+    loaded = load_background(path)
+    is_from_file = [
+        turns[0].content.startswith("Where is my order") for turns in loaded.conversations
+    ]
+    share = sum(is_from_file[:count]) / count
     assert 0.3 < share < 0.6
 
 
@@ -126,8 +128,10 @@ def test_the_next_conversation_is_of_what_came_least_often():
         for length, many, turns in zip(lengths, several, conversations, strict=True)
     ]
     # Each beginning has all lengths, numbers of turns and kinds.
-    shown, known = ({pair for own in part for pair in own[:3]} for part in (strata[:30], strata))
-    assert shown == known
+    drawn, known = (
+        {pair for stratum in rows for pair in stratum[:3]} for rows in (strata[:30], strata)
+    )
+    assert drawn == known
     left = Counter(map(tuple, strata))
     taken: Counter[tuple[int, object]] = Counter()
     for length, values in zip(lengths[:300], strata, strict=False):
@@ -151,34 +155,38 @@ def test_a_seed_decides_the_order_and_no_row_is_lost():
 
 def test_a_text_with_another_name_or_number_is_like_the_text():
     texts = ["Please send order 17 to my new address.", "An entirely different thing to say."]
-    others = ["Please send order 99 to my new address!"]
-    assert are_alike(texts, others, cosine=0.85).tolist() == [True, False]
+    references = ["Please send order 99 to my new address!"]
+    assert are_alike(texts, references, cosine=0.85).tolist() == [True, False]
     assert are_alike(texts, [], cosine=0.85).tolist() == [False, False]
 
 
 @pytest.mark.parametrize("count", [1, 5, 7])
-def test_no_source_is_in_two_parts_of_the_background(count):
+def test_no_source_is_in_two_folds_of_the_background(count):
     background = load_background("packaged")
-    parts = background.parts(count)
-    assert sum(map(len, parts)) == len(background)
-    sources = [{*part.sources} for part in parts]
+    folds = background.split_into(count)
+    assert sum(map(len, folds)) == len(background)
+    sources = [{*fold.sources} for fold in folds]
     assert sum(map(len, sources)) == len({*background.sources})
-    assert min(map(len, parts)) > 0.7 * len(background) / count
+    assert min(map(len, folds)) > 0.7 * len(background) / count
     # Each keeps the balanced order.
-    for part in parts:
+    for fold in folds:
         rest = iter(background.conversations)
-        assert all(turns in rest for turns in part.conversations)
+        assert all(turns in rest for turns in fold.conversations)
 
 
 def test_a_cell_that_names_no_source_is_none(tmp_path):
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,nan\nWhere is my order?,\nBye,chat\n")
-    own = load_background(path)
-    of = dict(zip(own.conversations, own.sources, strict=True))
-    assert [of[said(text)] for text in ("Hello", "Where is my order?", "Bye")] == ["", "", "chat"]
+    loaded = load_background(path)
+    of = dict(zip(loaded.conversations, loaded.sources, strict=True))
+    assert [of[user_turns(text)] for text in ("Hello", "Where is my order?", "Bye")] == [
+        "",
+        "",
+        "chat",
+    ]
 
 
 def test_conversations_of_no_known_source_are_parted_one_by_one():
     turns = tuple((Message("user", f"Hello {i}."),) for i in range(10))
     for background in (Background(turns), Background(turns, ("",) * 10)):
-        assert [len(part) for part in background.parts(3)] == [4, 3, 3]
+        assert [len(fold) for fold in background.split_into(3)] == [4, 3, 3]

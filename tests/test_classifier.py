@@ -21,21 +21,21 @@ from sidelight.scoring import assess
 from sidelight.statistics.background import Conversations, Traffic
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
-from sidelight.training.traffic import beginning
+from sidelight.training.traffic import excerpt
 from sidelight.training.validation import warn_of_shared_texts
 from worlds.data import TASKS, planted_rows, write
 from worlds.models import saved, untrained_probe
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 BRIEF = TrainingSettings(
     learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
 )
 TRAINING, TESTING = 80, 40
 
 
-def options_of(mechanism, *, seed=0, **others):
+def options_of(mechanism, *, seed=0, **fields):
     return FitOptions(
-        mechanism=mechanism_spec(mechanism), settings=replace(BRIEF, seed=seed), **others
+        mechanism=mechanism_spec(mechanism), settings=replace(BRIEF, seed=seed), **fields
     )
 
 
@@ -62,7 +62,7 @@ def classifier(tiny, fits):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path, kind):
+def test_rows_are_fitted_evaluated_classified_saved_and_loaded(tiny, fits, tmp_path, kind):
     probe = fits[kind].probe
     classifier, labels = Classifier(tiny, probe), probe.task.labels
     testing = planted_rows(kind, TESTING, seed=1)
@@ -90,14 +90,14 @@ def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path,
 
 
 def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
-    made = fits["binary"]
-    assert made.probe.card.mechanism == mechanism_spec("readout")
-    assert made.baseline.to_dict()["rows"] > 0
-    record = made.probe.card.training
+    fitted = fits["binary"]
+    assert fitted.probe.card.mechanism == mechanism_spec("readout")
+    assert fitted.baseline.to_dict()["rows"] > 0
+    record = fitted.probe.card.training
     assert record.training.rows == record.validation.rows == TRAINING
     assert record.seed == 1
     assert record.parameters > 0
-    assert made.probe.card.backbone == tiny.fingerprint
+    assert fitted.probe.card.backbone == tiny.fingerprint
 
 
 @pytest.mark.parametrize("with_validation", [True, False])
@@ -120,7 +120,7 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
+def test_activations_are_removed_after_a_fit_unless_requested(tiny, tmp_path):
     rows = load_examples(planted_rows("binary", 30), positive="toxic")
     options = options_of("gate", cache_root=tmp_path)
     fit(tiny, rows, None, name="p", options=options)
@@ -143,19 +143,19 @@ def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_pat
     training(out=tmp_path / "other")
     assert "on disk already" not in capsys.readouterr().err
     out.unlink()
-    made = training()
+    result = training()
     assert "hidden states of 30 of 30 are on disk already" in capsys.readouterr().err
-    assert load_probe(out).calibration == made.probe.calibration
+    assert load_probe(out).calibration == result.probe.calibration
     assert not list(cache.iterdir())
 
 
 def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
     options = {"prompt_format": "both", "positive": "toxic", "name": "mine", "context_tokens": 400}
-    made = train(path, planted_rows("binary", 30), mechanism="gate", background="none", **options)
-    assert made.probe.task.labels == ("fine", "toxic")
-    assert (made.probe.card.mechanism.name, made.probe.card.prompt_format) == ("gate", "both")
-    folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
+    result = train(path, planted_rows("binary", 30), mechanism="gate", background="none", **options)
+    assert result.probe.task.labels == ("fine", "toxic")
+    assert (result.probe.card.mechanism.name, result.probe.card.prompt_format) == ("gate", "both")
+    folder, verdicts = result.save(tmp_path / "probe"), result.predict(["hello"])
     assert verdicts[0].probe == "mine"
     for backbone in (None, load_backbone(path, prompt_format="chat")):
         assert load(folder, model=backbone).predict(["hello"]) == verdicts
@@ -211,8 +211,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
     with pytest.raises(
         VerdictError,
-        match=f"^{wordings.GIVEN_ROW.format(row=5)}: Probe "
-        + wordings.NOT_FINITE.format(probe="p"),
+        match=f"^{wordings.ROW.format(row=5)}: Probe " + wordings.NOT_FINITE.format(probe="p"),
     ):
         classifier.evaluate(replace(examples, items=items))
     probe = untrained_probe(tiny, "p")
@@ -260,37 +259,42 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
     labelled = load_examples(planted_rows(kind, 40, seed=3), task=probe.task)
     # Labels that the probe has not seen: each is wrong.
     examples = replace(labelled, labels=np.roll(labelled.labels, 1, axis=0))
-    kept, none = (assess(tiny, one, examples) for one in (probe.changed(training=record), probe))
-    assert 0 < len(kept.mistakes) <= 5
+    recorded, none = (
+        assess(tiny, one, examples) for one in (probe.changed(training=record), probe)
+    )
+    assert 0 < len(recorded.mistakes) <= 5
     texts = [item.text for item in examples.items]
-    assert {mistake.text for mistake in kept.mistakes} <= {*map(beginning, texts)}
+    assert {mistake.text for mistake in recorded.mistakes} <= {*map(excerpt, texts)}
     # The farthest from right is first.
     right = probe.card.label_thresholds or dict.fromkeys(probe.task.labels, 0)
-    distances = [abs(mistake.probability - right[mistake.label]) for mistake in kept.mistakes]
+    distances = [abs(mistake.probability - right[mistake.label]) for mistake in recorded.mistakes]
     assert (np.diff(distances) <= 0).all()
     capsys.readouterr()
-    shown = []
-    for assessment in (kept, none):
+    outputs = []
+    for assessment in (recorded, none):
         print_assessment(assessment)
-        shown.append(capsys.readouterr().out)
-    for mistake in kept.mistakes:
-        assert f"'{mistake.label}' {mistake.probability:.2f}  {mistake.text}\n" in shown[0]
+        outputs.append(capsys.readouterr().out)
+    for mistake in recorded.mistakes:
+        assert f"'{mistake.label}' {mistake.probability:.2f}  {mistake.text}\n" in outputs[0]
     for label, threshold in probe.card.label_thresholds.items():
-        assert f"Threshold for '{label}': {threshold:.3f}" in shown[0]
+        assert f"Threshold for '{label}': {threshold:.3f}" in outputs[0]
     if probe.thresholds:
-        assert "False positives: 4.0 % of 150 conversations" in shown[0]
-        assert "without background" in shown[1]
-    points = kept.operating_points
+        assert "False positives: 4.0 % of 150 conversations" in outputs[0]
+        assert "without background" in outputs[1]
+    points = recorded.operating_points
     assert bool(points) == (probe.task.kind == "binary")
-    scores, holds = kept.probabilities[:, 0], examples.labels.reshape(len(examples), -1)[:, 0] == 1
+    scores, holds = (
+        recorded.probabilities[:, 0],
+        examples.labels.reshape(len(examples), -1)[:, 0] == 1,
+    )
     for threshold, found, flagged in points:
         assert (scores[holds] >= threshold).sum() == found
         assert (scores[~holds] >= threshold).sum() == flagged
-        assert f"{threshold:.3f}" in shown[0].partition("Other thresholds")[2]
-    assert kept.to_dict()["operating_points"] == [point._asdict() for point in points]
+        assert f"{threshold:.3f}" in outputs[0].partition("Other thresholds")[2]
+    assert recorded.to_dict()["operating_points"] == [point._asdict() for point in points]
     # The last line says it all.
-    for text, background in zip(shown, ((6, 150), (0, 0)), strict=True):
-        assert text.splitlines()[-1] == summary(kept.report, background)
+    for text, background in zip(outputs, ((6, 150), (0, 0)), strict=True):
+        assert text.splitlines()[-1] == summary(recorded.report, background)
 
 
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts(warned):
@@ -331,7 +335,7 @@ def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(tiny)
         train("no-such-model", GOOD, mechanism="gat")
     options = options_of("gate", reads=Reads("response"))
     with pytest.raises(
-        SidelightError, match=rf"\(response\), first {wordings.GIVEN_ROW.format(row=1)}\."
+        SidelightError, match=rf"\(response\), first {wordings.ROW.format(row=1)}\."
     ):
         fit(tiny, load_examples(GOOD), None, name="p", options=options)
 

@@ -81,7 +81,7 @@ def write_rows(path: Path, count: int, *, seed: int, **last: Any) -> str:
 
 
 def labelled_rows(path: Path, labels: Sequence[object]) -> str:
-    rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
     return str(write(path, rows))
 
 
@@ -127,9 +127,9 @@ def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
     told = capsys.readouterr()
     report = json.loads(told.out)
     assert report == json.loads(written.read_text())
-    figures = {name: v for name, v in report.items() if isinstance(v, dict) and "ci" in v}
-    assert figures.keys() >= {"f1", "auprc", "auroc", "accuracy", "recall_at_1pct_fpr", "ece"}
-    for figure in figures.values():
+    metrics = {name: v for name, v in report.items() if isinstance(v, dict) and "ci" in v}
+    assert metrics.keys() >= {"f1", "auprc", "auroc", "accuracy", "recall_at_1pct_fpr", "ece"}
+    for figure in metrics.values():
         assert sorted((0, *figure["ci"], 1)) == [0, *figure["ci"], 1]
         assert 0 <= figure["value"] <= 1
     assert report["auprc"]["value"] > 0.9
@@ -147,12 +147,12 @@ def test_predict_gives_one_line_per_text_in_order_and_explains_it(trained, tmp_p
     assert len(from_file) == 30
     out = tmp_path / "v.jsonl"
     assert cli("predict", str(trained), "--explain", "--out", str(out), texts[7]) == 0
-    alone = json.loads(out.read_text())
-    why = alone["explanation"]
+    single = json.loads(out.read_text())
+    why = single["explanation"]
     shares = sum(token["share"] for token in why["tokens"])
     assert why["baseline"] + why["template"] + shares == pytest.approx(why["logit"], abs=1e-4)
-    assert alone["label"] == from_file[7]["label"]
-    assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
+    assert single["label"] == from_file[7]["label"]
+    assert single["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
 def test_a_terminal_shows_the_tokens_and_layers_that_count_most():
@@ -165,22 +165,24 @@ def test_a_terminal_shows_the_tokens_and_layers_that_count_most():
         shares=np.array([[0.5, 0.5], [-0.4, 0.0], [0.1, 0.0], [0.0, 0.2]]),
         places=(Place(0, 0, 3), Place(0, 4, 7), Place(0, 8, 9), None),
     )
-    shown = why(Example((Message("user", "bad but x"),)), explanation)
-    assert shown.startswith(
+    lines = why(Example((Message("user", "bad but x"),)), explanation)
+    assert lines.startswith(
         "toxic 0.800\ntoxic, logit +1.40 = baseline +0.50, text +0.70, template"
     )
-    assert "'bad' +1.00, 'but' -0.40, 'x' +0.10\nlayers: 1 +0.70, 0 +0.20\n" in shown
+    assert "'bad' +1.00, 'but' -0.40, 'x' +0.10\nlayers: 1 +0.70, 0 +0.20\n" in lines
 
 
 @pytest.mark.slow
-def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(trained, capfd):
-    judged = {}
+def test_predict_runs_the_backbone_in_the_requested_dtype_and_on_the_requested_device(
+    trained, capfd
+):
+    chances = {}
     for dtype in ("auto", "float32", "bfloat16"):
         assert cli("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
-        judged[dtype] = json.loads(capfd.readouterr().out)["probabilities"]["1"]
+        chances[dtype] = json.loads(capfd.readouterr().out)["probabilities"]["1"]
     # The model is stored in float32; bfloat16 keeps 8 bits.
-    assert judged["auto"] == judged["float32"] != judged["bfloat16"]
-    assert judged["bfloat16"] == pytest.approx(judged["auto"], abs=0.1)
+    assert chances["auto"] == chances["float32"] != chances["bfloat16"]
+    assert chances["bfloat16"] == pytest.approx(chances["auto"], abs=0.1)
     assert cli("predict", str(trained), "--device", "nowhere", "tabX cde") == 2
     assert "nowhere" in capfd.readouterr().err
 
@@ -200,27 +202,27 @@ def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
         (untrained, "multiclass: billing, refund, other", "nothing: with several classes"),
     ):
         assert cli("inspect", folder) == 0
-        shown = capsys.readouterr().out
-        assert task in shown
-        assert re.search(rf"^flags\s+{flags}", shown, re.MULTILINE)
+        output = capsys.readouterr().out
+        assert task in output
+        assert re.search(rf"^flags\s+{flags}", output, re.MULTILINE)
     assert cli("inspect", binary, "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "toxicity"
     assert cli("predict", untrained, "--model", model, "a text") == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out)["flagged"] is False
-    assert "'intent' flags nothing" in shown.err
+    output = capsys.readouterr()
+    assert json.loads(output.out)["flagged"] is False
+    assert "'intent' flags nothing" in output.err
 
 
 @pytest.mark.slow
-def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(model, tmp_path, capsys):
+def test_a_probe_is_recalibrated_on_labelled_texts_or_by_a_rule(model, tmp_path, capsys):
     # It tells the classes apart in part, so that rules differ in their thresholds.
     hesitant = trained_probe(model, "pooling", tmp_path)
     before = (hesitant / PROBE).read_bytes()
     on = ["recalibrate", str(hesitant), "--data", write_rows(tmp_path / "new.jsonl", 200, seed=5)]
     assert cli(*on, "--label", "toxic", "--out", str(tmp_path / "labelled")) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "on 200 labelled texts" in shown
-    assert re.search(r"Before: Finds \d+ of .* After: Finds \d+ of \d+ '1' texts", shown)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "on 200 labelled texts" in output
+    assert re.search(r"Before: Finds \d+ of .* After: Finds \d+ of \d+ '1' texts", output)
     assert cli("predict", str(tmp_path / "labelled"), "tabX cde") == 0
     assert cli("recalibrate", str(hesitant), "--threshold", "fpr=0.01") == 0
     assert "cannot be told from" in capsys.readouterr().err
@@ -242,7 +244,7 @@ def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(model, tm
 
 
 @pytest.mark.slow
-def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_judges_it(
+def test_a_probe_of_answers_replaces_one_by_force_and_the_suggested_command_evaluates_it(
     model, untrained, tmp_path, monkeypatch, capsys
 ):
     texts, labels = planted("binary", 60, seed=7)
@@ -264,8 +266,8 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     assert load_probe(folder).card.mechanism.name == "pooling"
     told = capsys.readouterr()
     assert "were cut to 64 tokens" in told.err
-    *_, figures, saved_to, hint = told.out.splitlines()
-    assert figures.startswith("Finds ")
+    *_, summary_line, saved_to, hint = told.out.splitlines()
+    assert summary_line.startswith("Finds ")
     assert saved_to == "Saved to ."
     _, program, *command = shlex.split(hint.replace("TEST_FILE", "TEST_FILE.jsonl"))
     assert program == "sidelight"
@@ -275,7 +277,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
 
 
 @pytest.mark.slow
-def test_each_warning_is_printed_once_in_every_run_and_kept_in_json(model, tmp_path, capsys):
+def test_each_warning_is_printed_once_in_every_run_and_stored_in_json(model, tmp_path, capsys):
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 5)
     command = ["train", "--model", model, "--data", data, "--mechanism", "pooling", *QUICKLY]
     for run in ("first", "second"):
@@ -291,13 +293,13 @@ def test_each_warning_is_printed_once_in_every_run_and_kept_in_json(model, tmp_p
         assert any("--positive dog" in sentence for sentence in printed)
 
 
-def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
+def test_what_the_probe_will_flag_is_announced_before_the_model_is_loaded(tmp_path, capsys):
     (tmp_path / "config.json").write_text("")
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 5)
     command = ["train", "--data", data, "--out", str(tmp_path / "o"), "--model", str(tmp_path)]
     assert cli(*command) == 2
-    reading, doubt, announced, loading, error = capsys.readouterr().err.splitlines()
-    assert (reading, loading) == (f"Reading {data} ...", "Loading the model ...")
+    announced_file, doubt, announced, loading, error = capsys.readouterr().err.splitlines()
+    assert (announced_file, loading) == (f"Reading {data} ...", "Loading the model ...")
     assert "--positive dog" in doubt
     assert "will flag 'cat'" in announced
     assert error.startswith("Error: Cannot load")
@@ -333,13 +335,13 @@ def test_the_first_lines_come_before_torch_is_imported(untrained, tmp_path):
     commands = [f"train --data {data} --out {tmp_path}/o"]
     commands += [f"{name} {untrained} --data {data}" for name in ("eval", "predict", "recalibrate")]
     program = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
-    said = subprocess.run(program, capture_output=True, text=True, check=True)
-    lines = said.stderr.splitlines()
+    output = subprocess.run(program, capture_output=True, text=True, check=True)
+    lines = output.stderr.splitlines()
     # Training also says what it has read.
     read = lines.pop(1)
     assert read.startswith("Read 60 texts")
     assert lines == [f"Reading {data} ...", "Loading the model ...", "torch"] * 4
-    assert said.stdout == ""
+    assert output.stdout == ""
 
 
 def _use_nothing() -> None:
@@ -377,17 +379,17 @@ def test_python_is_started_without_the_working_directory_in_its_path():
 
 def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):
     data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no", None])
-    held = labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"])
-    given_options = ["--data", data, "--out", "o", "--missing-label", "skip"]
-    parsed = train.make_context("train", given_options).params
+    validation_file = labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"])
+    options = ["--data", data, "--out", "o", "--missing-label", "skip"]
+    parsed = train.make_context("train", options).params
     names = [field.name for field in fields(TrainingInputs) if field.name in parsed]
-    given = TrainingInputs(**{name: parsed[name] for name in names})
-    training, validation = replace(given, validation=held).load()
+    inputs = TrainingInputs(**{name: parsed[name] for name in names})
+    training, validation = replace(inputs, validation=validation_file).load()
     assert (len(training), len(validation)) == (3, 2)
     # A file has no splits, which shows that the option arrives.
     with pytest.raises(SidelightError, match="split='held'"):
-        replace(given, validation=held, validation_split="held").load()
-    limited, _ = replace(given, limit=2).load()
+        replace(inputs, validation=validation_file, validation_split="held").load()
+    limited, _ = replace(inputs, limit=2).load()
     assert len(limited) == 2
 
 
@@ -398,9 +400,9 @@ def test_a_missing_label_names_an_option_of_the_command(command, untrained, tmp_
     arguments = [command, "--data", data, *([untrained] if command != "train" else [])]
     arguments += ["--out", str(tmp_path / "out")] if command != "eval" else []
     assert cli(*arguments) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 9 rows have no label in 'label', the first at rows.jsonl, line 9." in said
-    (option, value) = re.search(r"leave them out with (--\S+) (\S+)", said).groups()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 9 rows have no label in 'label', the first at rows.jsonl, line 9." in error
+    (option, value) = re.search(r"leave them out with (--\S+) (\S+)", error).groups()
     app.get_command(None, command).make_context(command, [*arguments[1:], option, value])
 
 
@@ -420,9 +422,9 @@ def test_groups_are_refused_where_there_are_no_folds(tmp_path, capsys):
 
 
 def test_the_help_names_every_option_that_can_be_set():
-    (own,) = (option for option in train.params if option.name == "assigned")
+    (option,) = (option for option in train.params if option.name == "assigned")
     for name in (*INPUT_SETTINGS, *_kinds()):
-        assert re.search(rf"\b{name}\b", own.help), name
+        assert re.search(rf"\b{name}\b", option.help), name
 
 
 # Mistakes.
@@ -464,18 +466,18 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     empty = write(tmp_path / "empty.jsonl", [{"text": text} for text in ("a", " ", "c", "")])
     filled = command.format(data=data, empty=empty, model=model, probe=untrained)
     assert cli(*filled.split()) == 2
-    shown = capfd.readouterr()
-    (line,) = [line for line in shown.err.splitlines() if line.startswith("Error:")]
+    output = capfd.readouterr()
+    (line,) = [line for line in output.err.splitlines() if line.startswith("Error:")]
     assert remedy in line
-    assert "Traceback" not in shown.err
+    assert "Traceback" not in output.err
     assert not Path("o").exists()
 
 
-def test_without_a_command_the_help_is_shown_line_by_line(capfd):
+def test_without_a_command_the_help_is_printed_line_by_line(capfd):
     assert cli() == 2
-    shown = capfd.readouterr().err
-    assert "Error:" not in shown
-    assert any(line.split()[:1] == ["train"] for line in shown.splitlines())
+    output = capfd.readouterr().err
+    assert "Error:" not in output
+    assert any(line.split()[:1] == ["train"] for line in output.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -528,9 +530,9 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
     labelled_rows(tmp_path / "classes.jsonl", ["a", "b", "c"] * 8)
     out = str(tmp_path / "out")
     assert cli("train", "--data", data, "--out", out, *more.format(folder=tmp_path).split()) == 2
-    said = capfd.readouterr().err
-    assert remedy in said.splitlines()[-1]
-    assert "Loading the model" not in said
+    error = capfd.readouterr().err
+    assert remedy in error.splitlines()[-1]
+    assert "Loading the model" not in error
 
 
 @pytest.mark.parametrize(
@@ -564,9 +566,9 @@ def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
     }
     folders = {name: save_probe(probe, tmp_path / name) for name, probe in probes.items()}
     assert cli(*command.format(data=data, few=few, **folders).split()) == 2
-    said = capfd.readouterr().err
-    assert remedy in said.splitlines()[-1]
-    assert "Loading" not in said
+    error = capfd.readouterr().err
+    assert remedy in error.splitlines()[-1]
+    assert "Loading" not in error
 
 
 LIGHT = """
@@ -618,20 +620,20 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         ["policy", "check", "nowhere.toml"],
     ]
     program = [sys.executable, "-c", LIGHT, json.dumps(asked)]
-    all_said = subprocess.run(program, capture_output=True, text=True, check=True).stdout
-    said, *helps = all_said.split("Usage: ")
+    output = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    errors, *helps = output.split("Usage: ")
     for words in ("nowhere.jsonl", "--text", "torn.jsonl, line 1"):
-        assert said.count(words) == len(readers), words
-    assert said.count("holds no probe") == 4
+        assert errors.count(words) == len(readers), words
+    assert errors.count("holds no probe") == 4
     for words in (
         "Name texts of",
         "Got the threshold",
         "'lable'",
         "Name a TOML file",
     ):
-        assert said.count(words) == 1, words
+        assert errors.count(words) == 1, words
     assert len(helps) > 20
-    assert all_said.endswith("\n[]\n")
+    assert output.endswith("\n[]\n")
 
 
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
@@ -653,7 +655,7 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
 
 
 # Ctrl-C while click is imported, which every command needs first.
-STOPPED_EARLY = """
+INTERRUPTED = """
 import pkgutil, signal, sys
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -670,7 +672,7 @@ pkgutil.resolve_name(sys.argv[1])()
 
 def test_a_command_that_is_stopped_during_its_first_imports_ends_without_a_traceback():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    program = [sys.executable, "-c", STOPPED_EARLY, project["scripts"]["sidelight"]]
+    program = [sys.executable, "-c", INTERRUPTED, project["scripts"]["sidelight"]]
     ran = subprocess.run(program, capture_output=True, text=True, check=False)
     # By the signal, which shells show as 130.
     assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "")
@@ -719,9 +721,9 @@ main()
 def test_threads_sleep_while_they_wait_and_keep_to_the_quota_before_torch_is_imported():
     usual = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}
-    for given, expected in (({}, "PASSIVE 1"), (chosen, "ACTIVE 2")):
+    for variables, expected in (({}, "PASSIVE 1"), (chosen, "ACTIVE 2")):
         # As a quota of one CPU.
-        given = {**usual, **given, "LOKY_MAX_CPU_COUNT": "1"}
+        variables = {**usual, **variables, "LOKY_MAX_CPU_COUNT": "1"}
         command = [sys.executable, "-c", AT_TORCHS_IMPORT, "demo"]
-        ran = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
         assert ran.stdout.splitlines()[0] == expected

@@ -16,7 +16,7 @@ from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.models.conversation import EncodedPrompt, Message, PlainText, Reads, TokenRole
 from sidelight.probes.bank import Bank
 from sidelight.probes.card import TrainingRecord, read_card, summary
 from sidelight.probes.mechanisms.base import mechanism_spec
@@ -56,13 +56,13 @@ TRAFFIC = tuple(
 )
 
 
-def said(*turns):
+def turns_of(*turns):
     return Example(tuple(Message("user", turn) for turn in turns))
 
 
 @pytest.fixture
 def examples():
-    items = tuple(map(said, TEXTS))
+    items = tuple(map(turns_of, TEXTS))
     return LabelledExamples(items, ({},) * 60, labels=np.arange(60) % 3 % 2, task=TOXICITY)
 
 
@@ -72,12 +72,12 @@ def options(tmp_path, monkeypatch):
     return FitOptions(cache_root=tmp_path, reads=EACH_TURN, background=Background(TRAFFIC))
 
 
-def drawn(backbone, examples, *, is_part=True, traffic=TRAFFIC, tokens=40_000):
+def drawn(backbone, examples, *, by_turn=True, traffic=TRAFFIC, tokens=40_000):
     sampler = ContextSampler(
         backbone.encoder,
         EACH_TURN,
         traffic,
-        is_part=is_part,
+        by_turn=by_turn,
         max_tokens=backbone.encoder.max_tokens,
     )
     return sampler.of_texts(examples, np.arange(len(examples)), tokens=tokens)
@@ -86,13 +86,13 @@ def drawn(backbone, examples, *, is_part=True, traffic=TRAFFIC, tokens=40_000):
 def read_text(backbone, prompt):
     ids = [
         token
-        for token, part in zip(prompt.token_ids, prompt.parts, strict=True)
-        if part in (Part.PROMPT, Part.REPLY)
+        for token, role in zip(prompt.token_ids, prompt.token_roles, strict=True)
+        if role in (TokenRole.PROMPT, TokenRole.REPLY)
     ]
     return backbone.tokenizer.decode(ids)
 
 
-def test_what_is_read_of_a_labelled_text_in_a_context_holds_it_whole(tiny, examples):
+def test_what_is_read_of_a_labelled_text_in_a_context_contains_it_fully(tiny, examples):
     contexts = drawn(tiny, examples)
     kinds = Counter(context.kind for context in contexts)
     assert {"inside", "turn"} == {*kinds}
@@ -109,17 +109,17 @@ def test_what_is_read_of_a_labelled_text_in_a_context_holds_it_whole(tiny, examp
     assert {*wholes} == {True, False}
 
 
-def test_several_classes_are_shown_as_the_last_turn_alone(tiny, examples):
-    contexts = drawn(tiny, replace(examples, labels=np.arange(60) % 3, task=INTENT), is_part=False)
+def test_several_classes_train_only_on_the_last_turn(tiny, examples):
+    contexts = drawn(tiny, replace(examples, labels=np.arange(60) % 3, task=INTENT), by_turn=False)
     assert {context.kind for context in contexts} == {"turn"}
     assert all(c.example.messages[-1].content == TEXTS[c.text] for c in contexts)
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-@pytest.mark.parametrize("is_part", [True, False])
-def test_no_context_has_a_turn_that_no_probe_reads(tiny, examples, role, is_part):
+@pytest.mark.parametrize("by_turn", [True, False])
+def test_no_context_has_a_turn_that_no_probe_reads(tiny, examples, role, by_turn):
     traffic = tuple((Message(role, "Rules."), *turns) for turns in TRAFFIC)
-    contexts = drawn(tiny, examples, is_part=is_part, traffic=traffic)
+    contexts = drawn(tiny, examples, by_turn=by_turn, traffic=traffic)
     turns = [context for context in contexts if context.kind == "turn"]
     assert any(len(context.example.messages) > 1 for context in turns)
     for context in turns:
@@ -142,46 +142,46 @@ def assert_parted(split, count):
     """That no background and no text is in two folds."""
     folds = [split.examples.select(fold) for fold in split.folds(count)]
     assert len(folds) == count
-    texts = [{item.text for item in own.items if item.text in TEXTS} for own in folds]
-    for parts in (texts, [words_of_traffic(own.items) for own in folds]):
-        assert len(set().union(*parts)) == sum(map(len, parts))
-        assert all(parts)
+    texts = [{item.text for item in fold.items if item.text in TEXTS} for fold in folds]
+    for members_of_folds in (texts, [words_of_traffic(fold.items) for fold in folds]):
+        assert len(set().union(*members_of_folds)) == sum(map(len, members_of_folds))
+        assert all(members_of_folds)
 
 
 @pytest.mark.slow
 def test_a_context_and_its_background_stay_in_the_fold_of_the_text(tiny, examples, options):
-    made = prepare(tiny, examples, None, options=options)
-    assert made.validation.examples.content_hash == examples.content_hash
-    shown = made.training
-    assert sorted(np.concatenate(made.folds)) == [*range(len(shown))]
-    assert len(made.contexts) == len(shown) - 60
-    fold_of = np.empty(len(shown), dtype=int)
-    for fold, own in enumerate(made.folds):
-        fold_of[own] = fold
-    for row, context in enumerate(made.contexts, start=60):
+    dataset = prepare(tiny, examples, None, options=options)
+    assert dataset.validation.examples.content_hash == examples.content_hash
+    training = dataset.training
+    assert sorted(np.concatenate(dataset.folds)) == [*range(len(training))]
+    assert len(dataset.contexts) == len(training) - 60
+    fold_of = np.empty(len(training), dtype=int)
+    for fold, rows in enumerate(dataset.folds):
+        fold_of[rows] = fold
+    for row, context in enumerate(dataset.contexts, start=60):
         used = {word for word in context.example.text.split() if word.startswith("Ordinary")}
         conversations = {int(word.removeprefix("Ordinary")) for word in used}
-        assert {number % len(made.folds) for number in conversations} <= {fold_of[row]}
+        assert {number % len(dataset.folds) for number in conversations} <= {fold_of[row]}
         if context.text is None:
             assert context.kind == "background"
-            assert shown.labels[row] == 0
+            assert training.labels[row] == 0
         else:
-            assert shown.labels[row] == examples.labels[context.text]
+            assert training.labels[row] == examples.labels[context.text]
             assert fold_of[row] == fold_of[context.text]
-    assert_parted(shown, 3)
+    assert_parted(training, 3)
 
 
 @pytest.mark.slow
 def test_validation_texts_share_no_background_with_training_texts(tiny, examples, options):
     held_out, rest = examples.select(range(20)), examples.select(range(20, 60))
-    made = prepare(tiny, rest, held_out, options=options)
-    sides = [made.training.examples.items[40:], made.measured.examples.items[20:]]
+    dataset = prepare(tiny, rest, held_out, options=options)
+    sides = [dataset.training.examples.items[40:], dataset.measured.examples.items[20:]]
     seen = [*map(words_of_traffic, sides)]
     assert all(seen)
     assert not seen[0] & seen[1]
     # Folds that are drawn later keep to it too.
-    assert_parted(made.training, 5)
-    assert len(made.validation) == 20
+    assert_parted(dataset.training, 5)
+    assert len(dataset.validation) == 20
 
 
 def with_long_system_prompts(examples, rows):
@@ -199,12 +199,15 @@ def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
     held_out = with_long_system_prompts(examples.select(range(20)), [3])
     rest = with_long_system_prompts(examples.select(range(20, 60)), [5, 7])
     options = replace(options, max_tokens=200, background=Background())
-    made = prepare(tiny, rest, held_out, options=options)
-    assert (len(made.originals), len(made.validation)) == (38, 19)
-    assert rest.items[5] not in made.originals.examples.items
+    dataset = prepare(tiny, rest, held_out, options=options)
+    assert (len(dataset.originals), len(dataset.validation)) == (38, 19)
+    assert rest.items[5] not in dataset.originals.examples.items
     warnings = warned()
-    for said in ("2 of 40 training texts were left out", "1 of 20 validation texts were left out"):
-        (warning,) = (each for each in warnings if said in each)
+    for message in (
+        "2 of 40 training texts were left out",
+        "1 of 20 validation texts were left out",
+    ):
+        (warning,) = (each for each in warnings if message in each)
         assert re.search(r"first chats\.jsonl, line [46]\. .*--set max_tokens", warning)
     # Other texts that are longer are cut, and evaluation reads all of them whole.
     assert sum("left out" in warning for warning in warnings) == 2
@@ -216,14 +219,16 @@ def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
 def test_contexts_are_counted_of_the_texts_that_train(tiny, examples, options, tmp_path):
     held_out, rest = examples.select(range(20)), examples.select(range(20, 60))
     options = replace(options, mechanism=mechanism_spec("pooling"))
-    made = prepare(tiny, rest, held_out, options=options)
-    shown = Counter(own.kind for own in made.training.contexts if own.kind != "alone")
-    assert shown != Counter(own.kind for own in made.contexts)
+    dataset = prepare(tiny, rest, held_out, options=options)
+    counts = Counter(
+        context.kind for context in dataset.training.contexts if context.kind != "without_context"
+    )
+    assert counts != Counter(context.kind for context in dataset.contexts)
     fit(tiny, rest, held_out, name="p", options=options, out=tmp_path / "p")
-    manifest = read_card(tmp_path / "p")
-    assert manifest.training.contexts == shown
-    card = summary(manifest)
-    assert f"40 texts, and in {shown.total():,} contexts" in card["trained on"]
+    probe_card = read_card(tmp_path / "p")
+    assert probe_card.training.contexts == counts
+    card = summary(probe_card)
+    assert f"40 texts, and in {counts.total():,} contexts" in card["trained on"]
 
 
 @pytest.mark.slow
@@ -240,10 +245,10 @@ def test_a_probe_of_responses_compares_no_background(tiny, examples, options, wa
 
 
 @pytest.mark.slow
-def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
-    made = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
-    assert (made.contexts, len(made.training), made.training.contexts) == ((), 60, ())
-    # Plain text is a context without background, which says nothing of ordinary traffic.
+def test_without_background_texts_have_no_context(tiny, examples, tmp_path):
+    dataset = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
+    assert (dataset.contexts, len(dataset.training), dataset.training.contexts) == ((), 60, ())
+    # Plain text is a context without background, which says nothing of background traffic.
     both = tiny_backbone(prompt_format="both")
     spec = mechanism_spec("pooling")
     options = FitOptions(mechanism=spec, context_tokens=2_000, cache_root=tmp_path)
@@ -256,12 +261,12 @@ def test_a_probe_of_both_formats_learns_from_both_and_one_of_chats_says_nothing_
     tiny, examples, tmp_path
 ):
     backbone = tiny_backbone(prompt_format="both")
-    made = prepare(backbone, examples, None, options=FitOptions(cache_root=tmp_path))
-    shown = [prompt.is_plain for prompt in made.training.states.prompts]
-    assert shown.count(True) >= 60
-    assert not any(prompt.is_plain for prompt in made.validation.states.prompts)
+    dataset = prepare(backbone, examples, None, options=FitOptions(cache_root=tmp_path))
+    is_plain = [prompt.is_plain for prompt in dataset.training.states.prompts]
+    assert is_plain.count(True) >= 60
+    assert not any(prompt.is_plain for prompt in dataset.validation.states.prompts)
     probes = [untrained_probe(tiny, "p"), untrained_probe(tiny, "q").changed(prompt_format="both")]
-    texts = (said("a text").messages, PlainText("a text"))
+    texts = (turns_of("a text").messages, PlainText("a text"))
     of_chats, of_both = score(tiny, Bank(probes), [tiny.encoder.encode(text) for text in texts])
     assert [*np.isfinite(of_chats[:, 0])] == [True, False]
     assert np.isfinite(of_both).all()
@@ -295,9 +300,9 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
     assert asked == [["chat", 0]] * 2 + [["both", 7 + packaged]] * 2
 
 
-def shown_alone(words, kind="background", text=None):
+def single_context(words, kind="background", text=None):
     """A context of so many words around a text."""
-    return Context(kind, said("w " * words), EncodedPrompt((), ()), words, text)
+    return Context(kind, turns_of("w " * words), EncodedPrompt((), ()), words, text)
 
 
 def conversations(logits):
@@ -306,53 +311,55 @@ def conversations(logits):
 
 
 @pytest.mark.parametrize(("rule", "most"), [("f1", 3), ("fpr=0.1", 10), ("recall=0.9", 100)])
-def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
+def test_thresholds_let_background_conversations_pass(tiny, rule, most):
     rule, before = ThresholdRule.parse(rule), (0.3,)
     highest = np.random.default_rng(0).normal(0, 2, size=(100, 1))
     none = fit_calibration("none", highest, np.arange(100) % 2, TOXICITY)
-    given = conversations(highest)
-    (after,) = given.quiet_thresholds(before, none, rule)
+    background = conversations(highest)
+    (after,) = background.thresholds_at_fpr(before, none, rule)
     chance = none.apply(highest)
     assert after >= before[0]
     assert (chance >= after).sum() <= most
     # No higher than it must be.
     assert after == before[0] or (chance >= after - 0.05).sum() > most
-    assert given.quiet_thresholds((0.999,), none, rule) == (0.999,)
+    assert background.thresholds_at_fpr((0.999,), none, rule) == (0.999,)
     # What every conversation reaches is no threshold.
-    assert conversations(highest + 1e3).quiet_thresholds(before, none, rule)[0] < 1
+    assert conversations(highest + 1e3).thresholds_at_fpr(before, none, rule)[0] < 1
     # A recalibration keeps to what training has kept of it.
     probe = untrained_probe(tiny, "p")
-    kept = probe.changed(training=TrainingRecord(traffic=Traffic(given, 0)))
-    assert kept.card.background.quiet_thresholds(before, none, rule) == (after,)
-    assert probe.card.background.quiet_thresholds(before, none, rule) == before
+    changed = probe.changed(training=TrainingRecord(traffic=Traffic(background, 0)))
+    assert changed.card.background.thresholds_at_fpr(before, none, rule) == (after,)
+    assert probe.card.background.thresholds_at_fpr(before, none, rule) == before
     # Nine conversations cannot tell four or ten in a hundred: where a rate is asked for, all pass.
-    (of_few,) = conversations(highest[:9]).quiet_thresholds(before, none, rule)
+    (of_few,) = conversations(highest[:9]).thresholds_at_fpr(before, none, rule)
     assert of_few == before[0] if rule.kind != "fpr" else of_few > chance[:9].max()
 
 
-def test_a_conversation_is_counted_at_the_threshold_that_others_set():
+def test_a_conversation_is_counted_at_the_threshold_of_the_other_folds():
     """Of a part that is unlike all others, all are flagged, whatever the served threshold is."""
-    logits, parts = np.zeros((100, 1)), np.arange(100) // 20
-    logits[parts == 3] = 5.0
+    logits, folds = np.zeros((100, 1)), np.arange(100) // 20
+    logits[folds == 3] = 5.0
     none = fit_calibration("none", logits, np.arange(100) % 2, TOXICITY)
     rule = ThresholdRule()
-    given = Conversations(logits, parts)
-    (served,) = given.quiet_thresholds((0.3,), none, rule)
+    background = Conversations(logits, folds)
+    (served,) = background.thresholds_at_fpr((0.3,), none, rule)
     assert (none.apply(logits) >= served).sum() == 0
-    assert given.count_flagged(TOXICITY, (0.3,), none, rule) == 20
-    applied = given.left_out_thresholds((0.3,), none, rule)
+    assert background.count_flagged(TOXICITY, (0.3,), none, rule) == 20
+    applied = background.left_out_thresholds((0.3,), none, rule)
     assert applied[3] < served == applied[0]
     # What costs more than a rate is not raised.
     costs = ThresholdRule.parse("recall=0.9")
-    assert (given.left_out_thresholds((0.3,), none, costs) == 0.3).all()
+    assert (background.left_out_thresholds((0.3,), none, costs) == 0.3).all()
 
 
 def test_few_conversations_have_no_rate():
-    said = rate_sentence(0, 99, abstains=False)
-    assert "too few" in said
-    assert "%" not in said
+    sentence = rate_sentence(0, 99, abstains=False)
+    assert "too few" in sentence
+    assert "%" not in sentence
     # `eval` and `guard` say it too, which have no such option.
-    remedy = re.search(r"sidelight (\w+) (--set) context_tokens=N, and (--data) guard:NAME", said)
+    remedy = re.search(
+        r"sidelight (\w+) (--set) context_tokens=N, and (--data) guard:NAME", sentence
+    )
     assert {*remedy.groups()[1:]} <= {o for each in train.params for o in each.opts}
     assert remedy[1] == train.name
     assert "context_tokens" in _kinds()
@@ -362,16 +369,18 @@ def test_few_conversations_have_no_rate():
 
 
 @pytest.mark.slow
-def test_texts_alone_count_for_most_of_what_training_fits(tiny, examples, options):
-    made = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
-    assert len(made.alone) < 0.6 * len(made)
-    assert made.weights.mean() == pytest.approx(1)
-    assert made.weights[made.alone].sum() == pytest.approx(0.7 * len(made))
-    for fold in made.folds(5):
-        assert made.without(fold).weights.mean() == pytest.approx(1)
-    assert (made.without_contexts().weights == 1).all()
+def test_texts_without_context_count_for_most_of_what_training_fits(tiny, examples, options):
+    dataset = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
+    assert len(dataset.without_context) < 0.6 * len(dataset)
+    assert dataset.weights.mean() == pytest.approx(1)
+    assert dataset.weights[dataset.without_context].sum() == pytest.approx(0.7 * len(dataset))
+    for fold in dataset.folds(5):
+        assert dataset.without(fold).weights.mean() == pytest.approx(1)
+    assert (dataset.without_contexts().weights == 1).all()
     # Where contexts are few, no text counts less than it would by itself.
-    few = made.select([*made.alone, *np.setdiff1d(range(len(made)), made.alone)[:5]])
+    few = dataset.select(
+        [*dataset.without_context, *np.setdiff1d(range(len(dataset)), dataset.without_context)[:5]]
+    )
     assert (few.weights == 1).all()
 
 
@@ -380,17 +389,17 @@ def test_contexts_count_by_the_weight_of_their_text_and_background_by_none(tiny,
     options = replace(options, context_tokens=6_000)
     weights = np.random.default_rng(0).uniform(1, 10, len(examples))
     plain = prepare(tiny, examples, None, options=options)
-    made = prepare(tiny, replace(examples, weights=weights), None, options=options)
-    texts = [1.0 if context.text is None else weights[context.text] for context in made.contexts]
+    dataset = prepare(tiny, replace(examples, weights=weights), None, options=options)
+    texts = [1.0 if context.text is None else weights[context.text] for context in dataset.contexts]
     assert 1.0 in texts
-    relative = made.training.weights / plain.training.weights
+    relative = dataset.training.weights / plain.training.weights
     np.testing.assert_allclose(relative / relative[0] * weights[0], [*weights, *texts])
-    assert made.training.weights.mean() == pytest.approx(1)
+    assert dataset.training.weights.mean() == pytest.approx(1)
 
 
 @pytest.mark.slow
 def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkeypatch):
-    made = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
+    dataset = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
     heard: list[float] = []
     loss = TrainingRun.loss
 
@@ -400,8 +409,8 @@ def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkey
 
     monkeypatch.setattr(TrainingRun, "loss", counted)
     settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
-    train_mechanisms([(mechanism_spec("pooling"), settings)], training=made, validation=None)
-    np.testing.assert_allclose(sorted(heard), sorted(made.weights), rtol=1e-6)
+    train_mechanisms([(mechanism_spec("pooling"), settings)], training=dataset, validation=None)
+    np.testing.assert_allclose(sorted(heard), sorted(dataset.weights), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -410,8 +419,8 @@ def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
         prepare(tiny, examples, None, options=replace(options, context_tokens=tokens)).contexts
         for tokens in (3_000, 6_000)
     )
-    for made, tokens in ((few, 3_000), (more, 6_000)):
-        total = sum(len(context.prompt) for context in made)
+    for drawn, tokens in ((few, 3_000), (more, 6_000)):
+        total = sum(len(context.prompt) for context in drawn)
         # Each group ends with a whole context.
         assert tokens <= total <= tokens + 5 * 256
     assert {c.group for c in more if c.kind == "background"} == {0, 1, 2, 3, 4}
@@ -432,7 +441,7 @@ def with_rationales(tiny, examples, options):
     return prepare(tiny, replace(examples, rationales=words), None, options=options).training
 
 
-def test_the_words_of_a_rationale_are_marked_in_what_is_read(tiny, tmp_path):
+def test_the_words_of_a_rationale_are_annotated_in_what_is_read(tiny, tmp_path):
     texts = [
         {"text": "is it cat?", "response": "no, cat it is", "label": 1, "why": "cat"},
         {"text": "is it dog?", "response": "yes", "label": 0, "why": "dog"},
@@ -440,25 +449,27 @@ def test_the_words_of_a_rationale_are_marked_in_what_is_read(tiny, tmp_path):
     examples = load_examples(texts, response="response", rationale="why")
     options = FitOptions(cache_root=tmp_path, reads=Reads("response", template=False))
     split = make_split(tiny, examples, options=options)
-    shown = [
-        tiny.tokenizer.decode(np.array(prompt.token_ids)[prompt.mask(options.reads).numpy()][marks])
-        for prompt, marks in zip(split.states.prompts, split.rationales, strict=True)
+    decoded = [
+        tiny.tokenizer.decode(
+            np.array(prompt.token_ids)[prompt.mask(options.reads).numpy()][is_rationale]
+        )
+        for prompt, is_rationale in zip(split.states.prompts, split.rationales, strict=True)
     ]
-    assert [each.strip() for each in shown] == ["cat", ""]
+    assert [each.strip() for each in decoded] == ["cat", ""]
 
 
 @pytest.mark.slow
-def test_the_words_of_a_rationale_are_marked_wherever_a_text_is_shown(tiny, with_rationales):
+def test_the_words_of_a_rationale_are_annotated_in_every_context(tiny, with_rationales):
     known = [words != "" for words in with_rationales.examples.rationales]
     assert any(known[60:])
-    assert [bool(marks.any()) for marks in with_rationales.rationales] == known
-    for prompt, marks in zip(
+    assert [bool(is_rationale.any()) for is_rationale in with_rationales.rationales] == known
+    for prompt, is_rationale in zip(
         with_rationales.states.prompts, with_rationales.rationales, strict=True
     ):
-        if marks.any():
+        if is_rationale.any():
             read = np.array(prompt.token_ids)[prompt.mask(EACH_TURN).numpy()]
-            shown = tiny.tokenizer.decode(read[marks]).strip()
-            assert shown.replace(" ", "") == rationale_of(TEXTS[0]).replace(" ", "")
+            decoded = tiny.tokenizer.decode(read[is_rationale]).strip()
+            assert decoded.replace(" ", "") == rationale_of(TEXTS[0]).replace(" ", "")
 
 
 @pytest.mark.slow
@@ -471,17 +482,19 @@ def test_a_readout_learns_to_look_at_the_words_of_a_rationale(with_rationales):
         states, losses = split.states, []
         for texts in random_batches(states.shards[0], size=64, shuffle=torch.Generator()):
             batch = states.read(texts)
-            (columns,) = loop.project_runs(batch, [run], dtype=torch.float32)
-            marks = [with_rationales.rationales[row] for row in batch.rows.tolist()]
-            tokens = Ragged(columns, batch.lengths)
-            loss = run.mechanism.rationale_loss(tokens, torch.from_numpy(np.concatenate(marks)))
+            (projections,) = loop.project_runs(batch, [run], dtype=torch.float32)
+            is_rationale = [with_rationales.rationales[row] for row in batch.rows.tolist()]
+            tokens = Ragged(projections, batch.lengths)
+            loss = run.mechanism.rationale_loss(
+                tokens, torch.from_numpy(np.concatenate(is_rationale))
+            )
             losses += loss[loss > 0].tolist()
         missed.append(np.mean(losses))
     taught, untaught = np.exp(-np.array(missed))
     assert taught > 2 * untaught
 
 
-def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
+def test_a_gpu_reads_more_background_traffic(examples, options, monkeypatch):
     monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 5_000)
     monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS_ON_GPU", 10_000)
     counts = []
@@ -498,38 +511,40 @@ def test_a_gpu_reads_more_of_ordinary_traffic(examples, options, monkeypatch):
 @pytest.mark.slow
 def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options, warned):
     copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])
-    given = replace(options, background=Background((*copies, *TRAFFIC)))
-    made = prepare(tiny, examples, None, options=given)
+    with_copies = replace(options, background=Background((*copies, *TRAFFIC)))
+    dataset = prepare(tiny, examples, None, options=with_copies)
     assert any("10 conversations" in warning for warning in warned())
-    shown = {context.example.text for context in made.contexts if context.kind == "background"}
-    assert not shown & {text.upper() for text in TEXTS}
+    drawn_texts = {
+        context.example.text for context in dataset.contexts if context.kind == "background"
+    }
+    assert not drawn_texts & {text.upper() for text in TEXTS}
 
 
 @pytest.mark.slow
-def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, options):
+def test_the_metrics_are_those_of_the_served_threshold(tiny, examples, options):
     positives = [text for text, label in zip(TEXTS, examples.labels, strict=True) if label]
     alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
     settings = TrainingSettings(epochs=2, batch_size=16, least_steps=0)
-    given = replace(options, settings=settings, context_tokens=8_000)
-    given = replace(given, background=Background(TRAFFIC + alike * 3))
-    made = fit(tiny, examples, None, name="p", options=given)
-    assert len(made.traffic.worst) == 3
+    changed = replace(options, settings=settings, context_tokens=8_000)
+    changed = replace(changed, background=Background(TRAFFIC + alike * 3))
+    fitted = fit(tiny, examples, None, name="p", options=changed)
+    assert len(fitted.traffic.worst) == 3
     # Background texts, which may be private or under a licence of their own, stay out of artifacts.
-    record = made.probe.card.to_json()
-    texts = {turn.content for turns in given.background.conversations for turn in turns}
+    record = fitted.probe.card.to_json()
+    texts = {turn.content for turns in changed.background.conversations for turn in turns}
     assert not [text for text in texts if len(text) > 3 and text in record]
-    assert made.probe.card.training.flagged == (
-        made.traffic.flagged,
-        len(made.traffic.background),
+    assert fitted.probe.card.training.flagged == (
+        fitted.traffic.flagged,
+        len(fitted.traffic.background),
     )
-    assert made.report.thresholds == made.probe.thresholds
-    assert made.probe.card.training.validation.report.thresholds == made.probe.thresholds
+    assert fitted.report.thresholds == fitted.probe.thresholds
+    assert fitted.probe.card.training.validation.report.thresholds == fitted.probe.thresholds
 
 
 def test_traffic_is_counted_by_conversation_and_by_length():
-    contexts = [shown_alone(words) for words in (20, 100, 30, 40)]
-    contexts += [shown_alone(10, "inside", 0), shown_alone(120, "turn", 1)]
-    contexts += [shown_alone(10, "plain", 0)]
+    contexts = [single_context(words) for words in (20, 100, 30, 40)]
+    contexts += [single_context(10, "inside", 0), single_context(120, "turn", 1)]
+    contexts += [single_context(10, "plain", 0)]
     chance = np.array([[0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
     labels = np.array([0] * 4 + [1] * 3)
     background = conversations_among(contexts, chance)
@@ -537,48 +552,50 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     traffic = measure_traffic(TOXICITY, contexts, background, chance, labels, thresholds)
     assert (len(traffic.background), traffic.flagged) == (4, 2)
     short, middle, _ = traffic.surroundings.values()
-    assert short == Detections(positives=1, found=1, others=3, flagged=2)
-    assert middle == Detections(positives=1, found=0, others=1, flagged=0)
+    assert short == Detections(positives=1, found=1, negatives=3, flagged=2)
+    assert middle == Detections(positives=1, found=0, negatives=1, flagged=0)
     assert [probability for probability, _ in traffic.worst] == [0.9, 0.7, 0.2]
-    # What is kept with a probe holds no text, which may be somebody's own.
+    # What is kept with a probe holds no text, which may be private.
     assert "w w" in traffic_lines(traffic, abstains=False)
     assert "w w" not in json.dumps(traffic.to_dict())
 
 
 @pytest.mark.slow
-def test_several_classes_say_none_to_ordinary_traffic(tiny, options):
+def test_several_classes_say_none_to_background_traffic(tiny, options):
     kinds = ("pay pay", "give back", "late")
     texts = [f"{kinds[i % 3]} number {i:02d} {kinds[i % 3]}" for i in range(60)]
     labelled = LabelledExamples(
-        tuple(map(said, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
+        tuple(map(turns_of, texts)), ({},) * 60, labels=np.arange(60) % 3, task=INTENT
     )
     brief = TrainingSettings(learning_rate=0.05, epochs=2, batch_size=16, least_steps=0)
-    given = replace(options, settings=brief, context_tokens=10_000)
-    made = fit(tiny, labelled, None, name="p", options=given)
-    assert made.probe.task.labels == (*INTENT.labels, "none")
-    assert len(made.traffic.background) == len(TRAFFIC)
-    assert made.traffic.flagged <= 0.1 * len(TRAFFIC)
+    changed = replace(options, settings=brief, context_tokens=10_000)
+    fitted = fit(tiny, labelled, None, name="p", options=changed)
+    assert fitted.probe.task.labels == (*INTENT.labels, "none")
+    assert len(fitted.traffic.background) == len(TRAFFIC)
+    assert fitted.traffic.flagged <= 0.1 * len(TRAFFIC)
     sentence = rate_sentence(3, 100, abstains=True)
     assert sentence.startswith("Classes other than 'none': 3.0 % of 100 conversations")
     # The figures are those of the classes that texts have.
-    assert [*made.report.per_class] == [*INTENT.labels]
-    assert made.report.metrics["accuracy"].value > 0.9
-    assert made.probe.card.background.logits.shape == (len(TRAFFIC), 4)
-    assert made.probe.card.training.flagged == (made.traffic.flagged, len(TRAFFIC))
-    without = fit(tiny, labelled, None, name="p", options=replace(given, none=False))
+    assert [*fitted.report.per_class] == [*INTENT.labels]
+    assert fitted.report.metrics["accuracy"].value > 0.9
+    assert fitted.probe.card.background.logits.shape == (len(TRAFFIC), 4)
+    assert fitted.probe.card.training.flagged == (fitted.traffic.flagged, len(TRAFFIC))
+    without = fit(tiny, labelled, None, name="p", options=replace(changed, none=False))
     assert (without.probe.task, without.traffic) == (INTENT, None)
     # A file may have such a class itself.
-    own = replace(labelled, task=replace(INTENT, labels=("billing", "none", "refund")))
+    with_none = replace(labelled, task=replace(INTENT, labels=("billing", "none", "refund")))
     with pytest.raises(SidelightError, match="--set none=false"):
-        fit(tiny, own, None, name="p", options=given)
-    assert fit(tiny, own, None, name="p", options=replace(given, none=False))
+        fit(tiny, with_none, None, name="p", options=changed)
+    assert fit(tiny, with_none, None, name="p", options=replace(changed, none=False))
 
 
 @pytest.mark.parametrize(
     ("flagged", "threshold", "told"),
     [(2, 0.5, ""), (2, 0.8, "finds 10 of 20 texts that are 'toxic'"), (30, 0.5, "flags 30.0%")],
 )
-def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold, told, warned):
+def test_the_cost_of_background_traffic_is_reported_with_its_remedy(
+    flagged, threshold, told, warned
+):
     scores = np.r_[np.full(10, 0.9), np.full(10, 0.7), np.full(180, 0.2)]
     curves = operating_curves(TOXICITY, scores[:, None], np.arange(200) < 20)
     traffic = Traffic(conversations(np.zeros((100, 1))), flagged)
@@ -592,25 +609,25 @@ def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold,
 @pytest.mark.slow
 def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
     # A probe that learns that parts are harmless gives the whole the highest logit here.
-    monkeypatch.setattr(loop, "_UNIT_ALONE", 0.0)
-    items = [said("one", "two two two two", f"number {i} three") for i in range(20)]
+    monkeypatch.setattr(loop, "_SEGMENT_SHARE", 0.0)
+    items = [turns_of("one", "two two two two", f"number {i} three") for i in range(20)]
     labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
     split = make_split(tiny, labelled, options)
     candidate = mechanism_spec("readout"), TrainingSettings(learning_rate=0.03, epochs=4)
     (trained,) = train_mechanisms([candidate], training=split, validation=split)
     dataset = ProbeDataset(tiny, split, split)
-    made = calibrate_probe([trained], dataset, name="p", options=options)
+    fitted = calibrate_probe([trained], dataset, name="p", options=options)
     prompts = [tiny.encoder.encode(item.messages) for item in items]
-    (served,) = score(tiny, Bank([made.probe]), prompts)
-    (whole,) = score(tiny, Bank([made.probe.changed(reads=Reads())]), prompts)
-    assert np.abs(served - whole).max() > 0.1
+    (served,) = score(tiny, Bank([fitted.probe]), prompts)
+    (as_conversation,) = score(tiny, Bank([fitted.probe.changed(reads=Reads())]), prompts)
+    assert np.abs(served - as_conversation).max() > 0.1
     # States are stored in bf16.
     np.testing.assert_allclose(trained.logits, served, atol=0.05 * served.std())
 
 
 @pytest.mark.slow
-def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monkeypatch):
-    items = [said("one", "two two two two", f"number {i} three") for i in range(20)]
+def test_segments_of_texts_without_a_label_train_in_their_place(tiny, options, monkeypatch):
+    items = [turns_of("one", "two two two two", f"number {i} three") for i in range(20)]
     labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
     split = make_split(tiny, labelled, options)
     read: dict[int, list[int]] = {0: [], 1: []}
@@ -626,9 +643,9 @@ def test_parts_of_texts_without_a_label_train_in_their_place(tiny, options, monk
     candidate = mechanism_spec("readout"), TrainingSettings(epochs=8, least_steps=0)
     train_mechanisms([candidate], training=split, validation=None)
     wholes = {*split.states.lengths}
-    parts = {len(unit) for units in split.units for unit in units} - wholes
+    lengths = {len(segment) for segments in split.segments for segment in segments} - wholes
     assert {*read[1]} <= wholes
-    assert {*read[0]} & parts == parts
-    assert {*read[0]} <= parts | wholes
+    assert {*read[0]} & lengths == lengths
+    assert {*read[0]} <= lengths | wholes
     # Seven of ten, of 80 that were read; some parts are as long as a whole.
-    assert 0.4 < np.mean([length in parts for length in read[0]]) < 0.9
+    assert 0.4 < np.mean([length in lengths for length in read[0]]) < 0.9

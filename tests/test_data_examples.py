@@ -16,20 +16,22 @@ from worlds.data import ROWS, labelled
 
 def test_content_hash_depends_on_what_training_reads_and_on_order_only():
     base = load_examples(ROWS)
-    other_text = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
-    other_label = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
+    text_changed = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
+    label_changed = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
     reordered = load_examples(ROWS[::-1])
-    other_column = load_examples([{**row, "id": 7} for row in ROWS])
-    other_polarity = load_examples(ROWS, positive="delivery")
-    assert len({e.content_hash for e in (base, other_text, other_label, reordered)}) == 4
-    assert other_column.content_hash == other_polarity.content_hash == base.content_hash
+    column_changed = load_examples([{**row, "id": 7} for row in ROWS])
+    polarity_changed = load_examples(ROWS, positive="delivery")
+    assert len({e.content_hash for e in (base, text_changed, label_changed, reordered)}) == 4
+    assert column_changed.content_hash == polarity_changed.content_hash == base.content_hash
     whys = [[{**ROWS[0], "why": why}, *ROWS[1:]] for why in ("", "parcel", "where")]
     unknown, parcel, where = (load_examples(rows, rationale="why").content_hash for rows in whys)
     assert unknown == base.content_hash
     assert len({unknown, parcel, where}) == 3
     ends = [[{"start": 0, "end": end, "label": "NAME"}] for end in (3, 4)]
-    marked = [load_examples([{"text": "Anna", "spans": own}], spans="spans") for own in ends]
-    assert marked[0].content_hash != marked[1].content_hash
+    with_spans = [
+        load_examples([{"text": "Anna", "spans": spans}], spans="spans") for spans in ends
+    ]
+    assert with_spans[0].content_hash != with_spans[1].content_hash
 
 
 def test_a_plain_text_is_a_chat_of_one_user_message():
@@ -69,10 +71,10 @@ def test_rows_without_any_text_are_an_error():
 
 def test_select_keeps_texts_labels_and_columns_together():
     examples = load_examples([{**row, "id": number} for number, row in enumerate(ROWS)])
-    part = examples.select([3, 0])
-    assert [item.text for item in part.items] == ["screen stays black", "where is my parcel"]
-    assert part.labels.tolist() == [1, 0]
-    assert [row["id"] for row in part.rows] == [3, 0]
+    subset = examples.select([3, 0])
+    assert [item.text for item in subset.items] == ["screen stays black", "where is my parcel"]
+    assert subset.labels.tolist() == [1, 0]
+    assert [row["id"] for row in subset.rows] == [3, 0]
 
 
 @pytest.mark.slow
@@ -82,17 +84,17 @@ def test_select_keeps_texts_labels_and_columns_together():
     fraction=st.floats(0.05, 0.95),
     seed=st.integers(0, 9),
 )
-def test_a_split_parts_no_text_and_loses_no_row(picks, fraction, seed):
+def test_a_split_separates_no_duplicates_and_loses_no_row(picks, fraction, seed):
     picks += [0, 1, 2, 3, 4, 5]  # two texts of each of three labels
     rows = [
         {"text": ("text ", "Text  ")[i % 2] + str(pick), "label": "abc"[pick % 3], "id": i}
         for i, pick in enumerate(picks)
     ]
     training, held_out = load_examples(rows).split(fraction, seed)
-    sides = [{item.text_key for item in part.items} for part in (training, held_out)]
+    sides = [{item.text_key for item in subset.items} for subset in (training, held_out)]
     assert not sides[0] & sides[1]
-    kept = sorted(row["id"] for row in (*training.rows, *held_out.rows))
-    assert kept == list(range(len(rows)))
+    ids = sorted(row["id"] for row in (*training.rows, *held_out.rows))
+    assert ids == list(range(len(rows)))
     assert set(training.labels.tolist()) == set(held_out.labels.tolist()) == {0, 1, 2}
 
 
@@ -113,9 +115,9 @@ def test_a_multilabel_split_gives_every_label_to_both_sides():
         {"text": str(number), "often": int(rng.random() < 0.5), "rare": int(number % 50 == 0)}
         for number in range(200)
     ]
-    for part in load_examples(rows, label="often,rare").split(0.25, 0):
-        assert part.labels.any(axis=0).all()
-        assert part.labels[:, 1].sum() in (1, 3)
+    for subset in load_examples(rows, label="often,rare").split(0.25, 0):
+        assert subset.labels.any(axis=0).all()
+        assert subset.labels[:, 1].sum() in (1, 3)
 
 
 def test_answers_to_one_prompt_are_split_by_answer():
@@ -126,10 +128,10 @@ def test_answers_to_one_prompt_are_split_by_answer():
     ]
     examples = load_examples(rows, response="answer")
     answers = [
-        {" ".join(item.response.casefold().split()) for item in part.items}
-        for part in examples.split(0.3, 0)
+        {" ".join(item.response.casefold().split()) for item in subset.items}
+        for subset in examples.split(0.3, 0)
     ]
-    assert [len(part) for part in answers] == [28, 12]
+    assert [len(subset) for subset in answers] == [28, 12]
     assert not answers[0] & answers[1]
     folds = examples.folds(5, seed=0)
     assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
@@ -143,12 +145,12 @@ def test_the_key_of_a_text_leaves_out_case_and_spacing_only():
 def test_the_seed_decides_a_split_of_labelled_and_of_other_examples():
     rows = labelled(["a", "b"] * 20)
     for examples in (load_examples(rows), load_examples(rows, label=None)):
-        first, again, other = (examples.split(0.3, seed)[1] for seed in (0, 0, 1))
-        assert (len(first), len(other)) == (12, 12)
-        assert first.items == again.items != other.items
+        first, again, reseeded = (examples.split(0.3, seed)[1] for seed in (0, 0, 1))
+        assert (len(first), len(reseeded)) == (12, 12)
+        assert first.items == again.items != reseeded.items
 
 
-def test_folds_have_each_row_once_and_part_no_text():
+def test_folds_have_each_row_once_and_separate_no_duplicates():
     rows = labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 5)
     examples = load_examples([*rows, *[(f"{text} ", label) for text, label in rows[:20]]])
     folds = examples.folds(5, seed=0)
@@ -181,7 +183,7 @@ def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
 
 
 def test_an_impossible_split_is_an_error():
-    with pytest.raises(SidelightError, match=wordings.CANNOT_SPLIT.format(parts=5)):
+    with pytest.raises(SidelightError, match=wordings.CANNOT_SPLIT.format(folds=5)):
         load_examples(ROWS[:2]).folds(5, 0)
     with pytest.raises(SidelightError, match=wordings.SAME_TEXT):
         load_examples([("a", 0), ("A", 1)]).split(0.5, 0)
@@ -212,7 +214,7 @@ def test_versions_of_a_text_stay_together(count, warned):
     examples = load_examples(versions(count))
     origin = np.arange(3 * count) // 3
     training, held_out = examples.split(0.2, seed=0)
-    sides = [{item.text for item in part.items} for part in (training, held_out)]
+    sides = [{item.text for item in subset.items} for subset in (training, held_out)]
     of_origin = [
         {origin[row] for row in range(len(examples)) if examples.items[row].text in side}
         for side in sides
@@ -229,9 +231,9 @@ def test_versions_of_a_text_stay_together(count, warned):
     examples.warn_of_near_duplicates()
     assert warned() == [sentence]
     # A part keeps the groups of the whole.
-    part = examples.select(range(0, 3 * count, 3))
-    assert part.distinct == count
-    part.warn_of_near_duplicates()
+    subset = examples.select(range(0, 3 * count, 3))
+    assert subset.distinct == count
+    subset.warn_of_near_duplicates()
     assert warned() == []
 
 
@@ -316,7 +318,7 @@ def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():
         assert len({*(fold // 2).tolist()}) == len(fold) / 2
 
 
-def test_texts_that_differ_in_numbers_alone_stay_together_however_many_they_are():
+def test_texts_that_differ_only_in_numbers_stay_together_however_many_they_are():
     rows = [(f"Please cancel order number {7919 * n} at once", n % 2) for n in range(60)]
     examples = load_examples([*rows, *versions(100)])
     assert examples.distinct == 101
@@ -374,10 +376,10 @@ def test_texts_of_one_template_are_parted_where_folds_would_be_impossible(warned
     assert "the figures are optimistic" in warning
     # One label's template parts no other text.
     mixed = load_examples([*rows[:20], *((text, "other") for text, _ in versions(20))])
-    other = np.arange(20, 80)
+    templated = np.arange(20, 80)
     for fold in mixed.folds(5, seed=0):
-        held_out = set((other[np.isin(other, fold)] - 20) // 3)
-        assert held_out.isdisjoint((other[~np.isin(other, fold)] - 20) // 3)
+        held_out = set((templated[np.isin(templated, fold)] - 20) // 3)
+        assert held_out.isdisjoint((templated[~np.isin(templated, fold)] - 20) // 3)
 
 
 def test_a_cell_without_a_source_names_none():

@@ -164,7 +164,7 @@ def test_flag_columns_must_be_flags_of_the_task():
     ):
         load_examples(rows, label="x,y")
     with pytest.raises(
-        SidelightError, match=wordings.OTHER_COLUMNS.format(labels="x, z", columns="x, y")
+        SidelightError, match=wordings.COLUMNS_DIFFER.format(labels="x, z", columns="x, y")
     ):
         load_examples(rows, label="x,y", task=Task("multilabel", ("x", "z")))
 

@@ -72,7 +72,7 @@ def test_an_example_knows_where_it_stood(tmp_path):
     assert answered.items[0].place == "Given rows, row 1"
 
 
-def test_a_text_of_any_length_is_read_from_csv_with_or_without_a_byte_order_mark(tmp_path):
+def test_a_text_of_any_length_is_read_from_csv_with_or_without_a_bom(tmp_path):
     path = tmp_path / "rows.csv"
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_text(f"text,label\n{'word ' * 60_000},x\nb,y\n", encoding=encoding)

@@ -38,7 +38,7 @@ def test_demonstration_data_are_balanced_of_the_documented_task_and_share_no_tex
 ):
     task, *sizes = DEMONSTRATIONS[name]
     folder = Path(sidelight.__file__).parent / "demo" / "data"
-    files = [folder / f"{name}_{part}.jsonl" for part in ("train", "test")]
+    files = [folder / f"{name}_{split}.jsonl" for split in ("train", "test")]
     assert [load_examples(file).task for file in files] == [task] * 2
     warned()
     training, test = (load_examples(file, task=task) for file in files)
@@ -65,16 +65,16 @@ def test_the_demonstration_without_the_guards_package_says_first_what_to_install
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert cli("demo") == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    (error,) = said.err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (error,) = captured.err.splitlines()
     assert "In a clone of Sidelight, run `pip install './packages/guards'`." in error
 
 
-def panels(text: str) -> dict[str, str]:
+def boxes(text: str) -> dict[str, str]:
     """The content of each panel by its title, in lines as they are shown."""
-    shown = re.findall(r"^╭─ (.+?) ─*╮$(.+?)^╰─+╯$", text, re.DOTALL | re.MULTILINE)
-    return {title: "\n".join(re.findall(r"│ (.*?) *│", lines)) for title, lines in shown}
+    boxes = re.findall(r"^╭─ (.+?) ─*╮$(.+?)^╰─+╯$", text, re.DOTALL | re.MULTILINE)
+    return {title: "\n".join(re.findall(r"│ (.*?) *│", lines)) for title, lines in boxes}
 
 
 @pytest.mark.slow
@@ -82,10 +82,10 @@ def test_the_demonstration_guards_five_chats_and_trains_a_probe(tmp_path, monkey
     """With the embedded model and the packaged probes, as `make demo`."""
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "a cache"))
     assert cli("demo", "--port", "0") == 0
-    said = capfd.readouterr()
+    captured = capfd.readouterr()
     # No warning, and no progress but that of unpacking the model once.
-    assert not re.search("Warning|Training", said.err)
-    chats = panels(said.out)
+    assert not re.search("Warning|Training", captured.err)
+    chats = boxes(captured.out)
     titles = [f"{number}. {title}" for number, title in enumerate(demo.CHATS, 1)]
     assert [*chats] == [*titles, "A question to the new probe"]
     question, document, toxic, personal, tool, refund = chats.values()
@@ -100,10 +100,14 @@ def test_the_demonstration_guards_five_chats_and_trains_a_probe(tmp_path, monkey
     assert "+1 415 555 0132[PHONE_NUMBER]" in personal
     assert re.search(r"intent: (refund|billing)", refund)
     # On texts that the probe was not trained on, of six classes alike.
-    found, of = map(int, re.search(r"Out of fold: Classifies (\d+) of (\d+)", said.out).groups())
+    found, of = map(
+        int, re.search(r"Out of fold: Classifies (\d+) of (\d+)", captured.out).groups()
+    )
     assert of == 240
     assert found > 0.5 * of
-    commands = [shlex.split(line) for line in said.out.split("Try next:")[1].splitlines() if line]
+    commands = [
+        shlex.split(line) for line in captured.out.split("Try next:")[1].splitlines() if line
+    ]
     assert [words[1] for words in commands] == ["predict", "serve", "train"]
     # As a shell takes it, whose words end at blanks.
     probes = [commands[1][at + 1] for at, word in enumerate(commands[1]) if word == "--probe"]

@@ -81,8 +81,8 @@ def test_every_path_of_the_configuration_is_mounted():
     assert sorted(written) == ["/var/cache/sidelight", "/var/lib/sidelight"]
     (projected,) = (v for v in POD["volumes"] if "projected" in v)
     (generated,) = documents("kustomization.yaml")[0]["configMapGenerator"]
-    kept, secret = projected["projected"]["sources"]
-    assert kept["configMap"]["name"] == generated["name"]
+    mounted, secret = projected["projected"]["sources"]
+    assert mounted["configMap"]["name"] == generated["name"]
     files = {Path(path).name for path in generated["files"]}
     files |= {item["path"] for item in secret["secret"]["items"]}
     assert files == {"server.toml", *(path.name for path in used[:3])}
@@ -94,11 +94,11 @@ def test_the_image_is_pinned_and_runs_without_root():
     user = POD["securityContext"]
     assert LAST["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
     assert f"--uid {user['runAsUser']} " in LAST["RUN"]
-    given = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     copied = [text.split()[:-1] for name, text in INSTRUCTIONS if name == "COPY"]
     sources = [path for paths in copied if not paths[0].startswith("--") for path in paths]
     assert sources
-    assert all((ROOT / path).exists() and f"!{path}" in given for path in sources)
+    assert all((ROOT / path).exists() and f"!{path}" in ignored for path in sources)
     extras = dict(text.split("=") for name, text in INSTRUCTIONS if name == "ARG" and "=" in text)
     assert extras["EXTRAS"].strip('"') in PROJECT["optional-dependencies"]
 
@@ -108,9 +108,9 @@ def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Pa
     page = (ROOT / "docs" / "operate.md").read_text()
     commands = page.split("```console\n")[1].split("```")[0].replace("$ ", "")
     shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("etc", ".env"))
-    said = subprocess.check_output(["sh", "-ec", commands], cwd=tmp_path, text=True)
+    output = subprocess.check_output(["sh", "-ec", commands], cwd=tmp_path, text=True)
     etc = tmp_path / "deploy" / "etc"
-    told = dict(line.split(": ") for line in said.splitlines())
+    told = dict(line.split(": ") for line in output.splitlines())
     assert read_keys(etc / "api-keys") == (Key.of("shop", told["client"]),)
     assert [key.id for key in read_keys(etc / "admin-keys")] == ["operator"]
     read_policy(etc / "policy.toml")
@@ -119,7 +119,7 @@ def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_systemd_accepts_the_unit_and_calls_it_hardened(tmp_path: Path):
+def test_systemd_accepts_the_service_and_calls_it_hardened(tmp_path: Path):
     text = (DEPLOY / "sidelight.service").read_text()
     copy = tmp_path / "sidelight.service"
     copy.write_text(text.replace("/opt/sidelight/bin/sidelight", sys.executable))

@@ -10,7 +10,7 @@ import torch
 
 import wordings
 from sidelight.data.loading import load_examples
-from sidelight.engines.base import PromptJudged, Sampling
+from sidelight.engines.base import PromptClassified, Sampling
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
@@ -71,8 +71,8 @@ def test_a_check_runs_the_blocks_that_its_deepest_probe_reads(tiny, passes, laye
     for row, prompt in enumerate(prompts):
         with tiny.tapped(tap):
             tiny.run([prompt])
-        whole = bank.prompt_logits(tap.projected()[0], [bytes(prompt.parts)])
-        for ours, complete in zip(outputs, whole, strict=True):
+        full = bank.prompt_logits(tap.projected()[0], [bytes(prompt.token_roles)])
+        for ours, complete in zip(outputs, full, strict=True):
             np.testing.assert_allclose(ours[row].logits, complete[0].logits, rtol=1e-4, atol=1e-4)
     assert set(passes) == {1, 2, 3}
 
@@ -87,12 +87,12 @@ def test_every_family_stops_after_the_states_that_are_needed(family):
         return states
 
     for after in (0, 1) if family.can_share_prefixes else (0,):
-        whole = seen(None, after)
+        full = seen(None, after)
         for layers in range(1, family.fingerprint.layers + 1):
             states = seen(layers, after)
             assert [layer for layer, _ in states] == [*range(layers)]
-            for (_, own), (_, complete) in zip(states, whole, strict=False):
-                assert torch.equal(own, complete)
+            for (_, each), (_, complete) in zip(states, full, strict=False):
+                assert torch.equal(each, complete)
     # A pass after one that stopped is complete.
     assert len(seen(None)) == family.fingerprint.layers
 
@@ -104,10 +104,10 @@ def test_a_layer_that_should_have_been_read_and_was_not_is_no_verdict(tiny, is_f
     tap = bank.tap()
     with tiny.tapped(tap):
         tiny.run([prompt], layers=3 if is_fitted else 2)
-    outputs = bank.prompt_logits(tap.projected()[0], [bytes(prompt.parts)])
-    (judgement,) = bank.judge(outputs, [False])
-    assert (judgement.failed == ("a",)) != is_fitted
-    assert bool(judgement.verdicts) == is_fitted
+    outputs = bank.prompt_logits(tap.projected()[0], [bytes(prompt.token_roles)])
+    (verdicts,) = bank.classify(outputs, [False])
+    assert (verdicts.failed == ("a",)) != is_fitted
+    assert bool(verdicts.verdicts) == is_fitted
 
 
 def asked(engine, conversations, *, writes):
@@ -116,12 +116,12 @@ def asked(engine, conversations, *, writes):
     async def events():
         await engine.start()
         try:
-            judged = await engine.judge(conversations)
+            classified = await engine.classify(conversations)
             told = []
             if writes:
                 stream = engine.generate(conversations[0], Sampling(max_tokens=4))
                 told = [event async for event in stream]
-            return judged, told
+            return classified, told
         finally:
             await engine.close()
 
@@ -136,21 +136,21 @@ def test_an_engine_stops_where_nothing_is_written(tiny, passes):
     ]
     chat = [Message("user", "hello"), Message("assistant", "a reply")]
     conversations = [[Message("user", "hello")], chat]
-    shown, _ = asked(TransformersEngine(tiny, probes), conversations, writes=False)
+    output, _ = asked(TransformersEngine(tiny, probes), conversations, writes=False)
     assert set(passes) == {1, 2}
-    whole = [*probes, untrained_probe(tiny, "all")]
-    complete, events = asked(TransformersEngine(tiny, whole), conversations, writes=True)
+    full = [*probes, untrained_probe(tiny, "all")]
+    complete, events = asked(TransformersEngine(tiny, full), conversations, writes=True)
     assert set(passes) == {1, 2, 3}
-    for ours, theirs in zip(shown, complete, strict=True):
-        assert not ours.judgement.failed
-        kept = theirs.judgement.of({probe.name for probe in probes})
-        for one, other in zip(ours.judgement.verdicts, kept.verdicts, strict=True):
-            assert one.probe == other.probe
-            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+    for ours, theirs in zip(output, complete, strict=True):
+        assert not ours.verdicts.failed
+        stored = theirs.verdicts.of({probe.name for probe in probes})
+        for one, another in zip(ours.verdicts.verdicts, stored.verdicts, strict=True):
+            assert one.probe == another.probe
+            assert one.probabilities == pytest.approx(another.probabilities, abs=1e-4)
     passes.clear()
     _, events = asked(TransformersEngine(tiny, probes), conversations, writes=True)
-    (verdict,) = [event for event in events if isinstance(event, PromptJudged)]
-    assert not verdict.judgement.failed
+    (verdict,) = [event for event in events if isinstance(event, PromptClassified)]
+    assert not verdict.verdicts.failed
     # The pass that writes goes on to the last block.
     assert passes[3] == 4
 
@@ -176,40 +176,40 @@ def test_depths_are_tried_from_the_deepest_down():
     assert candidate_depths(31) == [31, 26, 21, 16]
 
 
-def test_training_reads_and_keeps_the_layers_of_the_probe_alone(tiny, tmp_path, passes):
+def test_training_reads_and_keeps_only_the_layers_of_the_probe(tiny, tmp_path, passes):
     settings = replace(QUICK, layers=2)
     options = {"settings": settings}
     short = fitted(tiny, tmp_path / "short", **options)
     assert set(passes) == {1}
     # The states that trainings share have all layers.
-    whole = fitted(tiny, tmp_path / "whole", keep_cache=True, **options)
+    full = fitted(tiny, tmp_path / "whole", keep_cache=True, **options)
     assert set(passes) == {1, 2, 3}
-    assert [made.probe.card.training.states.token_bytes for made in (short, whole)] == [128, 256]
-    np.testing.assert_allclose(short.losses, whole.losses, rtol=1e-4, atol=1e-4)
+    assert [result.probe.card.training.states.token_bytes for result in (short, full)] == [128, 256]
+    np.testing.assert_allclose(short.losses, full.losses, rtol=1e-4, atol=1e-4)
     probe = load_probe(tmp_path / "short" / "probe")
     assert len(probe.standardisation.scale) == tiny.fingerprint.layers
     assert probe.projection().depth == 2
-    pairs = zip(short.probe.projection().weight, whole.probe.projection().weight, strict=True)
+    pairs = zip(short.probe.projection().weight, full.probe.projection().weight, strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("states", ["disk", "stream"])
 def test_compressed_states_are_of_the_layers_of_the_probe(tiny, tmp_path, monkeypatch, states):
-    monkeypatch.setattr("sidelight.training.keeping.kept_directions", lambda width: width)
-    made = [
+    monkeypatch.setattr("sidelight.training.keeping.directions_of_width", lambda width: width)
+    result = [
         fitted(
             tiny,
-            tmp_path / str(kept),
+            tmp_path / str(stored),
             settings=replace(QUICK, layers=2),
-            states=kept,
+            states=stored,
         )
-        for kept in (states, "whole")
+        for stored in (states, "whole")
     ]
-    assert made[0].probe.card.training.states.kept == "compressed"
-    assert made[0].probe.card.training.states.token_bytes == 2 * (32 + 2)
-    assert made[0].probe.projection().depth == 2
-    assert np.corrcoef(*(own.losses for own in made))[0, 1] > 0.99
+    assert result[0].probe.card.training.states.form == "compressed"
+    assert result[0].probe.card.training.states.token_bytes == 2 * (32 + 2)
+    assert result[0].probe.projection().depth == 2
+    assert np.corrcoef(*(each.losses for each in result))[0, 1] > 0.99
 
 
 def test_more_layers_than_the_model_has_are_refused_before_it_reads(tiny, tmp_path, passes):
@@ -240,8 +240,8 @@ def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
         ((good, bad, good), 4, 2),
         ((bad, good, good), 2, 3),
     ):
-        for run, own in zip((deep, middle, low), logits, strict=True):
-            run.logits = own
+        for run, each in zip((deep, middle, low), logits, strict=True):
+            run.logits = each
         run, trials = choose_depth([low, deep, middle], dataset, options)
         assert (run.depth, len(trials)) == (chosen, tried)
         assert [trial.layers for trial in trials] == [4, 3, 2][:tried]
@@ -251,16 +251,16 @@ def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
 
 @pytest.mark.parametrize("of_spans", [False, True])
 def test_a_trained_probe_reads_to_the_depth_that_its_record_names(tiny, tmp_path, of_spans):
-    made = fitted(tiny, tmp_path, early_exit=True) if not of_spans else spanned(tiny, tmp_path)
+    result = fitted(tiny, tmp_path, early_exit=True) if not of_spans else spanned(tiny, tmp_path)
     trials = load_probe(tmp_path / "probe").card.training.depths
-    assert trials == made.probe.card.training.depths
+    assert trials == result.probe.card.training.depths
     assert trials[0].layers == tiny.fingerprint.layers
     assert 2 <= len(trials) <= len(candidate_depths(tiny.fingerprint.layers))
     accepted = [trial.layers for trial in trials if trial.is_accepted]
     assert load_probe(tmp_path / "probe").projection().depth == accepted[-1]
-    given = fitted(tiny, tmp_path / "given")
-    assert given.probe.projection().depth == tiny.fingerprint.layers
-    assert not given.probe.card.training.depths
+    options = fitted(tiny, tmp_path / "given")
+    assert options.probe.projection().depth == tiny.fingerprint.layers
+    assert not options.probe.card.training.depths
 
 
 def spanned(tiny, root):

@@ -12,17 +12,17 @@ from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersEngine
-from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Message, Reads, TokenRole
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.bank import Bank, Panel
+from sidelight.probes.bank import Bank, ProbeBanks
 from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probes.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import TrainingSettings
-from sidelight_vllm.columns import Reading, set_receiver
-from sidelight_vllm.settings import Served, identity_of
+from sidelight_vllm.settings import Served, revision_of
+from sidelight_vllm.slots import GatherPlan, set_receiver
 from sidelight_vllm.worker import Worker
 from worlds.data import encoded, planted_rows, span_rows, split_of
 from worlds.models import saved, spans_probe, tiny_backbone, untrained_probe
@@ -113,24 +113,24 @@ def test_the_pretended_device_has_a_gpus_rules(pretending):
 def test_a_bank_of_any_mechanism_works_on_meta(tiny, tmp_path, mechanism):
     """Shapes without numbers: enough to see a tensor that was left on the CPU."""
     probe = loaded(tiny, mechanism, tmp_path)
-    for bank in (Bank([probe], device="meta"), Panel([probe], device="meta").early):
+    for bank in (Bank([probe], device="meta"), ProbeBanks([probe], device="meta").prompt_probes):
         tap = bank.tap()
         who = tiny.fingerprint
         for layer in range(who.layers):
             tap(layer, torch.zeros(2, 5, who.width, dtype=torch.bfloat16, device="meta"))
-        columns = tap.projected()
-        assert columns.device.type == "meta"
-        assert columns.shape == (2, 5, who.layers, bank.projection.shift.shape[1])
-        assert columns.dtype == torch.float32
+        projections = tap.projected()
+        assert projections.device.type == "meta"
+        assert projections.shape == (2, 5, who.layers, bank.projection.shift.shape[1])
+        assert projections.dtype == torch.float32
 
 
 @every_mechanism
 @pytest.mark.parametrize("device", [FIRST, SECOND], ids=str)
-def test_any_mechanism_judges_and_explains_as_on_the_cpu(
+def test_any_mechanism_classifies_and_explains_as_on_the_cpu(
     pretending, tiny, tmp_path, mechanism, device
 ):
     """The second device has no float64."""
-    outcomes = []
+    results = []
     for backbone in (tiny, on(device)):
         probe = loaded(tiny, mechanism, tmp_path)
         logits = text_logits(backbone, Bank([probe], device=backbone.device), encoded(tiny, TEXTS))[
@@ -138,9 +138,9 @@ def test_any_mechanism_judges_and_explains_as_on_the_cpu(
         ]
         why = Classifier(backbone, probe).explain(Example((Message("user", TEXTS[0]),)))
         tokens = [text.tokens for text in logits if text.tokens is not None]
-        outcomes.append([*(text.logits for text in logits), *tokens, why.shares])
+        results.append([*(text.logits for text in logits), *tokens, why.shares])
         assert len(tokens) == len(TEXTS) * (mechanism == "spans")
-    for wanted, actual in zip(*outcomes, strict=True):
+    for wanted, actual in zip(*results, strict=True):
         np.testing.assert_allclose(actual, wanted, atol=ROUNDING)
 
 
@@ -151,15 +151,15 @@ def test_any_mechanism_judges_and_explains_as_on_the_cpu(
 def test_every_mechanism_trains_as_on_the_cpu(there, tiny, tmp_path):
     settings = TrainingSettings(learning_rate=1e-2, epochs=2, batch_size=20, least_steps=0)
     candidates = [(mechanism_spec(name), settings) for name in mechanism_names()]
-    outcomes = []
+    results = []
     for backbone in (tiny, there):
         folder = tmp_path / backbone.device.type
         splits = {
             name: split_of(backbone, folder, "binary", count, seed=count)
             for name, count in {"training": 60, "validation": 30}.items()
         }
-        outcomes.append(train_mechanisms(candidates, **splits, device=backbone.device))
-    for (spec, _), wanted, actual in zip(candidates, *outcomes, strict=True):
+        results.append(train_mechanisms(candidates, **splits, device=backbone.device))
+    for (spec, _), wanted, actual in zip(candidates, *results, strict=True):
         np.testing.assert_allclose(actual.logits, wanted.logits, atol=1e-3, err_msg=str(spec))
 
 
@@ -168,8 +168,8 @@ def files(tiny, tmp_path_factory):
     """A backbone on disk, and labelled files."""
     home = tmp_path_factory.mktemp("files")
     asked = [{**row, "asked": f"Question {i}?"} for i, row in enumerate(planted_rows("binary", 60))]
-    made = {"train": asked, "new": planted_rows("binary", 40, seed=1), "spans": span_rows(40)}
-    for name, lines in made.items():
+    row_sets = {"train": asked, "new": planted_rows("binary", 40, seed=1), "spans": span_rows(40)}
+    for name, lines in row_sets.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDELIGHT_CACHE", str(home / "cache"))
@@ -178,35 +178,35 @@ def files(tiny, tmp_path_factory):
 
 
 def command(home, *arguments, device="pretend"):
-    own = ["--model", str(home / "model"), "--device", device]
-    assert cli(*map(str, arguments), *own) == 0
+    device_options = ["--model", str(home / "model"), "--device", device]
+    assert cli(*map(str, arguments), *device_options) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["texts", "responses", "spans"])
-def test_the_command_line_trains_and_judges_as_on_the_cpu(there, files, tmp_path, capsys, kind):
+def test_the_command_line_trains_and_classifies_as_on_the_cpu(there, files, tmp_path, capsys, kind):
     """Few texts: cross-fitted, in contexts of background traffic, and calibrated."""
     quickly = {"epochs": 2, "batch_size": 16, "learning_rate": 0.03, "context_tokens": 4000}
     settings = [word for pair in quickly.items() for word in ("--set", "{}={}".format(*pair))]
     train, new, spans = (files / f"{name}.jsonl" for name in ("train", "new", "spans"))
-    columns = {
+    options = {
         "texts": [],
         "responses": ["--text", "asked", "--response", "text"],
         "spans": ["--spans", "spans"],
     }[kind]
-    outcomes = []
+    results = []
     for device in ("cpu", "pretend"):
         probe, data = tmp_path / device, spans if kind == "spans" else train
-        command(files, "train", "--data", data, *columns, *settings, "--out", probe, device=device)
+        command(files, "train", "--data", data, *options, *settings, "--out", probe, device=device)
         if kind == "texts":
             command(files, "eval", probe, "--data", new, device=device)
             command(files, "recalibrate", probe, "--data", new, "--force", device=device)
-        read = ["--data", train, *columns] if kind == "responses" else [*TEXTS, "--explain"]
+        read = ["--data", train, *options] if kind == "responses" else [*TEXTS, "--explain"]
         capsys.readouterr()
         command(files, "predict", probe, *read, device=device)
         lines = map(json.loads, capsys.readouterr().out.splitlines())
-        outcomes.append([value for line in lines for value in line["probabilities"].values()])
-    wanted, actual = outcomes
+        results.append([value for line in lines for value in line["probabilities"].values()])
+    wanted, actual = results
     np.testing.assert_allclose(actual, wanted, atol=TRAINED)
 
 
@@ -232,14 +232,14 @@ def without_chance(answer):
     """Status and body, without what differs from request to request."""
     drawn = {"id", "created", "request_id", "timing", "probe_seconds"}
 
-    def kept(value):
+    def deterministic(value):
         if isinstance(value, dict):
-            return {key: kept(each) for key, each in value.items() if key not in drawn}
+            return {key: deterministic(each) for key, each in value.items() if key not in drawn}
         if isinstance(value, list):
-            return [kept(each) for each in value]
+            return [deterministic(each) for each in value]
         return round(value, 4) if isinstance(value, float) else value
 
-    return answer.status_code, kept(answer.json())
+    return answer.status_code, deterministic(answer.json())
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_server_answers_as_on_the_cpu(there, tiny, folders):
         ("/v1/redact", {"input": TEXTS[0]}),
         ("/v1/completions", {**CHAT, "prompt": TEXTS[2], "n": 2, "temperature": 1, "seed": 3}),
     ]
-    outcomes = []
+    results = []
     for backbone in (tiny, there):
         engine = TransformersEngine(backbone, probes)
         key = {"Authorization": "Bearer admin"}
@@ -270,16 +270,16 @@ def test_a_server_answers_as_on_the_cpu(there, tiny, folders):
             )
             assert changed.status_code == 200, changed.text
             answers.append(http.post(requests[0][0], json=requests[0][1], headers=key))
-            outcomes.append([without_chance(answer) for answer in answers])
-    wanted, actual = outcomes
+            results.append([without_chance(answer) for answer in answers])
+    wanted, actual = results
     assert actual == wanted
     assert {status for status, _ in actual} == {200, 400}
 
 
 # Inside vLLM.
 
-PROMPT = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
-READING = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+PROMPT = EncodedPrompt(tuple(range(10, 14)), (TokenRole.PROMPT,) * 4)
+PLAN = GatherPlan("r", (1,), 0, bytes([TokenRole.PROMPT] * 4), ends_prompt=True, is_plain=False)
 
 
 @pytest.fixture
@@ -288,34 +288,34 @@ def no_receiver():
     set_receiver(None)
 
 
-def judged(backbone, *named):
+def worker_verdicts(backbone, *named):
     """The verdicts of a worker on the backbone's device, with one probe after another."""
-    first = Served((str(named[0]),), backbone.fingerprint, columns=64)
+    first = Served((str(named[0]),), backbone.fingerprint, projections=64)
     layers = range(backbone.fingerprint.layers)
     worker = Worker(first, layers=layers, tokens=8, device=backbone.device)
     worker.allocate(blocks=2, block_size=4)
-    judgements = []
+    answers = []
     for folder in named:
         worker.check([str(folder)])
-        worker.load(identity_of([load_probe(folder).version]))
+        worker.load(revision_of([load_probe(folder).version]))
         with backbone.tapped(lambda layer, hidden: worker.receive(layer, hidden[0])):
             backbone.run([PROMPT])
         end_pass(worker, range(4, 8), device=backbone.device)
-        judgements.append(worker.judge([READING]).result().judgements["r"])
-    return judgements
+        answers.append(worker.classify([PLAN]).result().by_request["r"])
+    return answers
 
 
-def test_a_worker_of_vllm_judges_as_on_the_cpu(there, tiny, folders, no_receiver):
+def test_a_worker_of_vllm_classifies_as_on_the_cpu(there, tiny, folders, no_receiver):
     """Its streams and events are those of the device."""
     named = [folders["toxicity"], folders["early"], folders["toxicity"]]
-    outcomes = [judged(backbone, *named) for backbone in (tiny, there)]
-    for wanted, actual in zip(*outcomes, strict=True):
+    results = [worker_verdicts(backbone, *named) for backbone in (tiny, there)]
+    for wanted, actual in zip(*results, strict=True):
         assert (wanted.failed, actual.failed) == ((), ())
-        for one, other in zip(wanted.verdicts, actual.verdicts, strict=True):
-            assert [*other.probabilities.values()] == pytest.approx(
+        for one, another in zip(wanted.verdicts, actual.verdicts, strict=True):
+            assert [*another.probabilities.values()] == pytest.approx(
                 [*one.probabilities.values()], abs=ROUNDING
             )
-            assert other.spans == one.spans
+            assert another.spans == one.spans
 
 
 # The device sees a fault.
@@ -326,15 +326,15 @@ def test_a_worker_of_vllm_judges_as_on_the_cpu(there, tiny, folders, no_receiver
     [
         (Standardisation, "to", lambda self, _device: self),
         (torch.Tensor, "cpu", lambda self: self),
-        (Worker, "_projection", lambda self, panel: panel.projection.to("cpu")),
+        (Worker, "_projection", lambda self, banks: banks.projection.to("cpu")),
     ],
     ids=["a buffer left behind", "an array too early", "a tensor made without a device"],
 )
 def test_a_planted_fault_of_devices_is_seen(
     there, folders, no_receiver, monkeypatch, owner, name, faulty
 ):
-    assert judged(there, folders["toxicity"])[0].verdicts
+    assert worker_verdicts(there, folders["toxicity"])[0].verdicts
     monkeypatch.setattr(owner, name, faulty)
     # A worker that is loaded fails closed: it logs the error, and there is no verdict.
     with suppress(RuntimeError, TypeError):
-        assert judged(there, folders["toxicity"])[0].failed
+        assert worker_verdicts(there, folders["toxicity"])[0].failed

@@ -60,12 +60,12 @@ ATTEMPTS = [
 ]
 
 
-def probes_of(backbone, *, other_scores=False):
+def probes_of(backbone, *, with_new_scores=False):
     """Probes of both sides and each kind; the others give other scores and rank as these do."""
-    late = untrained_probe(backbone, "late", reads=Reads("response"))
+    response_probe = untrained_probe(backbone, "late", reads=Reads("response"))
     words = spans_probe(backbone, "words", threshold=0.5)
-    probes = [*three_probes(backbone), words, late]
-    return [rescored(probe) for probe in probes] if other_scores else probes
+    probes = [*three_probes(backbone), words, response_probe]
+    return [rescored(probe) for probe in probes] if with_new_scores else probes
 
 
 def rescored(probe):
@@ -79,15 +79,15 @@ def rescored(probe):
 
 def policy_of(rule, *names):
     """The rule for these probes; the labels of the multi-class one never count."""
-    own = dict.fromkeys(names or NAMES, rule)
-    if "intent" in own and rule.mode in ("block", "flag"):
-        own["intent"] = replace(rule, labels=("refund",))
-    late = {"late": own.pop("late")} if "late" in own else {}
-    return Policy(input=own, output=late)
+    input_rules = dict.fromkeys(names or NAMES, rule)
+    if "intent" in input_rules and rule.mode in ("block", "flag"):
+        input_rules["intent"] = replace(rule, labels=("refund",))
+    output_rules = {"late": input_rules.pop("late")} if "late" in input_rules else {}
+    return Policy(input=input_rules, output=output_rules)
 
 
 def ask(http, path, body=None, key="user-key"):
-    """The server has no keys of users, so that everybody is one."""
+    """The server has no keys of users, so that every caller is one."""
     method, headers = "GET" if body is None else "POST", {"Authorization": f"Bearer {key}"}
     return http.request(method, path, json=body, headers=headers)
 
@@ -118,8 +118,8 @@ def counted(response):
     return [(name, rounded(n) if "probe_" in name else "") for name, n in pairs]
 
 
-def all_heard(backbone, policy, *, other_scores=False, attempts=ATTEMPTS, key="user-key"):
-    probes = probes_of(backbone, other_scores=other_scores)
+def all_heard(backbone, policy, *, with_new_scores=False, attempts=ATTEMPTS, key="user-key"):
+    probes = probes_of(backbone, with_new_scores=with_new_scores)
     with asking(backbone, probes, policy) as http:
         answers = [heard(ask(http, path, body, key)) for path, body in attempts]
         return [*answers, counted(ask(http, "/metrics", key=key))]
@@ -128,39 +128,42 @@ def all_heard(backbone, policy, *, other_scores=False, attempts=ATTEMPTS, key="u
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 @pytest.mark.parametrize("rule", [Rule("block"), Rule("flag", disclose="labels")])
-def test_no_answer_depends_on_scores_that_a_policy_withholds(tiny, rule, threshold):
+def test_no_answer_depends_on_scores_that_a_policy_hides(tiny, rule, threshold):
     """Two servers whose probes differ in their scores alone cannot be told apart."""
     policy = policy_of(replace(rule, threshold=threshold))
-    assert all_heard(tiny, policy) == all_heard(tiny, policy, other_scores=True)
+    assert all_heard(tiny, policy) == all_heard(tiny, policy, with_new_scores=True)
 
 
 @pytest.mark.slow
-def test_the_attempts_would_tell_scores_that_are_not_withheld(tiny):
+def test_the_attempts_would_reveal_scores_that_are_not_hidden(tiny):
     policy = policy_of(Rule("flag", threshold=0.0))
-    first, second = (all_heard(tiny, policy, other_scores=other) for other in (False, True))
+    first, second = (
+        all_heard(tiny, policy, with_new_scores=with_new_scores)
+        for with_new_scores in (False, True)
+    )
     pairs = list(zip(first, second, strict=True))
     # Plain text has no verdict, nor has a prompt alone from a probe of responses.
-    judged = [
+    answered = [
         index
         for index, (path, body) in enumerate(ATTEMPTS)
         if path not in ("/v1/completions", "/v1/probes", "/v1/models")
         and "late" not in str(body)
         and "policies" not in str(body)
     ]
-    assert len(judged) > 12
-    assert [ATTEMPTS[index] for index in judged if pairs[index][0] == pairs[index][1]] == []
+    assert len(answered) > 12
+    assert [ATTEMPTS[index] for index in answered if pairs[index][0] == pairs[index][1]] == []
     assert pairs[-1][0] != pairs[-1][1]
 
 
 @pytest.mark.slow
-def test_an_admin_key_sees_everything(tiny):
+def test_an_admin_key_gets_everything(tiny):
     """As where the rules of the prompt's probes disclose their scores."""
     # One text at a time: texts that are read side by side share batches, which round otherwise.
     attempts = [(p, body) for p, body in ATTEMPTS if not {"n", "explain"} & (body or {}).keys()]
     plain = Rule("block", threshold=1.0, disclose="scores")
     usual = all_heard(tiny, policy_of(plain, *NAMES[:-1]), attempts=attempts)
-    withheld = policy_of(Rule("block", threshold=1.0, disclose="labels"), *NAMES[:-1])
-    assert all_heard(tiny, withheld, attempts=attempts, key=ADMIN) == usual
+    hiding = policy_of(Rule("block", threshold=1.0, disclose="labels"), *NAMES[:-1])
+    assert all_heard(tiny, hiding, attempts=attempts, key=ADMIN) == usual
     assert any(name.startswith("sidelight_probe_score") for name, _ in usual[-1])
 
 
@@ -169,7 +172,7 @@ def test_every_route_that_takes_a_body_is_attempted(tiny):
         assert post_paths(http) == {path for path, body in ATTEMPTS if body is not None}
 
 
-def test_no_route_that_is_read_tells_a_threshold_or_a_shadow_that_is_withheld(tiny):
+def test_no_route_discloses_a_hidden_threshold_or_shadow(tiny):
     """Over all that the server has, so that a new route is asked too."""
     probes = [*three_probes(tiny)[:1], *(untrained_probe(tiny, n) for n in ("second", "newer"))]
     threshold = 0.7654321
@@ -204,21 +207,21 @@ def change_rule(http, path, rule):
         ('mode = "flag"\ndisclose = "labels"', False),
     ],
 )
-def test_the_metrics_need_a_key_as_soon_as_a_rule_withholds_anything(tiny, tmp_path, rule, is_open):
+def test_the_metrics_need_a_key_as_soon_as_a_rule_hides_scores(tiny, tmp_path, rule, is_open):
     with asking(tiny, probes_of(tiny), Policy()) as http:
         ask(http, "/v1/moderations", {"input": TEXT})
         assert ask(http, "/metrics").status_code == 200
         change_rule(http, tmp_path / "policy.toml", rule)
-        refused, shown = (ask(http, "/metrics", key=key) for key in ("user-key", ADMIN))
+        refused, allowed = (ask(http, "/metrics", key=key) for key in ("user-key", ADMIN))
     assert (refused.status_code == 200) == is_open
     if not is_open:
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (403, "metrics_key_required")
         assert "SIDELIGHT_METRICS_KEY" in error["message"]
-    assert 'sidelight_probe_score_count{label="toxic",probe="toxicity"} 1.0' in shown.text
+    assert 'sidelight_probe_score_count{label="toxic",probe="toxicity"} 1.0' in allowed.text
 
 
-def test_the_metrics_stay_closed_when_a_rule_that_withheld_is_replaced(tiny, tmp_path):
+def test_the_metrics_stay_closed_when_a_rule_that_hid_scores_is_replaced(tiny, tmp_path):
     """They still have what was counted under it, also of probes that are gone."""
     with asking(tiny, probes_of(tiny), Policy()) as http:
         for rule, status in (("", 200), ('mode = "block"', 403), ("", 403)):
@@ -243,19 +246,19 @@ def test_the_label_ranks_no_scores_of_labels_that_hold(task, labels, label):
     thresholds = {name: 0.0 if name in labels else 1.0 for name in task.labels[-2:]}
     thresholds |= dict.fromkeys(labels, 0.0)
     ordered = {name: thresholds[name] for name in task.labels if name in thresholds}
-    shown = labels_only(task.decide("probe", scores, ordered))
-    assert (shown.label, shown.flagged) == (label, bool(labels))
-    held = labels or ((label,) if label else ())
-    assert shown.probabilities == {name: float(name in held) for name in task.labels}
+    visible_verdict = labels_only(task.decide("probe", scores, ordered))
+    assert (visible_verdict.label, visible_verdict.flagged) == (label, bool(labels))
+    expected = labels or ((label,) if label else ())
+    assert visible_verdict.probabilities == {name: float(name in expected) for name in task.labels}
 
 
-def test_the_turn_with_the_highest_score_is_told_with_scores_alone(tiny):
+def test_the_turn_with_the_highest_score_is_sent_only_with_scores(tiny):
     """It would say which of many turns the probe finds worst, although it flags none."""
     probe = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
     later = [{"role": "assistant", "content": "OK."}, {"role": "user", "content": "Go ahead."}]
     body = {**CHAT, "messages": [*TURNS, *later]}
     with asking(tiny, [probe], policy_of(Rule("block", threshold=1.0), "toxicity")) as http:
         told = [ask(http, CHATS, body, key).json()["sidelight"]["verdicts"] for key in ("", ADMIN)]
-    said = {"probe": "toxicity", "version": "", "label": "fine", "labels": ["fine"]}
-    assert told[0] == [{**said, "flagged": False}]
+    entry = {"probe": "toxicity", "version": "", "label": "fine", "labels": ["fine"]}
+    assert told[0] == [{**entry, "flagged": False}]
     assert told[1][0]["turn"] == 2

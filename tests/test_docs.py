@@ -56,14 +56,14 @@ def test_every_target_of_make_that_a_page_names_is_one():
     assert {"demo", "test"} <= named <= targets
 
 
-def test_architecture_names_every_part_of_the_product():
-    parts = {
+def test_architecture_names_every_folder_of_the_product():
+    folders = {
         path.stem
         for path in SOURCE.iterdir()
         if path.suffix == ".py" or (path / "__init__.py").exists()
     } - {"__init__", "__main__"}
     told = set(re.findall(r"\w+", (ROOT / "docs" / "architecture.md").read_text()))
-    assert parts - told == set()
+    assert folders - told == set()
 
 
 def anchors(page: Path) -> set[str]:
@@ -121,7 +121,9 @@ def test_architecture_names_files_and_functions_that_exist():
 def replaced_methods(path: Path) -> set[str]:
     """Methods of others that a file wraps, or replaces by methods of its own."""
     tree, names = ast.parse(path.read_text()), set[str]()
-    own = {node.name for node in ast.walk(tree) if hasattr(node, "args") and hasattr(node, "name")}
+    functions = {
+        node.name for node in ast.walk(tree) if hasattr(node, "args") and hasattr(node, "name")
+    }
     for node in ast.walk(tree):
         match node:
             case ast.Call(ast.Name("wrap"), [_, ast.Constant(name), _]):
@@ -133,9 +135,11 @@ def replaced_methods(path: Path) -> set[str]:
                 for pair in pairs:
                     match pair:
                         case ast.Attribute(attr=name), ast.Attribute(ast.Name("self"), method):
-                            names |= {name} if method in own else set()
-                        case ast.Attribute(ast.Name(owner), name), ast.Name(made):
-                            names |= {name} if owner[0].isupper() and made in own else set()
+                            names |= {name} if method in functions else set()
+                        case ast.Attribute(ast.Name(owner), name), ast.Name(assigned):
+                            names |= (
+                                {name} if owner[0].isupper() and assigned in functions else set()
+                            )
     return names
 
 
@@ -206,7 +210,7 @@ def test_architecture_names_every_mechanism():
 
 
 NAMES = {"re2": "google-re2", "sklearn": "scikit-learn"}
-# What a declared package brings, and engines that whoever wants them installs.
+# What a declared package brings, and engines that users install.
 BROUGHT = {
     "psutil", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "uvloop",
     "vllm",
@@ -313,7 +317,7 @@ def test_the_tables_of_options_are_those_of_the_commands():
     assert run_path(str(ROOT / ".ci" / "reference.py"))["with_tables"](page) == page
 
 
-def shown_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]:
+def documented_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]:
     """The `sidelight` commands of a page's consoles, with the options that they are given."""
     for console in re.findall(r"```console\n(.*?)```", page.read_text(), flags=re.DOTALL):
         for line in re.sub(r"\\\n", " ", console).splitlines():
@@ -327,19 +331,19 @@ def shown_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_shown_has_the_options_it_is_given(page: Path):
-    for command, given in shown_commands(page):
+def test_every_documented_command_has_the_options_it_uses(page: Path):
+    for command, flags in documented_commands(page):
         known = {name for o in command.params for name in (*o.opts, *o.secondary_opts)}
-        assert set(given) - known == set(), command.name
+        assert set(flags) - known == set(), command.name
 
 
-def test_every_policy_and_configuration_shown_is_one(tmp_path: Path):
+def test_every_documented_policy_and_configuration_is_valid(tmp_path: Path):
     path = tmp_path / "shown.toml"
     readers = dict.fromkeys(("tutorial.md", "policies.md"), read_policy)
     for page, read in {**readers, "reference.md": lambda p: read_config(config=p)}.items():
-        shown = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-        assert shown, page
-        for text in shown:
+        blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+        assert blocks, page
+        for text in blocks:
             path.write_text(text)
             for name in re.findall(r'^file = "(.+?)"', text, re.MULTILINE):
                 (tmp_path / name).touch()
@@ -352,13 +356,13 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "linear_mean"})
     mechanism = base.build_mechanism(base.mechanism_spec("linear_mean"), base.Geometry(3, 32, 2))
     hidden = torch.randn(1, 3, 5, 32)
-    tokens = torch.einsum("ltd,ldm->tlm", hidden[0], mechanism.columns())
-    pieces = [
-        mechanism.summarise(Ragged(piece, torch.tensor([len(piece)])))
-        for piece in (tokens[:2], tokens[2:])
+    tokens = torch.einsum("ltd,ldm->tlm", hidden[0], mechanism.projections())
+    states = [
+        mechanism.summarise(Ragged(chunk, torch.tensor([len(chunk)])))
+        for chunk in (tokens[:2], tokens[2:])
     ]
     dense = mechanism(hidden, torch.ones(1, 5, dtype=torch.bool))
-    torch.testing.assert_close(mechanism.finish(mechanism.merge(*pieces)), dense)
+    torch.testing.assert_close(mechanism.finish(mechanism.merge(*states)), dense)
 
 
 def test_every_mode_action_and_header_is_documented_and_modes_can_be_chosen():

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wordings
-from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.base import Finished, PromptClassified, ResponseScored, TextDelta
 from sidelight.models.conversation import PlainText, Reads
 from sidelight.policy.decisions import PolicyError
-from sidelight.policy.enforcement import Enforcement, Judged
+from sidelight.policy.enforcement import Classified, Enforcement
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
-from sidelight.types import Judgement, Task, Verdict
+from sidelight.types import Task, Verdict, Verdicts
 from worlds.models import TOPICS, untrained_probe
 
 
 @pytest.fixture(scope="module")
-def late(tiny):
+def response_probe(tiny):
     return untrained_probe(tiny, "late", reads=Reads("response"))
 
 
@@ -35,11 +35,11 @@ def holding(probe, **rule):
 
 
 def scored(token, *scores):
-    return ResponseScored(token, Judgement(tuple(map(verdict, scores))))
+    return ResponseScored(token, Verdicts(tuple(map(verdict, scores))))
 
 
 def finished(score, tokens):
-    return Finished("stop", 7, tokens, judgement=Judgement((verdict(score),)))
+    return Finished("stop", 7, tokens, verdicts=Verdicts((verdict(score),)))
 
 
 @pytest.mark.slow
@@ -57,11 +57,11 @@ def finished(score, tokens):
     ),
     text_of=st.lists(st.booleans(), min_size=30, max_size=30),
 )
-def test_text_is_held_and_cut_by_definition(late, scores, final, rule, text_of):
+def test_text_is_delayed_and_cut_by_definition(response_probe, scores, final, rule, text_of):
     """One token at a time, against a definition that looks at the whole response at once."""
     threshold, consecutive, warm_up = rule.threshold, rule.consecutive, rule.warm_up
-    holding = HoldBack([BoundRule(late, rule)])
-    held = consecutive if rule.hold_back is None else rule.hold_back
+    holding = HoldBack([BoundRule(response_probe, rule)])
+    lag = consecutive if rule.hold_back is None else rule.hold_back
     count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
     fires = [i for i in range(consecutive, len(scores) + 1) if all(count[i - consecutive : i])]
     sent, ended, sent_at = [], None, {}
@@ -78,7 +78,7 @@ def test_text_is_held_and_cut_by_definition(late, scores, final, rule, text_of):
             break
     assert (ended[0] if ended else None) == (fires[0] if fires else None)
     for token, at in sent_at.items():
-        assert at >= token + held
+        assert at >= token + lag
         assert at >= warm_up + consecutive
         # What was sent had been judged, and did not end a streak.
         assert not fires or at < fires[0]
@@ -94,12 +94,12 @@ def test_text_is_held_and_cut_by_definition(late, scores, final, rule, text_of):
         assert end.reason == "stop"
 
 
-def test_text_without_a_score_of_its_own_is_not_sent(late):
+def test_text_without_a_score_is_not_sent(response_probe):
     """An engine that forgets to score, or scores several tokens at once, is a fault, and closes."""
     for tokens, event in ((1, finished(0.0, 2)), (2, scored(2, 0.0)), (5, scored(5, 0.0))):
-        held = holding(late, threshold=1.0)
-        assert held.push(TextDelta("a", tokens=tokens)) == []
-        (end,) = held.push(event)
+        holding_back = holding(response_probe, threshold=1.0)
+        assert holding_back.push(TextDelta("a", tokens=tokens)) == []
+        (end,) = holding_back.push(event)
         assert end.reason == "content_filter"
         assert end.decisions[0].action == "fail_closed"
 
@@ -107,47 +107,47 @@ def test_text_without_a_score_of_its_own_is_not_sent(late):
 @pytest.mark.parametrize(
     "events", [[scored(2, 1.0)], [scored(2, 0.0), finished(1.0, 2)]], ids=["midway", "at the end"]
 )
-def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(late, events):
-    held = holding(late, consecutive=1, on_failure="pass")
-    held.push(TextDelta("a", tokens=1))
-    assert held.push(scored(1)) == []
-    held.push(TextDelta("b", tokens=2))
-    *_, (end,) = [held.push(event) for event in events]
+def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(response_probe, events):
+    holding_back = holding(response_probe, consecutive=1, on_failure="pass")
+    holding_back.push(TextDelta("a", tokens=1))
+    assert holding_back.push(scored(1)) == []
+    holding_back.push(TextDelta("b", tokens=2))
+    *_, (end,) = [holding_back.push(event) for event in events]
     assert end.reason == "content_filter"
-    assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
+    assert (end.decisions[0].action, end.decisions[0].status) == ("block", "flagged")
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_is_not_a_verdict(late, score):
-    held = holding(late, threshold=1.0)
-    held.push(TextDelta("a", tokens=1))
-    (end,) = held.push(scored(1, score))
+def test_a_score_that_is_not_finite_is_not_a_verdict(response_probe, score):
+    holding_back = holding(response_probe, threshold=1.0)
+    holding_back.push(TextDelta("a", tokens=1))
+    (end,) = holding_back.push(scored(1, score))
     assert (end.reason, end.decisions[0].action) == ("content_filter", "fail_closed")
 
 
-@pytest.mark.parametrize("held", [(0, 3), (3, 0)])
-def test_of_several_rules_the_one_that_holds_back_most_decides(tiny, late, held):
+@pytest.mark.parametrize("hold_backs", [(0, 3), (3, 0)])
+def test_of_several_rules_the_one_that_holds_back_most_decides(tiny, response_probe, hold_backs):
     """Else text would leave that the other rule may still cut."""
     strict = untrained_probe(tiny, "strict", reads=Reads("response"))
-    rules = (Rule("block", threshold=1.0, consecutive=1, hold_back=n) for n in held)
-    both = HoldBack([BoundRule(p, r) for p, r in zip((late, strict), rules, strict=True)])
+    rules = (Rule("block", threshold=1.0, consecutive=1, hold_back=n) for n in hold_backs)
+    both = HoldBack([BoundRule(p, r) for p, r in zip((response_probe, strict), rules, strict=True)])
     sent = []
     for token in range(1, 6):
-        judged = Judgement((verdict(0.1), verdict(0.1, "strict")))
+        verdicts = Verdicts((verdict(0.1), verdict(0.1, "strict")))
         both.push(TextDelta(f"{token}", tokens=token))
-        sent.append([event.tokens for event in both.push(ResponseScored(token, judged))])
+        sent.append([event.tokens for event in both.push(ResponseScored(token, verdicts))])
     assert sent == [[], [], [], [1], [2]]
 
 
 def test_a_streak_is_of_any_label_that_counts(tiny):
     """Otherwise a text whose tokens are flagged by turns for two labels would pass."""
     topics = untrained_probe(tiny, "topics", task=TOPICS, reads=Reads("response"))
-    held = holding(topics, threshold=0.5, consecutive=2)
+    holding_back = holding(topics, threshold=0.5, consecutive=2)
     for token, (violence, sexual) in enumerate([(0.1, 0.1), (0.9, 0.1), (0.1, 0.9)], 1):
         scores = {"violence": violence, "sexual": sexual}
-        judgement = Judgement((topics.task.decide("topics", scores, topics.card.label_thresholds),))
-        assert held.push(TextDelta("a", tokens=token)) == []
-        passed = held.push(ResponseScored(token, judgement))
+        verdicts = Verdicts((topics.task.decide("topics", scores, topics.card.label_thresholds),))
+        assert holding_back.push(TextDelta("a", tokens=token)) == []
+        passed = holding_back.push(ResponseScored(token, verdicts))
     (end,) = passed
     assert (end.reason, end.completion_tokens) == ("content_filter", 3)
 
@@ -155,23 +155,23 @@ def test_a_streak_is_of_any_label_that_counts(tiny):
 @pytest.mark.parametrize(
     ("gap", "cut_at"), [(scored(2), None), (scored(2, math.nan), None), (None, 4)]
 )
-def test_a_streak_ends_at_a_token_without_a_verdict(late, gap, cut_at):
-    held, ends = holding(late, consecutive=2, on_failure="pass"), []
+def test_a_streak_ends_at_a_token_without_a_verdict(response_probe, gap, cut_at):
+    holding_back, ends = holding(response_probe, consecutive=2, on_failure="pass"), []
     rest = [scored(3, 1.0), scored(4, 1.0 if gap is None else 0.0)]
     for event in [scored(1, 1.0), *([] if gap is None else [gap]), *rest]:
-        ends += [event.tokens for end in held.push(event) if isinstance(end, Ended)]
+        ends += [event.tokens for end in holding_back.push(event) if isinstance(end, Ended)]
     assert ends == ([] if cut_at is None else [cut_at])
 
 
-def test_an_empty_answer_has_nothing_to_judge(late):
-    (end,) = holding(late).push(Finished("stop", 7, 1, judgement=Judgement((), ("late",))))
+def test_an_empty_answer_has_nothing_to_classify(response_probe):
+    (end,) = holding(response_probe).push(Finished("stop", 7, 1, verdicts=Verdicts((), ("late",))))
     assert end.reason == "stop"
 
 
 class Notes:
     """An observer that keeps the decisions that it hears, and whether its text was given up."""
 
-    was_given_up = None
+    was_cancelled = None
 
     def prompt(self, event, decisions):
         self.of_prompt = decisions
@@ -181,17 +181,17 @@ class Notes:
     def delta(self): ...
 
     def end(self, decisions, *, is_cancelled=False):
-        if self.was_given_up is None:
-            self.of_end, self.was_given_up = decisions, is_cancelled
+        if self.was_cancelled is None:
+            self.of_end, self.was_cancelled = decisions, is_cancelled
 
 
 @pytest.fixture(scope="module")
-def early(tiny):
+def prompt_probe(tiny):
     return untrained_probe(tiny, "early")
 
 
-def said_of_prompt(score):
-    return PromptJudged(Judgement((verdict(score, "early"),)), tokens=3)
+def prompt_event(score):
+    return PromptClassified(Verdicts((verdict(score, "early"),)), tokens=3)
 
 
 def guarded(enforcement, *events):
@@ -205,12 +205,12 @@ def guarded(enforcement, *events):
     return asyncio.run(passed())
 
 
-def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdicts(early):
+def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_verdicts(prompt_probe):
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
-    enforcement = Enforcement([BoundRule(early, Rule("block"))], lambda _: Notes())
-    assert enforcement.admits(said_of_prompt(0.1))
+    enforcement = Enforcement([BoundRule(prompt_probe, Rule("block"))], lambda _: Notes())
+    assert enforcement.admits(prompt_event(0.1))
     with pytest.raises(PolicyError, match=wordings.BLOCKED_BY.format(probe="early")):
-        guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
+        guarded(enforcement, prompt_event(0.9), Finished("stop", 3, 0))
 
 
 class CountingTask(Task):
@@ -223,27 +223,29 @@ class CountingTask(Task):
         return super().decide(*args, **options)
 
 
-def test_a_prompt_is_decided_once_for_engine_record_and_client(early, monkeypatch):
+def test_a_prompt_is_decided_once_for_engine_record_and_client(prompt_probe, monkeypatch):
     monkeypatch.setattr(CountingTask, "decided", 0)
-    counted = early.changed(task=CountingTask(early.task.kind, early.task.labels))
+    counted = prompt_probe.changed(
+        task=CountingTask(prompt_probe.task.kind, prompt_probe.task.labels)
+    )
     notes = Notes()
     enforcement = Enforcement([BoundRule(counted, Rule("flag"))], lambda _: notes)
-    assert enforcement.admits(said_of_prompt(0.9))
-    admitted, ended = guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
-    assert isinstance(admitted, Judged)
+    assert enforcement.admits(prompt_event(0.9))
+    admitted, ended = guarded(enforcement, prompt_event(0.9), Finished("stop", 3, 0))
+    assert isinstance(admitted, Classified)
     assert CountingTask.decided == 1
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.of_prompt is admitted.decisions
     assert notes.of_end == ended.decisions
-    assert not notes.was_given_up
+    assert not notes.was_cancelled
 
 
-def test_a_text_that_its_client_gives_up_is_told_from_one_that_ended(early):
+def test_a_text_that_its_client_gives_up_is_told_from_one_that_ended(prompt_probe):
     notes = Notes()
-    enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda _: notes)
+    enforcement = Enforcement([BoundRule(prompt_probe, Rule("flag"))], lambda _: notes)
 
     async def engine():
-        yield said_of_prompt(0.9)
+        yield prompt_event(0.9)
         yield TextDelta("all that is read ", tokens=1)
         yield Finished("stop", 3, 0)
 
@@ -254,4 +256,4 @@ def test_a_text_that_its_client_gives_up_is_told_from_one_that_ended(early):
         return read
 
     assert isinstance(asyncio.run(leave())[1], TextDelta)
-    assert notes.was_given_up
+    assert notes.was_cancelled

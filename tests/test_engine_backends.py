@@ -75,9 +75,9 @@ def test_an_engine_of_another_package_runs_the_models_that_it_names(
     probe, tmp_path, monkeypatch, capsys
 ):
     install_engine(tmp_path, monkeypatch)
-    first, *others = engine_names()
+    first, *rest = engine_names()
     assert first == "transformers"
-    assert {"llama", "tiny", "vllm"} <= {*others}
+    assert {"llama", "tiny", "vllm"} <= {*rest}
     assert engines_of("tiny:1") == ["tiny"]
     assert engines_of("smollm2") == ["transformers", "vllm"]
     assert cli("predict", str(probe), "a text", "--model", "tiny:1") == 0

@@ -18,8 +18,8 @@ from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers.engine import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Part, Reads
-from sidelight.probes.bank import Panel
+from sidelight.models.conversation import EncodedPrompt, Message, Reads, TokenRole
+from sidelight.probes.bank import ProbeBanks
 from worlds.models import SIZES, family_backbone, three_probes, tiny_backbone, untrained_probe
 from worlds.servers import (
     GREEDY,
@@ -30,7 +30,7 @@ from worlds.servers import (
     require_alike,
     run_engine,
     until_idle,
-    written_alone,
+    written_singly,
 )
 
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
@@ -55,7 +55,7 @@ def llama():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
-def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(make):
+def test_a_batch_writes_and_classifies_like_the_bare_model_also_in_chunked_prefill(make):
     backbone = make()
     # Their states are merged in every way.
     probes = [
@@ -71,41 +71,41 @@ def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(m
         together = await asyncio.gather(*(ask(engine, text) for text in TEXTS))
         staggered = (ask(engine, text, delay_s=i / 100) for i, text in enumerate(TEXTS))
         written = [together, await asyncio.gather(*staggered)]
-        return written, await engine.judge(TURNS), await engine.judge(CHECKS)
+        return written, await engine.classify(TURNS), await engine.classify(CHECKS)
 
     expected, told = [reference(backbone, text) for text in TEXTS], []
     passes = count_passes(backbone)
     roomy, small = Limits(), Limits(running=2, prefill_tokens=64, cache_tokens=256)
     for limits in (roomy, small, Limits(prefill_tokens=7)):
         passes.clear()
-        written, judged, checked = run_engine(backbone, ask_all, probes=probes, limits=limits)
+        written, checks, checked = run_engine(backbone, ask_all, probes=probes, limits=limits)
         for answers in written:
             assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
-            events = [*(a.finished for a in answers), *judged]
-            told.append([event.judgement for event in (*events, *(a.judged for a in answers))])
-            told.append([event.judgement for event in (*events, *checked)])
+            events = [*(a.finished for a in answers), *checks]
+            told.append([event.verdicts for event in (*events, *(a.classified for a in answers))])
+            told.append([event.verdicts for event in (*events, *checked)])
     assert max(shape.numel() for shape in passes if shape[1] > 1) <= 7
-    for judgements in told[1:]:
-        for own, wanted in zip(judgements, told[0], strict=True):
-            assert own.failed == wanted.failed
-            assert [(v.probe, v.turn) for v in own.verdicts] == [
+    for batch_verdicts in told[1:]:
+        for verdicts, wanted in zip(batch_verdicts, told[0], strict=True):
+            assert verdicts.failed == wanted.failed
+            assert [(v.probe, v.turn) for v in verdicts.verdicts] == [
                 (v.probe, v.turn) for v in wanted.verdicts
             ]
-            require_alike(own.verdicts, wanted.verdicts)
+            require_alike(verdicts.verdicts, wanted.verdicts)
 
 
 def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama):
     async def ask_all(engine):
-        whole = await ask(engine, TEXTS[0])
-        stop = whole.text[5:7]
+        uncut = await ask(engine, TEXTS[0])
+        stop = uncut.text[5:7]
         sampling = Sampling(temperature=0.0, max_tokens=16, stop=("never", stop))
         cut = await ask(engine, TEXTS[0], sampling)
-        return whole, stop, cut, await ask(engine, "x" * 240, Sampling(temperature=0.0))
+        return uncut, stop, cut, await ask(engine, "x" * 240, Sampling(temperature=0.0))
 
-    whole, stop, cut, longest = run_engine(llama, ask_all)
-    assert (whole.finished.completion_tokens, whole.finished.reason) == (16, "length")
-    assert whole.finished.prompt_tokens == len(llama.encoder.encode([Message("user", TEXTS[0])]))
-    assert (cut.text, cut.finished.reason) == (whole.text[: whole.text.index(stop)], "stop")
+    uncut, stop, cut, longest = run_engine(llama, ask_all)
+    assert (uncut.finished.completion_tokens, uncut.finished.reason) == (16, "length")
+    assert uncut.finished.prompt_tokens == len(llama.encoder.encode([Message("user", TEXTS[0])]))
+    assert (cut.text, cut.finished.reason) == (uncut.text[: uncut.text.index(stop)], "stop")
     assert cut.finished.completion_tokens < 16
     tokens = longest.finished.prompt_tokens + longest.finished.completion_tokens
     assert (tokens, longest.finished.reason) == (llama.encoder.max_tokens, "length")
@@ -113,7 +113,7 @@ def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama
         with pytest.raises(ContextLengthError, match=wordings.SHORTEN):
             run_engine(llama, lambda engine, length=length: ask(engine, "x" * length))
     backbone = tiny_backbone()
-    _, (first,) = written_alone(backbone, "hi", max_tokens=1)
+    _, (first,) = written_singly(backbone, "hi", max_tokens=1)
     backbone.model.generation_config.eos_token_id = [first, 2]
     ended = run_engine(backbone, lambda engine: ask(engine, "hi"))
     assert (ended.text, ended.finished.reason, ended.finished.completion_tokens) == ("", "stop", 1)
@@ -123,25 +123,25 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
     seeded = Sampling(temperature=1.0, top_p=0.9, max_tokens=16, seed=3)
 
     async def ask_twice(engine):
-        alone = await ask(engine, TEXTS[0], seeded)
+        single = await ask(engine, TEXTS[0], seeded)
         neighbours = [ask(engine, text, Sampling(max_tokens=9)) for text in TEXTS[1:]]
         beside, *_ = await asyncio.gather(ask(engine, TEXTS[0], seeded), *neighbours)
-        other = await ask(engine, TEXTS[0], Sampling(max_tokens=16, seed=4))
-        return alone.text, beside.text, other.text
+        reseeded = await ask(engine, TEXTS[0], Sampling(max_tokens=16, seed=4))
+        return single.text, beside.text, reseeded.text
 
-    alone, beside, other = run_engine(llama, ask_twice)
-    assert alone == beside
-    assert alone != other
+    single, beside, reseeded = run_engine(llama, ask_twice)
+    assert single == beside
+    assert single != reseeded
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention"])
-def test_layers_that_cannot_be_batched_are_refused_by_their_kind_alone(kind):
+def test_layers_that_cannot_be_batched_are_refused_by_their_kind(kind):
     backbone = tiny_backbone()
     backbone.model.config.layer_types = ["full_attention", kind, "full_attention"]
-    with pytest.raises(SidelightError, match=wordings.LAYERS_OF_KIND.format(kind=kind)) as said:
+    with pytest.raises(SidelightError, match=wordings.LAYERS_OF_KIND.format(kind=kind)) as raised:
         TransformersEngine(backbone, [])
     # Chunked attention keeps keys and values, too.
-    assert "keys and values" not in str(said.value)
+    assert "keys and values" not in str(raised.value)
 
 
 @pytest.mark.slow
@@ -158,19 +158,22 @@ def test_admission_is_decided_for_each_request_by_itself(llama):
         await until_idle(engine)
         return events, [await ask(engine, f"text {i}") for i in range(6)]
 
-    events, alone = run_engine(llama, some, probes=[untrained_probe(llama, "early")])
-    for i, (own, answer) in enumerate(zip(events, alone, strict=True)):
-        assert own[0].judgement.verdicts[0].label == answer.judged.judgement.verdicts[0].label
+    events, single = run_engine(llama, some, probes=[untrained_probe(llama, "early")])
+    for i, (request_events, answer) in enumerate(zip(events, single, strict=True)):
+        assert (
+            request_events[0].verdicts.verdicts[0].label
+            == answer.classified.verdicts.verdicts[0].label
+        )
         if i % 2:
-            assert len(own) == 1
+            assert len(request_events) == 1
         else:
-            assert isinstance(own[-1], Finished)
-            assert "".join(event.text for event in own[1:-1]) == answer.text
+            assert isinstance(request_events[-1], Finished)
+            assert "".join(event.text for event in request_events[1:-1]) == answer.text
 
 
 def request(length=10, max_tokens=10):
-    prompt = EncodedPrompt((1,) * length, (Part.PROMPT,) * length)
-    return Request(prompt, Sampling(), max_tokens, Panel([]))
+    prompt = EncodedPrompt((1,) * length, (TokenRole.PROMPT,) * length)
+    return Request(prompt, Sampling(), max_tokens, ProbeBanks([]))
 
 
 def check(length=10):
@@ -188,7 +191,7 @@ def check(length=10):
         (Limits(prefill_texts=2), [request(10), request(10), request(10)], [], [0, 1]),
         # The cache has room for what is still to be written.
         (Limits(cache_tokens=100), [request(10, 30) for _ in range(3)], [], [0, 1]),
-        # Checks overtake; nobody else overtakes a request that does not fit yet.
+        # Checks overtake; nothing else overtakes a request that does not fit yet.
         (Limits(running=1), [request(), check()], [request()], [1]),
         (Limits(cache_tokens=100), [request(10, 80), request(1, 1)], [request(10, 30)], []),
         # Long prompts that are only judged keep keys and values too.
@@ -203,36 +206,36 @@ def test_the_next_prefill_takes_who_came_first_and_fits(limits, joining, running
 
 def test_a_list_of_texts_is_one_place_in_line():
     queue = RequestQueue(Limits(prefill_tokens=20, waiting=2))
-    texts, other = [check() for _ in range(5)], check()
+    texts, next_check = [check() for _ in range(5)], check()
     queue.join(texts)
-    queue.join([other])
+    queue.join([next_check])
     order = []
     while batch := queue.find_next([]):
         queue.take(batch)
         queue.serve(batch)
         order.append(batch)
-    assert order == [texts[:2], [other, texts[2]], texts[3:]]
+    assert order == [texts[:2], [next_check, texts[2]], texts[3:]]
 
 
 def test_a_full_queue_refuses_and_who_leaves_it_is_not_taken():
     queue = RequestQueue(Limits(waiting=2))
-    stays, leaves, other = request(), request(), request()
+    stays, leaves, joins = request(), request(), request()
     queue.join([stays, leaves])
-    queue.join([other])
+    queue.join([joins])
     with pytest.raises(EngineBusyError, match=wordings.QUEUE_FULL.format(waiting=2, limit=2)):
         queue.join([request()])
     assert len(queue) == 3
     queue.leave([leaves])
-    assert queue.find_next([]) == [stays, other]
+    assert queue.find_next([]) == [stays, joins]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["refused", "answered", "lists of texts"])
 @pytest.mark.parametrize(
-    ("others", "text", "tokens"), [(1, "hi", 16), (2, "x" * 60, 3), (5, "hi", 3), (5, "x" * 60, 3)]
+    ("loopers", "text", "tokens"), [(1, "hi", 16), (2, "x" * 60, 3), (5, "hi", 3), (5, "x" * 60, 3)]
 )
 def test_looping_clients_share_the_passes_with_a_victim(
-    llama, monkeypatch, kind, others, text, tokens
+    llama, monkeypatch, kind, loopers, text, tokens
 ):
     """At most n + 1 times the passes of the answer alone, beside n clients."""
     sampling = Sampling(temperature=0.0, max_tokens=tokens)
@@ -251,41 +254,43 @@ def test_looping_clients_share_the_passes_with_a_victim(
         answer = await ask(engine, text, sampling)
         return len(shapes) - joined[-1], answer.text
 
-    async def beside_others(engine):
-        alone = await passes(engine)
+    async def beside_loops(engine):
+        passes_without = await passes(engine)
 
         async def loop(i):
             while True:
                 if kind == "lists of texts":
-                    await engine.judge([[Message("user", f"text {j}")] for j in range(30)])
+                    await engine.classify([[Message("user", f"text {j}")] for j in range(30)])
                 else:
                     admits = {"refused": lambda _: False, "answered": admit_all}[kind]
                     await events_of(engine, f"client {i}", GREEDY, admits=admits)
 
-        loops = [asyncio.create_task(loop(i)) for i in range(others)]
+        loops = [asyncio.create_task(loop(i)) for i in range(loopers)]
         await asyncio.sleep(0.05)
         try:
             async with asyncio.timeout(20):
-                return alone, await passes(engine)
+                return passes_without, await passes(engine)
         finally:
             for task in loops:
                 task.cancel()
             await asyncio.wait(loops)
 
     limits = Limits(prefill_tokens=16)
-    (alone, answer), (beside, own) = run_engine(llama, beside_others, limits=limits)
-    assert own == answer
+    (passes_without, answer), (beside, answer_beside) = run_engine(
+        llama, beside_loops, limits=limits
+    )
+    assert answer_beside == answer
     # One pass was under way when it joined, and one begins before its last token is handed over.
-    assert beside <= (others + 1) * alone + 2
+    assert beside <= (loopers + 1) * passes_without + 2
 
 
 @pytest.mark.slow
-def test_others_are_read_and_written_between_the_parts_of_a_prompt(llama):
+def test_others_are_read_and_written_between_the_chunks_of_a_prompt(llama):
     async def ask_some(engine):
-        judged = []
+        events = []
 
         def admits(event):
-            judged.append(event)
+            events.append(event)
             return True
 
         long = asyncio.create_task(events_of(engine, "x" * 200, admits=admits))
@@ -293,7 +298,7 @@ def test_others_are_read_and_written_between_the_parts_of_a_prompt(llama):
             await asyncio.sleep(0)
         short = await ask(engine, "hi")
         # The other prompt is still being read.
-        assert not judged
+        assert not events
         return short, await long
 
     limits = Limits(prefill_tokens=4)
@@ -304,10 +309,10 @@ def test_others_are_read_and_written_between_the_parts_of_a_prompt(llama):
 
 @pytest.mark.parametrize(
     "work",
-    [lambda engine, text: anext(engine.generate(text, GREEDY)), lambda e, text: e.judge([text])],
+    [lambda engine, text: anext(engine.generate(text, GREEDY)), lambda e, text: e.classify([text])],
     ids=["answer", "check"],
 )
-def test_a_prompt_that_is_given_up_is_not_read_on(llama, work):
+def test_a_cancelled_prompt_is_not_read_on(llama, work):
     async def leave(engine):
         asking = asyncio.ensure_future(work(engine, [Message("user", "x" * 200)]))
         while not engine.load.running:
@@ -338,7 +343,7 @@ def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
 
     long, short = run_engine(backbone, ask_both)
     assert (long.finished.completion_tokens, short.finished.completion_tokens) == (16, 16)
-    assert all(rows == 1 for rows, columns in widths if columns > 512)
+    assert all(rows == 1 for rows, width in widths if width > 512)
 
 
 def test_the_load_can_be_asked_for_while_the_models_thread_adds_rows(llama):

@@ -27,8 +27,8 @@ def subject(request, tmp_path_factory):
     )
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        alone = partial(reference, backbone)
-        yield Subject(engine, model, runner, unstarted, many=30, alone=alone)
+        write_single = partial(reference, backbone)
+        yield Subject(engine, model, runner, unstarted, many=30, write_single=write_single)
         runner.run(engine.close())
 
 

@@ -87,7 +87,7 @@ def test_requests_whose_texts_wait_to_be_encoded_are_bounded(backbone):
     """A client whose long texts are encoded one after the other fills no memory."""
 
     async def crowd(engine):
-        texts = [ask(engine, "a" * 50) for _ in range(7)] + [engine.judge([HELLO])]
+        texts = [ask(engine, "a" * 50) for _ in range(7)] + [engine.classify([HELLO])]
         answers = await asyncio.gather(*texts, return_exceptions=True)
         busy = [str(answer) for answer in answers if isinstance(answer, EngineBusyError)]
         # Not by the queue, which has room for two.

@@ -40,13 +40,13 @@ def test_deltas_add_up_to_the_text_and_never_hold_half_a_character(data):
 
 @pytest.mark.slow
 @given(st.lists(SHORT_TEXT, max_size=8), STOPS)
-def test_text_ends_before_a_stop_string_whatever_the_pieces(pieces, stops):
-    text = "".join(pieces)
+def test_text_ends_before_a_stop_string_whatever_the_chunks(chunks, stops):
+    text = "".join(chunks)
     cuts = [text.find(stop) for stop in stops if stop in text]
     written = []
-    for parts in (pieces, list(text), [text]):
+    for split_chunks in (chunks, list(text), [text]):
         gate = StopGate(stops)
-        written.append("".join(gate.push(part) for part in parts) + gate.flush())
+        written.append("".join(gate.push(chunk) for chunk in split_chunks) + gate.flush())
         assert gate.is_closed == bool(cuts)
     sent = written[0]
     assert not any(stop in sent for stop in stops)
@@ -55,12 +55,12 @@ def test_text_ends_before_a_stop_string_whatever_the_pieces(pieces, stops):
     assert written == [sent] * 3
 
 
-def test_the_beginning_of_a_stop_string_is_held_back():
+def test_the_prefix_of_a_stop_string_is_not_sent():
     gate = StopGate(["###"])
     assert [gate.push(c) for c in "a##b###c"] == ["a", "", "", "##b", "", "", "", ""]
 
 
-def test_a_long_stop_string_costs_no_more_than_the_text_that_is_held():
+def test_a_long_stop_string_costs_no_more_than_the_pending_text():
     """The passes of all clients wait for it."""
     gate, start = StopGate(["x" * 100_000] * 16), time.process_time()
     assert "".join(gate.push(" word") for _ in range(300)) == " word" * 300
@@ -112,7 +112,7 @@ def test_a_limit_of_one_token_is_in_the_singular():
         encoder.encode(PlainText("one two three"))
 
 
-def test_short_texts_do_not_wait_for_long_ones_nor_anybody_for_what_is_given_up():
+def test_short_texts_do_not_wait_for_long_or_cancelled_ones():
     tokenizer = tiny_tokenizer()
     encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=10_000)
     codec = TextCodec(encoder)
@@ -125,10 +125,10 @@ def test_short_texts_do_not_wait_for_long_ones_nor_anybody_for_what_is_given_up(
 
     async def main():
         first = asyncio.create_task(codec.in_thread(long, partial(encode, "long")))
-        given_up = asyncio.create_task(codec.in_thread(long, partial(encode, "given up")))
+        abandoned = asyncio.create_task(codec.in_thread(long, partial(encode, "given up")))
         await codec.in_thread(short, partial(encode, "short"))
-        given_up.cancel()
-        await asyncio.wait({given_up})
+        abandoned.cancel()
+        await asyncio.wait({abandoned})
         may_end.set()
         await first
         with pytest.raises(ContextLengthError, match=wordings.TOO_MANY_CHARACTERS):

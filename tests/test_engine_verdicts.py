@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
+from sidelight.engines.base import Finished, PromptClassified, ResponseScored, Sampling, TextDelta
 from sidelight.engines.parity import compare_engines
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers.engine import TransformersEngine
@@ -26,14 +26,14 @@ from worlds.servers import (
     reference,
     require_alike,
     run_engine,
-    written_alone,
+    written_singly,
 )
 from worlds.vllm import followed
 
-WATCHED_TEXTS = ["hello", "a longer text than the other ones", "word " * 6]
+MONITORED_TEXTS = ["hello", "a longer text than the other ones", "word " * 6]
 TEXT = "a prompt of some length, to be told from anything else by its shape"
 WIDTH = 32
-LATE = ("late",)
+RESPONSE_PROBES = ("late",)
 LONG = Sampling(temperature=0.0, max_tokens=60)
 
 
@@ -48,7 +48,7 @@ def of_one_pass(backbone, probe, prompt):
     return [probe.verdict(logits[0])]
 
 
-def late(backbone, name="late", side="response", **options):
+def response_probe(backbone, name="late", side="response", **options):
     return untrained_probe(backbone, name, reads=Reads(side), **options)
 
 
@@ -56,83 +56,88 @@ def late(backbone, name="late", side="response", **options):
 @pytest.mark.parametrize("side", ["response", "both"])
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention"])
 def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism):
-    probe = late(backbone, side=side, mechanism=mechanism)
+    probe = response_probe(backbone, side=side, mechanism=mechanism)
 
     async def ask_all(engine):
-        watched = asyncio.gather(*(events_of(engine, t, watch=LATE) for t in WATCHED_TEXTS))
-        return await watched, await ask(engine, WATCHED_TEXTS[0])
+        monitored = asyncio.gather(
+            *(events_of(engine, t, monitored=RESPONSE_PROBES) for t in MONITORED_TEXTS)
+        )
+        return await monitored, await ask(engine, MONITORED_TEXTS[0])
 
     # Also of prompts that are read in parts.
     limits = Limits(prefill_tokens=7) if side == "both" else None
-    watched, plain = run_engine(backbone, ask_all, probes=[probe], limits=limits)
-    for text, events in zip(WATCHED_TEXTS, watched, strict=True):
-        prompt, written = written_alone(backbone, text)
+    monitored, plain = run_engine(backbone, ask_all, probes=[probe], limits=limits)
+    for text, events in zip(MONITORED_TEXTS, monitored, strict=True):
+        prompt, written = written_singly(backbone, text)
         tokens = [token for token in written if token != 1]
         scores = [event for event in events if isinstance(event, ResponseScored)]
-        assert events[0].judgement.verdicts == ()
+        assert events[0].verdicts.verdicts == ()
         assert [score.tokens for score in scores] == list(range(1, len(tokens) + 1))
         for event in scores:
             read = followed(prompt, tokens[: event.tokens])
-            require_alike(event.judgement.verdicts, of_one_pass(backbone, probe, read))
-        assert events[-1].judgement.verdicts == scores[-1].judgement.verdicts
-    # A probe that nobody watches reads all but the last token.
-    prompt, written = written_alone(backbone, WATCHED_TEXTS[0])
+            require_alike(event.verdicts.verdicts, of_one_pass(backbone, probe, read))
+        assert events[-1].verdicts.verdicts == scores[-1].verdicts.verdicts
+    # A probe that is not monitored reads all but the last token.
+    prompt, written = written_singly(backbone, MONITORED_TEXTS[0])
     read = followed(prompt, written[:-1])
-    require_alike(plain.finished.judgement.verdicts, of_one_pass(backbone, probe, read))
+    require_alike(plain.finished.verdicts.verdicts, of_one_pass(backbone, probe, read))
 
 
-def test_watching_changes_no_text_and_costs_the_reading_of_the_last_token(backbone):
+def test_monitoring_changes_no_text_and_costs_one_pass_over_the_last_token(backbone):
     passes = count_passes(backbone)
-    both = [late(backbone), late(backbone, "other")]
+    both = [response_probe(backbone), response_probe(backbone, "other")]
 
     async def ask_all(engine):
         before = len(passes)
-        watched = await events_of(engine, "hello", watch=LATE)
+        monitored = await events_of(engine, "hello", monitored=RESPONSE_PROBES)
         between = len(passes)
-        unwatched = await events_of(engine, "hello", watch=())
-        return watched, unwatched, (between - before, len(passes) - between)
+        unwatched = await events_of(engine, "hello", monitored=())
+        return monitored, unwatched, (between - before, len(passes) - between)
 
-    watched, unwatched, counts = run_engine(backbone, ask_all, probes=both)
+    monitored, unwatched, counts = run_engine(backbone, ask_all, probes=both)
     assert counts == (17, 16)
     texts = [
-        "".join(e.text for e in own if isinstance(e, TextDelta)) for own in (watched, unwatched)
+        "".join(e.text for e in events if isinstance(e, TextDelta))
+        for events in (monitored, unwatched)
     ]
     assert texts == [reference(backbone, "hello")[0]] * 2
-    # Nothing is scored that nobody watches.
-    assert isinstance(watched[0], PromptJudged)
+    # Nothing is scored that is not monitored.
+    assert isinstance(monitored[0], PromptClassified)
     assert not any(isinstance(event, ResponseScored) for event in unwatched)
-    scores = [event for event in watched if isinstance(event, ResponseScored)]
-    assert {v.probe for score in scores for v in score.judgement.verdicts} == {"late"}
-    assert [v.probe for v in watched[-1].judgement.verdicts] == ["late", "other"]
+    scores = [event for event in monitored if isinstance(event, ResponseScored)]
+    assert {v.probe for score in scores for v in score.verdicts.verdicts} == {"late"}
+    assert [v.probe for v in monitored[-1].verdicts.verdicts] == ["late", "other"]
     # A text says how many tokens it comes from.
-    _, written = written_alone(backbone, "hello")
-    shown = ""
-    for event in watched:
+    _, written = written_singly(backbone, "hello")
+    sent_text = ""
+    for event in monitored:
         if isinstance(event, TextDelta):
-            shown += event.text
-            whole = backbone.tokenizer.decode(written[: event.tokens], skip_special_tokens=True)
-            assert shown == whole.rstrip("\ufffd")
+            sent_text += event.text
+            decoded = backbone.tokenizer.decode(written[: event.tokens], skip_special_tokens=True)
+            assert sent_text == decoded.rstrip("\ufffd")
 
 
 @pytest.mark.parametrize(("max_tokens", "has_stop"), [(1, False), (2, False), (30, True)])
-def test_every_token_of_a_watched_text_is_read(backbone, max_tokens, has_stop):
+def test_every_token_of_a_monitored_text_is_read(backbone, max_tokens, has_stop):
     async def ask_twice(engine):
         first = await ask(engine, "x", Sampling(max_tokens=30, temperature=0.0))
         stop = (first.text[7:9],) if has_stop else ()
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop=stop)
-        return await events_of(engine, "x", sampling, watch=LATE)
+        return await events_of(engine, "x", sampling, monitored=RESPONSE_PROBES)
 
-    events = run_engine(backbone, ask_twice, probes=[late(backbone)])
+    events = run_engine(backbone, ask_twice, probes=[response_probe(backbone)])
     scores = [event.tokens for event in events if isinstance(event, ResponseScored)]
     assert isinstance(events[-1], Finished)
     assert scores == list(range(1, events[-1].completion_tokens + 1))
 
 
 @pytest.mark.parametrize("name", ["early", "nobody"])
-def test_what_cannot_be_watched_is_refused(backbone, name):
-    probes = [untrained_probe(backbone, "early"), late(backbone)]
+def test_what_cannot_be_monitored_is_refused(backbone, name):
+    probes = [untrained_probe(backbone, "early"), response_probe(backbone)]
     with pytest.raises(SidelightError, match="Known: late"):
-        run_engine(backbone, lambda engine: events_of(engine, "hi", watch=(name,)), probes=probes)
+        run_engine(
+            backbone, lambda engine: events_of(engine, "hi", monitored=(name,)), probes=probes
+        )
 
 
 @pytest.mark.slow
@@ -144,18 +149,18 @@ def test_a_completion_keeps_the_probes_of_its_call_to_its_end(backbone):
         while engine.load.running < 2:
             await asyncio.sleep(0)
         called = engine.generate([Message("user", "x")], LONG)
-        await engine.replace_probes([late(backbone, "new", "both")])
+        await engine.replace_probes([response_probe(backbone, "new", "both")])
         after = asyncio.create_task(ask(engine, "after", LONG))
         ends = [(await task).finished for task in (*before, after)]
         return [*ends, [event async for event in called][-1]]
 
-    old = late(backbone, "old", "both")
+    old = response_probe(backbone, "old", "both")
     ends = run_engine(backbone, replace_meanwhile, probes=[old])
-    names = [[verdict.probe for verdict in end.judgement.verdicts] for end in ends]
+    names = [[verdict.probe for verdict in end.verdicts.verdicts] for end in ends]
     assert names == [["old"], ["old"], ["new"], ["old"]]
-    prompt, written = written_alone(backbone, "before 0", max_tokens=60)
+    prompt, written = written_singly(backbone, "before 0", max_tokens=60)
     read = followed(prompt, written[:-1])
-    require_alike(ends[0].judgement.verdicts, of_one_pass(backbone, old, read))
+    require_alike(ends[0].verdicts.verdicts, of_one_pass(backbone, old, read))
 
 
 def test_probes_keep_nothing_as_wide_as_a_hidden_state_in_any_layer_or_after_the_pass():
@@ -164,17 +169,17 @@ def test_probes_keep_nothing_as_wide_as_a_hidden_state_in_any_layer_or_after_the
     for module in (*backbone.model.model.layers, backbone.model):
         module.register_forward_hook(lambda *_: alive.append(len(wide_tensors())))
     once, found = Sampling(temperature=0.0, max_tokens=1), []
-    both = late(backbone, side="both", mechanism="attention")
+    both = response_probe(backbone, side="both", mechanism="attention")
     gc.collect()
-    of_other_tests = len(wide_tensors())
+    before = len(wide_tensors())
     for probes in ([], [*three_probes(backbone), both]):
         alive.clear()
         run_engine(backbone, lambda engine: ask(engine, TEXT, once), probes=probes)
         found.append([*alive])
     # Proves that the audit sees hidden states: each layer's input and output at least.
-    assert min(found[0][:-1]) >= of_other_tests + 2
+    assert min(found[0][:-1]) >= before + 2
     assert found[0] == found[1]
-    assert found[0][-1] == of_other_tests
+    assert found[0][-1] == before
 
 
 def wide_tensors():

@@ -24,8 +24,14 @@ pytestmark = [
     pytest.mark.usefixtures("offline"),
     pytest.mark.filterwarnings("ignore:Of the rarest class"),
 ]
-ALONE = {"background": "none"}
-QUICK = {"mechanism": "pooling", "epochs": 6, "batch_size": 16, "learning_rate": 0.03, **ALONE}
+WITHOUT_BACKGROUND = {"background": "none"}
+QUICK = {
+    "mechanism": "pooling",
+    "epochs": 6,
+    "batch_size": 16,
+    "learning_rate": 0.03,
+    **WITHOUT_BACKGROUND,
+}
 TEXTS, NUMBERS = planted("multiclass", 60, seed=0)
 LETTERS = np.array(list(SIGNALS))[NUMBERS]
 NEW_TEXTS, NEW_NUMBERS = planted("multiclass", 40, seed=1)
@@ -80,12 +86,12 @@ def in_traffic(model):
 
 def test_it_is_the_probe_that_train_trains(model, in_traffic):
     rows = [*zip(TEXTS, LETTERS.tolist(), strict=True)]
-    made = sidelight.train(model, rows).probe
-    assert made.card.training.contexts
-    assert made.version == in_traffic.probe_.version
+    trained = sidelight.train(model, rows).probe
+    assert trained.card.training.contexts
+    assert trained.version == in_traffic.probe_.version
 
 
-def test_a_probe_that_knows_none_chooses_among_the_classes_that_were_given(in_traffic):
+def test_a_probe_with_the_none_class_chooses_among_the_users_classes(in_traffic):
     assert in_traffic.probe_.task.abstains
     probabilities = in_traffic.predict_proba(NEW_TEXTS)
     assert in_traffic.classes_.tolist() == sorted(SIGNALS)
@@ -93,19 +99,21 @@ def test_a_probe_that_knows_none_chooses_among_the_classes_that_were_given(in_tr
     assert in_traffic.score(NEW_TEXTS, np.array(list(SIGNALS))[NEW_NUMBERS]) > 0.6
     verdicts = in_traffic.classifier_.predict(NEW_TEXTS)
     served = np.array([[*verdict.probabilities.values()] for verdict in verdicts])
-    given = served[:, :3] / served[:, :3].sum(1, keepdims=True)
-    np.testing.assert_allclose(probabilities, given, atol=1e-6)
+    known = served[:, :3] / served[:, :3].sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, known, atol=1e-6)
 
 
 @pytest.mark.parametrize("labels", [(False, True), ("b", "a")])
-def test_the_classes_are_those_that_were_given(model, labels):
+def test_the_classes_are_those_of_the_targets(model, labels):
     texts, numbers = planted("binary", 40, seed=2)
-    given = np.array(labels)[numbers]
-    made = SidelightClassifier(model, **QUICK).fit(np.array(texts), given)
-    assert made.classes_.tolist() == sorted(labels)
-    assert made.probe_.task.labels == tuple(str(label) for label in made.classes_)
-    assert made.predict(texts).dtype == given.dtype
-    assert roc_auc_score(given == made.classes_[1], made.predict_proba(texts)[:, 1]) > 0.75
+    targets = np.array(labels)[numbers]
+    estimator = SidelightClassifier(model, **QUICK).fit(np.array(texts), targets)
+    assert estimator.classes_.tolist() == sorted(labels)
+    assert estimator.probe_.task.labels == tuple(str(label) for label in estimator.classes_)
+    assert estimator.predict(texts).dtype == targets.dtype
+    assert (
+        roc_auc_score(targets == estimator.classes_[1], estimator.predict_proba(texts)[:, 1]) > 0.75
+    )
 
 
 def test_a_grid_search_of_a_pipeline_reads_its_texts_in_every_fit(model, ran):
@@ -161,11 +169,11 @@ def test_a_fitted_classifier_is_saved_as_an_artifact_pickled_and_cloned(model, f
 
 
 def test_a_fit_that_fails_leaves_what_was_fitted_before(model, fitted):
-    made, new = pickle.loads(pickle.dumps(fitted)), SidelightClassifier(model, **QUICK)
-    for estimator in (made, new):
+    restored, new = pickle.loads(pickle.dumps(fitted)), SidelightClassifier(model, **QUICK)
+    for estimator in (restored, new):
         with pytest.raises(SidelightError):
             estimator.fit(TEXTS[:3], ["p", "q", "r"])
-    assert set(made.predict(NEW_TEXTS)) <= set(LETTERS)
+    assert set(restored.predict(NEW_TEXTS)) <= set(LETTERS)
     with pytest.raises(NotFittedError):
         new.predict(NEW_TEXTS)
 
@@ -174,21 +182,21 @@ def test_a_fit_that_fails_leaves_what_was_fitted_before(model, fitted):
 @pytest.mark.parametrize(("verbose", "random_state", "seed"), [(False, 7, 7), (True, None, 0)])
 def test_the_settings_reach_the_training(model, tmp_path, capsys, verbose, random_state, seed):
     # NumPy's numbers, as of a grid, are settings too.
-    made = SidelightClassifier(
+    estimator = SidelightClassifier(
         model, mechanism="gate", weight_decay=0.2, class_weight="balanced", calibration="none",
         random_state=random_state, max_tokens=np.int64(9), epochs=np.int64(1), verbose=verbose,
-        **ALONE,
+        **WITHOUT_BACKGROUND,
     )  # fmt: skip
     with pytest.warns(UserWarning, match=wordings.TEXTS_CUT.format(tokens=9)):
-        made.fit(TEXTS, LETTERS)
-    made.save(tmp_path)
+        estimator.fit(TEXTS, LETTERS)
+    estimator.save(tmp_path)
     assert ("Training" in capsys.readouterr().err) == verbose
-    record = made.probe_.card.training
-    assert (made.probe_.card.mechanism.name, record.seed, record.max_tokens) == (
+    record = estimator.probe_.card.training
+    assert (estimator.probe_.card.mechanism.name, record.seed, record.max_tokens) == (
         "gate",
         seed,
         9,
     )
     settings = record.settings
     assert (settings["weight_decay"], settings["class_weight"]) == (0.2, "balanced")
-    assert made.probe_.calibration.kind == "none"
+    assert estimator.probe_.calibration.kind == "none"

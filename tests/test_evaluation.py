@@ -80,7 +80,7 @@ def expected(task: Task, probabilities, labels) -> dict[str, float]:
         chosen = (probabilities >= THRESHOLDS[task.kind]).astype(int).reshape(labels.shape)
         stated, correct = probabilities.ravel(), targets.ravel()
         average = "binary" if task.kind == "binary" else "micro"
-    columns = list(zip(targets.T, probabilities.T, strict=True))
+    outputs = list(zip(targets.T, probabilities.T, strict=True))
     precision, recall, f1, _ = reference.precision_recall_fscore_support(
         labels, chosen, average=average, zero_division=0
     )
@@ -88,9 +88,9 @@ def expected(task: Task, probabilities, labels) -> dict[str, float]:
         **{"f1": f1, "precision": precision, "recall": recall},
         "macro_f1": reference.f1_score(labels, chosen, average="macro", zero_division=0),
         "accuracy": reference.accuracy_score(labels, chosen),
-        "auprc": np.mean([reference.average_precision_score(*column) for column in columns]),
-        "auroc": np.mean([reference.roc_auc_score(*column) for column in columns]),
-        "recall_at_1pct_fpr": np.mean([recall_at_1pct(*column) for column in columns]),
+        "auprc": np.mean([reference.average_precision_score(*output) for output in outputs]),
+        "auroc": np.mean([reference.roc_auc_score(*output) for output in outputs]),
+        "recall_at_1pct_fpr": np.mean([recall_at_1pct(*output) for output in outputs]),
         "ece": naive_ece(stated, correct),
     }
 
@@ -113,8 +113,8 @@ def test_a_weight_counts_like_repeated_rows_beside_other_weights(task, seed, tie
     probabilities, labels = draw_rows(task, rows=60, seed=seed, ties=ties)
     weights = np.random.default_rng(seed).integers(0, 4, size=(60, 3))
     together = measure(decided(task, probabilities, labels), weights.astype(float))
-    for column, own in enumerate(weights.T):
-        repeated = np.repeat(np.arange(60), own)
+    for column, draw in enumerate(weights.T):
+        repeated = np.repeat(np.arange(60), draw)
         plain = measured(decided(task, probabilities[repeated], labels[repeated]))
         weighted = {name: values[column] for name, values in together.items()}
         assert weighted == pytest.approx(plain, abs=ROUNDING, nan_ok=True)
@@ -171,8 +171,10 @@ def report_on(task: Task, **changes) -> Report:
 
 @every_task
 def test_a_report_is_json_and_the_bootstrap_changes_nothing_but_its_intervals(task):
-    plain, one, other = (report_on(task, **own) for own in ({"bootstrap": 0}, {}, {"seed": 4}))
-    assert one.to_dict() == report_on(task).to_dict() != other.to_dict()
+    plain, one, reseeded = (
+        report_on(task, **options) for options in ({"bootstrap": 0}, {}, {"seed": 4})
+    )
+    assert one.to_dict() == report_on(task).to_dict() != reseeded.to_dict()
     assert plain.per_class == one.per_class
     data = json.loads(json.dumps(one.to_dict(), allow_nan=False))
     for name in METRICS:
@@ -193,14 +195,14 @@ def test_a_report_is_json_and_the_bootstrap_changes_nothing_but_its_intervals(ta
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     every = decided(BINARY, *draw_rows(BINARY, rows=200_000, seed=0))
     truth = evaluate(every, bootstrap=0).metrics["auroc"].value
-    held = 0
+    covered = 0
     for seed in range(1, 61):
         # Percentiles of fewer rows are a little too close: of 200, they hold it in 92 % of cases.
         some = decided(BINARY, *draw_rows(BINARY, rows=1000, seed=seed))
         report = evaluate(some, bootstrap=200, seed=seed)
-        held += report.metrics["auroc"].low <= truth <= report.metrics["auroc"].high
+        covered += report.metrics["auroc"].low <= truth <= report.metrics["auroc"].high
     # 95 % of 60 is 57; three binomial standard deviations below that are 51.9.
-    assert held >= 52
+    assert covered >= 52
 
 
 @every_task
@@ -215,13 +217,15 @@ def test_per_class_and_confusion_matrix_agree_with_the_reference(task):
     np.testing.assert_array_equal(predictions.confusion_matrix(), confusion)
     scores = np.hstack([1 - probabilities, probabilities]) if task is BINARY else probabilities
     targets = labels if task is MULTILABEL else labels[:, None] == np.arange(len(task.labels))
-    columns = zip(
+    expected_rows = zip(
         *reference.precision_recall_fscore_support(targets, decisions, average=None),
         reference.average_precision_score(targets, scores, average=None),
         reference.roc_auc_score(targets, scores, average=None),
         strict=True,
     )
-    for one, theirs in zip(report_on(task, bootstrap=0).per_class.values(), columns, strict=True):
+    for one, theirs in zip(
+        report_on(task, bootstrap=0).per_class.values(), expected_rows, strict=True
+    ):
         names = ("precision", "recall", "f1", "support", "auprc", "auroc")
         ours = tuple(one[name] for name in names)
         assert ours == pytest.approx(theirs)

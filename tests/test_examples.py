@@ -145,9 +145,9 @@ def test_the_route_of_kubernetes_is_that_of_envoy_to_a_port_of_the_service():
     (backend,) = rule["backendRefs"]
     files = yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text())
     (service,) = (
-        own
-        for own in files
-        if (own["kind"], own["metadata"]["name"]) == ("Service", backend["name"])
+        each
+        for each in files
+        if (each["kind"], each["metadata"]["name"]) == ("Service", backend["name"])
     )
     assert backend["port"] in [port["port"] for port in service["spec"]["ports"]]
     (listener,) = yaml.safe_load((EXAMPLES / "envoy.yaml").read_text())["static_resources"][

@@ -48,11 +48,11 @@ def logits_of(backbone, probe, example):
 
 def require_complete(explanation):
     """The shares by token and by layer, with the rest, sum to the logit."""
-    said = explanation.to_dict()
-    tokens = sum(token["share"] for token in said["tokens"])
-    rest = said["logit"] - said["baseline"]
-    assert tokens + said["template"] == pytest.approx(rest, abs=COMPLETE)
-    assert sum(said["layers"]) == pytest.approx(rest, abs=COMPLETE)
+    values = explanation.to_dict()
+    tokens = sum(token["share"] for token in values["tokens"])
+    rest = values["logit"] - values["baseline"]
+    assert tokens + values["template"] == pytest.approx(rest, abs=COMPLETE)
+    assert sum(values["layers"]) == pytest.approx(rest, abs=COMPLETE)
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -67,14 +67,14 @@ def test_shares_sum_to_the_logit_and_stand_at_characters_of_messages_as_they_wer
     require_complete(explanation)
     assert explanation.verdict == classifier.predict([example])[0]
     logits = logits_of(backbone, probe, example)
-    own = logits[task.labels[-task.outputs :].index(explanation.label)]
-    wanted = own - logits.mean() if kind == "multiclass" else own
+    logit = logits[task.labels[-task.outputs :].index(explanation.label)]
+    wanted = logit - logits.mean() if kind == "multiclass" else logit
     assert explanation.logit == pytest.approx(wanted, abs=COMPLETE)
     assert explanation.shares.shape == (len(explanation.places), backbone.fingerprint.layers)
     # The tiny tokenizer's tokens are bytes, so a character can have several.
     for index, message in enumerate(TURNS):
-        own = [place for place in explanation.places if place and place.message == index]
-        covered = {i for place in own for i in range(place.start, place.end)}
+        logit = [place for place in explanation.places if place and place.message == index]
+        covered = {i for place in logit for i in range(place.start, place.end)}
         assert covered == ({*range(len(message.content))} if message.role != "system" else set())
 
 
@@ -112,7 +112,7 @@ def test_a_text_without_a_verdict_is_not_explained(backbone):
         Classifier(backbone, broken(probe)).explain("hello")
 
 
-def test_an_engine_explains_by_the_pass_that_judges(backbone):
+def test_an_engine_explains_by_the_pass_that_classifies(backbone):
     probes = [
         *three_probes(backbone),
         untrained_probe(backbone, "fused", mechanism="spans"),
@@ -124,24 +124,24 @@ def test_an_engine_explains_by_the_pass_that_judges(backbone):
 
     async def work(engine):
         passes = count_passes(backbone)
-        plain = await engine.judge(texts)
+        plain = await engine.classify(texts)
         before = len(passes)
-        asked = await engine.judge(texts, explain=names)
+        asked = await engine.classify(texts, explain=names)
         return plain, asked, before, len(passes) - before
 
     plain, asked, before, after = run_engine(backbone, work, probes=probes)
     assert before == after
-    assert [judged.explanations for judged in plain] == [(), ()]
-    assert [j.judgement for j in plain] == [j.judgement for j in asked]
+    assert [event.explanations for event in plain] == [(), ()]
+    assert [j.verdicts for j in plain] == [j.verdicts for j in asked]
     assert {e.verdict.probe for e in asked[0].explanations} == set(names)
     assert {e.verdict.probe for e in asked[1].explanations} == set(names[:-1])
-    for judged, response in zip(asked, (RESPONSE, None), strict=True):
-        for explanation in judged.explanations:
+    for event, response in zip(asked, (RESPONSE, None), strict=True):
+        for explanation in event.explanations:
             require_complete(explanation)
             probe = probes[names.index(explanation.verdict.probe)]
-            alone = Classifier(backbone, probe).explain(
-                Example(tuple(texts[asked.index(judged)])[: 4 if response else 2]),
+            expected = Classifier(backbone, probe).explain(
+                Example(tuple(texts[asked.index(event)])[: 4 if response else 2]),
                 response=response,
             )
-            np.testing.assert_allclose(explanation.shares, alone.shares, atol=COMPLETE)
-            assert explanation.places == alone.places
+            np.testing.assert_allclose(explanation.shares, expected.shares, atol=COMPLETE)
+            assert explanation.places == expected.places

@@ -105,12 +105,20 @@ def test_an_engine_that_cannot_be_imported_is_an_error_where_it_is_named(tmp_pat
     assert owner_of("smollm2") is None
 
 
-def test_an_option_that_may_be_a_secret_is_not_shown(capsys):
-    given = ("predict", "probe", "a text", "--engine", "llama", "--engine-option", "texts=secret")
-    assert cli(*given) == 2
-    said = capsys.readouterr().err
-    assert "texts=...: Input should be" in said
-    assert "secret" not in said
+def test_an_option_that_may_be_a_secret_is_not_printed(capsys):
+    arguments = (
+        "predict",
+        "probe",
+        "a text",
+        "--engine",
+        "llama",
+        "--engine-option",
+        "texts=secret",
+    )
+    assert cli(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "texts=...: Input should be" in error
+    assert "secret" not in error
 
 
 def test_a_name_that_no_package_has_and_one_that_two_have(tmp_path, monkeypatch):

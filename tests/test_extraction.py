@@ -44,8 +44,8 @@ def states_by_row(cache):
         assert shard.hidden.dtype == torch.bfloat16
         assert shard.rows.tolist() == rows
         assert shard.lengths.tolist() == [cache.lengths[row] for row in rows]
-        parts = shard.hidden.split(shard.lengths.tolist(), 1)
-        states |= dict(zip(rows, parts, strict=True))
+        texts_of_shard = shard.hidden.split(shard.lengths.tolist(), 1)
+        states |= dict(zip(rows, texts_of_shard, strict=True))
     return states
 
 
@@ -53,7 +53,7 @@ def states_by_row(cache):
     ("reads", "shard_bytes"),
     [(Reads(), 5_000), (Reads("response"), 10**6), (Reads("both", template=False), 5_000)],
 )
-def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_bytes):
+def test_shards_hold_what_a_tap_reads_of_each_text(tiny, tmp_path, reads, shard_bytes):
     prompts = [tiny.encoder.encode([Message("user", text)], text[::-1]) for text in TEXTS]
     cache = extracted(tiny, tmp_path, prompts, reads=reads, shard_bytes=shard_bytes)
     assert (len(cache.shards) > 1) == (shard_bytes < 10**6)
@@ -74,7 +74,8 @@ def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
     assert shared
     ran = []
     hook = tiny.model.base_model.register_forward_pre_hook(
-        lambda _module, _args, given: ran.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        lambda _module, _args, inputs: ran.append(tuple(inputs["input_ids"].shape)),
+        with_kwargs=True,
     )
     extracted(tiny, tmp_path, prompts)
     hook.remove()
@@ -164,9 +165,9 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
     after = identities(cache.directory)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(cache.prompts)
-    whole = extract(tiny, several_batches(tiny, tmp_path / "whole"))
-    assert cache.directory.name == whole.directory.name
-    wanted = states_by_row(whole)
+    complete = extract(tiny, several_batches(tiny, tmp_path / "whole"))
+    assert cache.directory.name == complete.directory.name
+    wanted = states_by_row(complete)
     for row, states in states_by_row(cache).items():
         torch.testing.assert_close(states, wanted[row], **ROUNDING_TO_BF16)
 
@@ -175,13 +176,13 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
 def test_caches_of_one_folder_run_each_text_once_for_all_of_them(tiny, tmp_path, ran, shard_bytes):
     # Equal texts are one.
     prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
-    alone = states_by_row(extracted(tiny, tmp_path / "alone", prompts))
+    separate = states_by_row(extracted(tiny, tmp_path / "alone", prompts))
     ran.clear()
     for rows in ([0, 1, 2], [3, 1, 5], [4, 3, 2, 1, 0]):
         chosen = [prompts[row] for row in rows]
         states = states_by_row(extracted(tiny, tmp_path, chosen, shard_bytes=shard_bytes))
         for place, row in enumerate(rows):
-            torch.testing.assert_close(states[place], alone[row], **ROUNDING_TO_BF16)
+            torch.testing.assert_close(states[place], separate[row], **ROUNDING_TO_BF16)
     assert sorted(map(prompts.index, ran)) == [0, 1, 2, 3, 4]
     assert not cache_of(tiny, tmp_path, prompts).missing()
     assert cache_of(tiny, tmp_path, prompts, reads=Reads("both")).missing()
@@ -253,7 +254,7 @@ def test_to_store_a_text_the_folder_of_all_others_is_not_read(tiny, tmp_path, mo
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_two_processes_that_write_the_same_states_at_once_both_have_them_whole(tiny, tmp_path):
+def test_two_processes_that_write_the_same_states_at_once_both_have_them_intact(tiny, tmp_path):
     cache, written = several_batches(tiny, tmp_path / "both"), []
     child = os.fork()
     if not child:
@@ -294,10 +295,10 @@ def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
     cache = extracted(tiny, tmp_path, prompts, shard_bytes=40_000)
     assert len(cache.shards) > 3
     bounded = cache_of(tiny, tmp_path, prompts, shard_bytes=40_000, memory=Memory(100))
-    whole = states_by_row(cache)
+    expected = states_by_row(cache)
     rows = [17, 3, 29, 0, 11]
     small, large = cache.select(rows), bounded.select(rows)
-    for part in (small, large):
-        found = states_by_row(part)
+    for subset in (small, large):
+        found = states_by_row(subset)
         assert sorted(found) == list(range(len(rows)))
-        assert all(torch.equal(found[text], whole[row]) for text, row in enumerate(rows))
+        assert all(torch.equal(found[text], expected[row]) for text, row in enumerate(rows))

@@ -57,12 +57,12 @@ def fitted(tiny, root, texts, validation=None, **options):
 
 @pytest.mark.slow
 def test_the_default_is_a_readout(tiny, tmp_path):
-    made = fitted(tiny, tmp_path, planted_rows("multiclass", 60), mechanism=None)
+    default = fitted(tiny, tmp_path, planted_rows("multiclass", 60), mechanism=None)
     named = fitted(
         tiny, tmp_path, planted_rows("multiclass", 60), mechanism=mechanism_spec("readout")
     )
-    assert made.probe.card.mechanism == named.probe.card.mechanism == mechanism_spec("readout")
-    np.testing.assert_array_equal(made.losses, named.losses)
+    assert default.probe.card.mechanism == named.probe.card.mechanism == mechanism_spec("readout")
+    np.testing.assert_array_equal(default.losses, named.losses)
 
 
 def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path):
@@ -75,20 +75,20 @@ def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path
     told = measure_sources(examples, chances, (0.4,))
     assert [*told] == ["calls", "mails"]
     for source, remainder in (("mails", 0), ("calls", 1)):
-        own = np.arange(60) % 3 == remainder
+        is_source = np.arange(60) % 3 == remainder
         holds, flags = examples.labels == 1, chances[:, 0] >= 0.4
         assert told[source] == Detections(
-            positives=(own & holds).sum(),
-            found=(own & holds & flags).sum(),
-            others=(own & ~holds).sum(),
-            flagged=(own & ~holds & flags).sum(),
+            positives=(is_source & holds).sum(),
+            found=(is_source & holds & flags).sum(),
+            negatives=(is_source & ~holds).sum(),
+            flagged=(is_source & ~holds & flags).sum(),
         )
     assert not measure_sources(examples, chances, ())
     documents = load_examples([{**row, "source": f"page {i}"} for i, row in enumerate(texts)])
     assert not measure_sources(documents, chances, (0.4,))
-    kept = fitted(tiny, tmp_path, examples).probe.card.training.validation.sources
-    assert {name: (n.positives, n.others) for name, n in kept.items()} == {
-        name: (n.positives, n.others) for name, n in told.items()
+    counted = fitted(tiny, tmp_path, examples).probe.card.training.validation.sources
+    assert {name: (n.positives, n.negatives) for name, n in counted.items()} == {
+        name: (n.positives, n.negatives) for name, n in told.items()
     }
 
 
@@ -116,7 +116,10 @@ def test_trainings_that_differ_share_no_folder_of_states(tiny, tmp_path, monkeyp
     monkeypatch.setattr(sidelight.training.fit, "prepare", prepare)
     variants = ({}, {"threshold": ThresholdRule("fpr", 0.1)}, {"calibration": "none"})
     variants += ({"reads": Reads(template=False)}, {"mechanism": mechanism_spec("readout")})
-    for backbone, options in [*((tiny, own) for own in variants), (family_backbone("qwen3"), {})]:
+    for backbone, options in [
+        *((tiny, variant) for variant in variants),
+        (family_backbone("qwen3"), {}),
+    ]:
         with pytest.raises(SidelightError, match="asked"):
             fitted(backbone, tmp_path, planted_rows("binary", 40), **options)
     with pytest.raises(SidelightError, match="asked"):
@@ -126,7 +129,7 @@ def test_trainings_that_differ_share_no_folder_of_states(tiny, tmp_path, monkeyp
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def dataset(tiny, tmp_path_factory):
     examples = load_examples(planted_rows("binary", 40))
     options = FitOptions(max_tokens=512, cache_root=tmp_path_factory.mktemp("activations"))
     split = make_split(tiny, examples, options)
@@ -134,8 +137,8 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folds(whole):
-    return choose_folds(whole.training.examples)
+def folds(dataset):
+    return choose_folds(dataset.training.examples)
 
 
 def cross_fitted_on(training, folds, **options):
@@ -143,18 +146,21 @@ def cross_fitted_on(training, folds, **options):
 
 
 @pytest.fixture(scope="module")
-def cross_fitted(whole, folds):
-    return cross_fitted_on(whole.training, folds)
+def cross_fitted(dataset, folds):
+    return cross_fitted_on(dataset.training, folds)
 
 
 @pytest.mark.slow
-def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted):
+def test_no_text_trains_the_mechanism_that_scores_it(dataset, folds, cross_fitted):
     assert len(folds) == FOLDS
-    fold, rest = folds[1], np.concatenate([own for own in folds if own is not folds[1]])
-    labels = whole.training.labels.copy()
+    fold, rest = (
+        folds[1],
+        np.concatenate([each_fold for each_fold in folds if each_fold is not folds[1]]),
+    )
+    labels = dataset.training.labels.copy()
     labels[fold] = 1 - labels[fold]
-    examples = replace(whole.training.examples, labels=labels)
-    changed = replace(whole, training=replace(whole.training, examples=examples))
+    examples = replace(dataset.training.examples, labels=labels)
+    changed = replace(dataset, training=replace(dataset.training, examples=examples))
     for before, after in zip(cross_fitted, cross_fitted_on(changed.training, folds), strict=True):
         np.testing.assert_array_equal(before.logits[fold], after.logits[fold])
         assert not np.isclose(before.logits[rest], after.logits[rest]).all()
@@ -162,7 +168,7 @@ def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted
 
 @pytest.mark.slow
 def test_folds_that_are_not_projected_together_give_the_same(
-    whole, folds, cross_fitted, monkeypatch
+    dataset, folds, cross_fitted, monkeypatch
 ):
     widths: list[int] = []
     project = loop.project_runs
@@ -173,62 +179,66 @@ def test_folds_that_are_not_projected_together_give_the_same(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "project_runs", counted)
-        sharing = cross_fitted_on(whole.training, folds, shares_matmuls=True)
+        sharing = cross_fitted_on(dataset.training, folds, shares_matmuls=True)
     assert max(widths) > 1
-    monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
-    alone = cross_fitted_on(whole.training, folds)
-    for together, shared, apart in zip(cross_fitted, sharing, alone, strict=True):
+    monkeypatch.setattr(loop, "_MOST_PROJECTIONS", 1)
+    separate = cross_fitted_on(dataset.training, folds)
+    for together, shared, apart in zip(cross_fitted, sharing, separate, strict=True):
         np.testing.assert_allclose(together.logits, apart.logits, atol=ROUNDING)
         np.testing.assert_allclose(shared.logits, apart.logits, atol=ROUNDING)
 
 
 @pytest.mark.slow
-def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_fitted):
-    expected = train_mechanisms(CANDIDATES, training=whole.training, validation=None)
-    for one, alone in zip(cross_fitted, expected, strict=True):
+def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(dataset, cross_fitted):
+    expected = train_mechanisms(CANDIDATES, training=dataset.training, validation=None)
+    for one, separate in zip(cross_fitted, expected, strict=True):
         assert one.best_epoch == one.settings.epochs
-        assert one.history == []
-        for name, parameter in alone.mechanism.state_dict().items():
+        assert one.validation_scores == []
+        for name, parameter in separate.mechanism.state_dict().items():
             assert one.mechanism.state_dict()[name].equal(parameter)
 
 
 @pytest.mark.slow
-def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_path, capsys):
+def test_few_texts_are_cross_fitted_unless_there_are_validation_texts(tiny, tmp_path, capsys):
     few = load_examples(planted_rows("multiclass", 60))
-    made = fitted(tiny, tmp_path, few, mechanism=mechanism_spec("readout"))
-    record = made.probe.card.training
+    fitted_probe = fitted(tiny, tmp_path, few, mechanism=mechanism_spec("readout"))
+    record = fitted_probe.probe.card.training
     # One bar for all folds.
     assert capsys.readouterr().err.count("Training:   0%") == 1
     assert (record.folds, record.training.rows) == (FOLDS, 60)
     assert record.validation.rows == 60
-    assert made.report.to_dict()["accuracy"]["value"] > 0.6
-    given = load_examples(planted_rows("multiclass", 40, seed=1), task=few.task)
-    record = fitted(tiny, tmp_path, few, given).probe.card.training
+    assert fitted_probe.report.to_dict()["accuracy"]["value"] > 0.6
+    validation = load_examples(planted_rows("multiclass", 40, seed=1), task=few.task)
+    record = fitted(tiny, tmp_path, few, validation).probe.card.training
     assert (record.folds, record.validation.rows) == (0, 40)
 
 
 @pytest.mark.parametrize("is_cross_fitted", [True, False])
-def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted):
-    labels = whole.training.labels
+def test_no_text_is_measured_by_what_it_calibrated(dataset, folds, is_cross_fitted):
+    labels = dataset.training.labels
     logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
-    examples = whole.validation.examples
-    made = calibrate_examples(logits, examples, folds if is_cross_fitted else ())
-    served, probabilities, report = made.calibration, made.probabilities, made.report
+    examples = dataset.validation.examples
+    calibrated = calibrate_examples(logits, examples, folds if is_cross_fitted else ())
+    served, probabilities, report = (
+        calibrated.calibration,
+        calibrated.probabilities,
+        calibrated.report,
+    )
     # Not those of all rows, which the probe is served with.
-    assert served == fit_calibration("platt", logits, labels, whole.task)
-    own = folds if is_cross_fitted else whole.training.examples.folds(FOLDS, seed=0)
+    assert served == fit_calibration("platt", logits, labels, dataset.task)
+    folds_of_texts = folds if is_cross_fitted else dataset.training.examples.folds(FOLDS, seed=0)
     right = []
-    for fold in own:
+    for fold in folds_of_texts:
         rest = np.setdiff1d(np.arange(len(labels)), fold)
-        calibration = fit_calibration("platt", logits[rest], labels[rest], whole.task)
+        calibration = fit_calibration("platt", logits[rest], labels[rest], dataset.task)
         chance = calibration.apply(logits[fold])
         np.testing.assert_array_equal(probabilities[fold], chance)
         known = calibration.apply(logits[rest])
-        (threshold,) = choose_thresholds(whole.task, known, labels[rest])
+        (threshold,) = choose_thresholds(dataset.task, known, labels[rest])
         right += list((chance[:, 0] >= threshold) == labels[fold])
     assert report.metrics["accuracy"].value == pytest.approx(np.mean(right))
     every = served.apply(logits)
-    assert report.thresholds == choose_thresholds(whole.task, every, labels)
+    assert report.thresholds == choose_thresholds(dataset.task, every, labels)
 
 
 @pytest.mark.slow
@@ -257,9 +267,11 @@ def test_many_texts_or_few_distinct_ones_are_not_cross_fitted():
 
 @pytest.mark.slow
 def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, warned):
-    texts = load_examples([{"text": mark, "label": mark} for mark in "👍👎🤷" for _ in range(2)])
-    made = fitted(tiny, tmp_path, texts, texts)
-    assert made.baseline.metrics["accuracy"].value == 1.0
+    texts = load_examples(
+        [{"text": character, "label": character} for character in "👍👎🤷" for _ in range(2)]
+    )
+    fitted_probe = fitted(tiny, tmp_path, texts, texts)
+    assert fitted_probe.baseline.metrics["accuracy"].value == 1.0
     assert any("the figures are flattering" in warning for warning in warned())
 
 
@@ -274,18 +286,18 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
 @pytest.mark.parametrize("count", range(10, 16))
 def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count, warned):
     background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
-    made = fitted(tiny, tmp_path, planted_rows("multiclass", count), background=background)
-    assert made.probe.task.abstains
-    # A class of all the rest looks like ordinary traffic.
-    report = replace(made.report, confusion_matrix=np.diag([9, 9, 9, 0]))
+    fitted_probe = fitted(tiny, tmp_path, planted_rows("multiclass", count), background=background)
+    assert fitted_probe.probe.task.abstains
+    # A class of all the rest looks like background traffic.
+    report = replace(fitted_probe.report, confusion_matrix=np.diag([9, 9, 9, 0]))
     warned()
-    warn_of_none(replace(made, report=report))
+    warn_of_none(replace(fitted_probe, report=report))
     assert warned() == []
     report.confusion_matrix[1, 3] = 4
-    warn_of_none(replace(made, report=report))
+    warn_of_none(replace(fitted_probe, report=report))
     (told,) = warned()
     assert "Of 31 labelled texts 4" in told
-    assert f"'{made.probe.task.labels[1]}' (4)" in told
+    assert f"'{fitted_probe.probe.task.labels[1]}' (4)" in told
     assert "none=false" in told
 
 
@@ -293,12 +305,12 @@ def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, c
 def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path, warned):
     rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
     few = load_examples([*planted_rows("binary", 40), *rare])
-    made = fitted(tiny, tmp_path, few)
-    record = made.probe.card.training
+    fitted_probe = fitted(tiny, tmp_path, few)
+    record = fitted_probe.probe.card.training
     assert record.folds == 0
     assert record.training.rows < len(few)
     # Later, the texts are recognised as those that trained the probe.
-    assert record.training.given_sha256 == few.content_hash
+    assert record.training.input_sha256 == few.content_hash
     assert any("'z' has 4, or some" in warning for warning in warned())
 
 
@@ -325,12 +337,12 @@ def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
         FitOptions(**{option: value}).training_sha256(texts, None, **names)
         for option, value in changed.items()
     ]
-    others = {
+    changes = {
         "name": "b",
         "model": replace(tiny.fingerprint, dtype="float16"),
         "engine": "vllm",
     }
-    for key, value in others.items():
+    for key, value in changes.items():
         hashes.append(FitOptions().training_sha256(texts, None, **{**names, key: value}))
     hashes.append(FitOptions().training_sha256(texts, texts, **names))
     weighted = replace(texts, weights=np.full(len(texts), 2.0))
@@ -348,25 +360,25 @@ def test_states_of_abandoned_trainings_are_removed_and_no_others(tmp_path, capsy
         for path in (folder, folder / "states"):
             age = 0 if folder == recent else ABANDONED_S + 60
             os.utime(path, (time.time() - age,) * 2)
-    with holding(live), options.own_states("new") as states:
+    with holding(live), options.temporary_states("new") as states:
         assert {*tmp_path.iterdir()} == {live, recent, named, states}
     assert {*tmp_path.iterdir()} == {live, recent, named}
-    said = "Removed the hidden states of 1 abandoned trainings, unused for 7 days.\n"
-    assert capsys.readouterr().err == said
+    message = "Removed the hidden states of 1 abandoned trainings, unused for 7 days.\n"
+    assert capsys.readouterr().err == message
     # A training that fails goes on with what it has.
-    with pytest.raises(ZeroDivisionError), options.own_states("new"):
+    with pytest.raises(ZeroDivisionError), options.temporary_states("new"):
         raise ZeroDivisionError
     assert not states.exists()
     (states / "written").mkdir(parents=True)
-    with pytest.raises(ZeroDivisionError), options.own_states("new"):
+    with pytest.raises(ZeroDivisionError), options.temporary_states("new"):
         raise ZeroDivisionError
     assert (states / "written").is_dir()
 
 
 def test_of_two_equal_trainings_the_first_to_end_leaves_the_states_to_the_other(tmp_path):
     options = FitOptions(cache_root=tmp_path)
-    with options.own_states("same") as states:
-        with options.own_states("same"):
+    with options.temporary_states("same") as states:
+        with options.temporary_states("same"):
             pass
         assert states.is_dir()
     assert not states.exists()

@@ -31,13 +31,13 @@ from worlds.servers import cli, in_process
 NAMES = ("letters", "replies", "shouts")
 
 
-def figures_of(folder: Path):
+def results_of(folder: Path):
     return json.loads((folder / "figures.json").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory):
-    """A package of guards, a cache of its own, little ordinary traffic, and brief trainings."""
+    """A package of guards, a cache of its own, little background traffic, and brief trainings."""
     folder = tmp_path_factory.mktemp("guards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
@@ -56,14 +56,14 @@ def words(model, tmp_path_factory) -> tuple[str, ...]:
     return words
 
 
-def test_each_guard_is_a_probe_with_figures_on_its_tests(words):
+def test_each_guard_is_a_probe_with_results_on_its_tests(words):
     out = Path(words[-1])
     for name in NAMES:
-        probe, figures = load_probe(out / name), figures_of(out / name)
-        assert [*figures] == ["unseen"]
-        assert (probe.name, probe.version) == (name, figures["unseen"]["probe"])
+        probe, results = load_probe(out / name), results_of(out / name)
+        assert [*results] == ["unseen"]
+        assert (probe.name, probe.version) == (name, results["unseen"]["probe"])
         assert probe.card.training.training.rows <= 40
-        assert figures["unseen"]["rows"] == 24
+        assert results["unseen"]["rows"] == 24
     assert load_probe(out / "replies").reads.side == "response"
     assert load_probe(out / "letters").spans is not None
 
@@ -74,9 +74,9 @@ def test_a_guard_does_not_read_the_last_layer_of_transformers(words):
         assert not load_probe(Path(words[-1]) / name).projection().weight[-1].any()
 
 
-def test_figures_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positives(words, tiny):
+def test_metrics_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positives(words, tiny):
     out = Path(words[-1])
-    told = figures_of(out / "shouts")["unseen"]
+    told = results_of(out / "shouts")["unseen"]
     probe, examples = load_probe(out / "shouts"), ready.load_guard("shouts", ":unseen")
     logits = Classifier(tiny, probe).logits(examples.items)
     flags = probe.calibration.apply(logits)[:, 0] >= probe.thresholds[0]
@@ -87,8 +87,8 @@ def test_figures_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positi
         flags[~positive].sum(),
     )
     training = draw_texts(ready.load_guard("shouts"), 40)
-    scores = fit_tfidf(training.whole_texts, training.labels, training.task).logits(
-        examples.whole_texts
+    scores = fit_tfidf(training.full_texts, training.labels, training.task).logits(
+        examples.full_texts
     )[:, 0]
     pairs = scores[positive][:, None] > scores[~positive]
     assert told["tfidf_auroc"] == pytest.approx(pairs.mean())
@@ -138,11 +138,11 @@ def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
     tiny = tiny_backbone(CONFIGS["llama"])
     file = str(write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer))
     out = tmp_path / "guards"
-    given = ("guard", "--model", file, "--only", "shouts", "--rows", "40")
-    assert cli(*given, "--out", str(out), "--engine-option", "threads=1") == 0
+    arguments = ("guard", "--model", file, "--only", "shouts", "--rows", "40")
+    assert cli(*arguments, "--out", str(out), "--engine-option", "threads=1") == 0
     probe = load_probe(out / "shouts")
     assert probe.card.backbone.name == file
-    assert [*figures_of(out / "shouts")] == ["unseen"]
+    assert [*results_of(out / "shouts")] == ["unseen"]
     told = capsys.readouterr().out
     assert [line for line in told.splitlines() if line.startswith("Finds ")]
     assert f"Next: sidelight serve --model {file} --probe" in told
@@ -154,7 +154,7 @@ def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
 
 def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, capsys):
     out = Path(words[-1])
-    before = {name: figures_of(out / name) for name in NAMES}
+    before = {name: results_of(out / name) for name in NAMES}
     versions = [load_probe(out / name).version for name in NAMES]
     policy = out / "policy.toml"
     policy.write_text(policy.read_text().replace("shadow", "flag"))
@@ -170,7 +170,7 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
     assert "flag" in policy.read_text()
     # Only the missing tests were read.
     assert len(ran) == 24 * 3
-    assert {name: figures_of(out / name) for name in NAMES} == before
+    assert {name: results_of(out / name) for name in NAMES} == before
     assert [load_probe(out / name).version for name in NAMES] == versions
 
 
@@ -179,15 +179,15 @@ def test_a_test_measured_before_a_kill_is_not_measured_again(model, tmp_path, mo
         install_guards(tmp_path, monkeypatch, "two_guards", prefix="two_"),
         "[tests.again]",
     )
-    card, judged = home / "two_shouts.toml", list[int]()
+    card, measured = home / "two_shouts.toml", list[int]()
     card.write_text(f"{card.read_text()}\n{again}{card.read_text().partition('[tests.unseen]')[2]}")
     write(home / "two_shouts/test_again.jsonl.gz", guard_texts(20, 2))
     assess = scoring.assess
 
     def stop_at_second(backbone, probe, examples):
-        if judged:
+        if measured:
             raise KeyboardInterrupt
-        judged.append(len(examples))
+        measured.append(len(examples))
         return assess(backbone, probe, examples)
 
     out = tmp_path / "out"
@@ -195,60 +195,60 @@ def test_a_test_measured_before_a_kill_is_not_measured_again(model, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "assess", stop_at_second)
         assert cli(*words) == 130
-    before = figures_of(out / "two_shouts")
+    before = results_of(out / "two_shouts")
     assert [*before] == ["unseen"]
     ran.clear()
     assert cli(*words) == 0
     assert len(ran) == 20
-    after = figures_of(out / "two_shouts")
+    after = results_of(out / "two_shouts")
     assert [*after] == ["unseen", "again"]
     assert after["unseen"] == before["unseen"]
 
 
 def test_other_texts_or_options_replace_a_guard_only_by_force(words, tmp_path, capsys):
-    own = str(write(tmp_path / "mine.jsonl", guard_texts(6, seed=3)))
+    user_file = str(write(tmp_path / "mine.jsonl", guard_texts(6, seed=3)))
     out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
     before = load_probe(out / "shouts").version
     only = (*words[:3], "--only", "shouts", "--rows", "40", "--out", str(out))
-    for changed in (("--data", own), ("--dtype", "bfloat16"), ("--threshold", "fpr=0.1")):
+    for changed in (("--data", user_file), ("--dtype", "bfloat16"), ("--threshold", "fpr=0.1")):
         assert cli(*only, *changed) == 2
         assert "shouts holds a probe. Name another folder, or replace it with --force." in (
             capsys.readouterr().err
         )
     assert load_probe(out / "shouts").version == before
-    assert cli(*only, "--data", own, "--force") == 0
+    assert cli(*only, "--data", user_file, "--force") == 0
     assert load_probe(out / "shouts").version != before
-    assert figures_of(out / "shouts")["unseen"]["probe"] == load_probe(out / "shouts").version
+    assert results_of(out / "shouts")["unseen"]["probe"] == load_probe(out / "shouts").version
 
 
 def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
     model, tiny, tmp_path, monkeypatch, capsys
 ):
-    whole = ready.load_guard("shouts")
-    sizes = {item: len(tiny.encoder.encode(item.conversation)) for item in whole.items}
+    texts = ready.load_guard("shouts")
+    sizes = {item: len(tiny.encoder.encode(item.conversation)) for item in texts.items}
     most = sum(sizes.values()) // 2
     monkeypatch.setattr(ready, "TOKENS_ON_CPU", most)
-    drawn = ready.affordable(whole, tiny.encoder)
+    drawn = ready.affordable(texts, tiny.encoder)
     assert most - max(sizes.values()) <= sum(sizes[item] for item in drawn.items) <= most
-    assert drawn.items == draw_texts(whole, len(drawn)).items
-    assert drawn.items != ready.affordable(whole, tiny.encoder, seed=1).items
-    assert ready.affordable(whole, tiny.encoder, torch.device("cuda")) is whole
+    assert drawn.items == draw_texts(texts, len(drawn)).items
+    assert drawn.items != ready.affordable(texts, tiny.encoder, seed=1).items
+    assert ready.affordable(texts, tiny.encoder, torch.device("cuda")) is texts
     assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path / "out")) == 0
     told = f"{len(drawn)} texts of 60 (--rows 60 takes all)"
     assert told in capsys.readouterr().out
     assert load_probe(tmp_path / "out/shouts").card.training.training.rows == len(drawn)
 
 
-def test_a_policy_that_exists_stays_and_what_it_lacks_is_said(words, tmp_path, capsys):
+def test_an_existing_policy_stays_and_missing_rules_are_named(words, tmp_path, capsys):
     out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
     policy = out / "policy.toml"
     policy.write_text('[input.shouts]\nmode = "block"\n')
     assert cli(*words[:-1], str(out)) == 0
-    said = capsys.readouterr()
-    assert "policy.toml exists and was left unchanged." in said.out
-    assert "no rule for letters, replies: clients see their verdicts." in said.err
+    captured = capsys.readouterr()
+    assert "policy.toml exists and was left unchanged." in captured.out
+    assert "no rule for letters, replies: clients see their verdicts." in captured.err
     assert policy.read_text() == '[input.shouts]\nmode = "block"\n'
 
 
@@ -266,14 +266,14 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
     assert cli(*words) == 0
 
 
-def test_texts_of_a_test_that_trained_the_guard_are_counted_beside_its_figures(
+def test_texts_of_a_test_that_trained_the_guard_are_counted_beside_its_results(
     model, tmp_path, capsys
 ):
-    own, out = write(tmp_path / "mine.jsonl", guard_texts(24, 1)[:6]), tmp_path / "guards"
-    only = ("--only", "shouts", "--rows", "40", "--data", str(own), "--out", str(out))
+    user_file, out = write(tmp_path / "mine.jsonl", guard_texts(24, 1)[:6]), tmp_path / "guards"
+    only = ("--only", "shouts", "--rows", "40", "--data", str(user_file), "--out", str(out))
     assert cli("guard", "--model", model, *only) == 0
     assert "Other letters, 24 texts (6 of them trained it" in capsys.readouterr().out
-    assert figures_of(out / "shouts")["unseen"]["trained"] == 6
+    assert results_of(out / "shouts")["unseen"]["trained"] == 6
 
 
 def test_a_test_that_cannot_be_read_is_refused_before_training(
@@ -288,14 +288,14 @@ def test_a_test_that_cannot_be_read_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    ("prefix", "named", "name", "said"),
+    ("prefix", "named", "name", "error"),
     [
         ("odd ", "odd shouts", "odd shouts", "A probe cannot be called 'odd shouts'"),
         ("y", "yshouts", "Policy.toml", "A guard called 'Policy.toml' has no room beside"),
     ],
 )
 def test_a_guard_whose_name_no_folder_of_it_can_have_is_refused_before_training(
-    prefix, named, name, said, model, tmp_path, monkeypatch, capsys, ran
+    prefix, named, name, error, model, tmp_path, monkeypatch, capsys, ran
 ):
     package = f"{prefix.strip()}_guards"
     home = install_guards(tmp_path, monkeypatch, package, prefix=prefix)
@@ -305,26 +305,26 @@ def test_a_guard_whose_name_no_folder_of_it_can_have_is_refused_before_training(
         path.rename(str(path).replace(named, name))
     out = tmp_path / "out"
     assert cli("guard", "--model", model, "--only", name, "--out", str(out)) == 2
-    assert said in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert not ran
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("label", "said"),
+    ("label", "message"),
     [
         (None, "mine.jsonl, line 2. Label them, or remove them."),
         ("calm", "line 2: unknown label 'calm'. Known: other, shouting. Correct the row."),
     ],
 )
-def test_rows_of_ones_own_are_refused_with_a_remedy_that_the_command_has(
-    label, said, model, tmp_path, capsys, ran
+def test_user_rows_are_refused_with_a_remedy_that_the_command_has(
+    label, message, model, tmp_path, capsys, ran
 ):
-    own = write(tmp_path / "mine.jsonl", [*guard_texts(1), {"text": "Hello", "label": label}])
-    words = ("--only", "shouts", "--data", str(own), "--out", str(tmp_path / "out"))
+    user_file = write(tmp_path / "mine.jsonl", [*guard_texts(1), {"text": "Hello", "label": label}])
+    words = ("--only", "shouts", "--data", str(user_file), "--out", str(tmp_path / "out"))
     assert cli("guard", "--model", model, *words) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert {*re.findall("--[a-z]+", error)} <= {
         option for each in guard.params for option in each.opts
     }
@@ -337,7 +337,7 @@ def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "error"),
     [
         (("--only", "", "--out", "g"), "no guard ''"),
         (("--only", "shouts", "--data", "", "--out", "g"), "Cannot read 'guard:shouts,'"),
@@ -352,11 +352,11 @@ def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained(
-    words, said, capsys, monkeypatch, tmp_path
+    words, error, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
     assert cli("guard", *words) == 2
-    assert said in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 

@@ -76,13 +76,15 @@ def test_without_a_model_it_is_the_embedded_ones_packaged_or_trained_here(
 ):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
     assert probe_folder("guard:shouts") == package / "shouts"
-    other = save_probe(untrained_probe(tiny, "letters"), trained_guards("another") / "letters@1")
+    another_folder = save_probe(
+        untrained_probe(tiny, "letters"), trained_guards("another") / "letters@1"
+    )
     with pytest.raises(
         UntrainedGuardError,
         match=wordings.UNTRAINED_GUARD.format(name="letters", model=EMBEDDED_NAME),
     ):
         probe_folder("guard:letters")
-    probe = load_probe(other)
+    probe = load_probe(another_folder)
     embedded = probe.changed(backbone=replace(probe.card.backbone, name=EMBEDDED_NAME))
     folder = save_probe(embedded, trained_guards("embedded") / "letters@1")
     assert probe_folder("guard:letters") == folder
@@ -106,9 +108,9 @@ def test_a_version_that_was_trained_here_stays_when_the_package_has_a_newer_one(
     home = install_guards(tmp_path, monkeypatch, "newer_guards", prefix="newer_")
     card = home / "newer_shouts.toml"
     card.write_text(card.read_text().replace("noise =", "version = 2\nnoise ="))
-    kept = trained_guards(tiny.fingerprint.digest) / "newer_shouts@1"
-    save_probe(untrained_probe(tiny, "newer_shouts"), kept)
-    assert probe_folder("guard:newer_shouts@1", MODEL, digest) == kept
+    older = trained_guards(tiny.fingerprint.digest) / "newer_shouts@1"
+    save_probe(untrained_probe(tiny, "newer_shouts"), older)
+    assert probe_folder("guard:newer_shouts@1", MODEL, digest) == older
     with pytest.raises(UntrainedGuardError):
         probe_folder("guard:newer_shouts", MODEL, digest)
 
@@ -123,7 +125,7 @@ def test_every_guard_that_is_not_trained_is_in_the_command(digest):
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("named", "error"),
     [
         ("guard:", "Cannot read 'guard:' as the name of a probe. Write guard:NAME"),
         ("guard:shouts,,replies", "Cannot read 'guard:shouts,,replies'"),
@@ -140,8 +142,8 @@ def test_every_guard_that_is_not_trained_is_in_the_command(digest):
         ("guard:all", "Name one of them here: "),
     ],
 )
-def test_a_wrong_name_is_refused_in_one_line_with_its_remedy(named, said, model, capsys):
-    assert said in refused(capsys, "predict", "--model", model, named, "AN X")
+def test_a_wrong_name_is_refused_in_one_line_with_its_remedy(named, error, model, capsys):
+    assert error in refused(capsys, "predict", "--model", model, named, "AN X")
 
 
 def test_a_guard_is_served_once(model, capsys, tmp_path):
@@ -150,8 +152,8 @@ def test_a_guard_is_served_once(model, capsys, tmp_path):
         ("--probe", "guard:shouts,shouts"),
         ("--probe", "guard:shouts", "--probe", "guard:replies,guard:shouts@1"),
     ):
-        said = refused(capsys, *serve, *words)
-        assert said.endswith("The guard 'shouts' is named twice. Name it once.")
+        error = refused(capsys, *serve, *words)
+        assert error.endswith("The guard 'shouts' is named twice. Name it once.")
     config = tmp_path / "server.toml"
     config.write_text('probe = ["guard:replies", "guard:replies"]')
     assert "'replies' is named twice" in refused(capsys, *serve, "--config", str(config))
@@ -160,9 +162,9 @@ def test_a_guard_is_served_once(model, capsys, tmp_path):
 def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsys, tmp_path):
     config = tmp_path / "server.toml"
     config.write_text('probe = ["guard:shouts,letters"]')
-    said = refused(capsys, "serve", "--model", model, "--config", str(config))
-    assert f"The guard 'letters' has not been trained for {model}." in said
-    assert "GB of disk" in said
+    error = refused(capsys, "serve", "--model", model, "--config", str(config))
+    assert f"The guard 'letters' has not been trained for {model}." in error
+    assert "GB of disk" in error
 
 
 @pytest.mark.parametrize(
@@ -185,25 +187,25 @@ def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsy
 )
 def test_every_command_that_takes_a_probe_takes_a_name(words, data, tmp_path, capsys):
     (tmp_path / "policy.toml").write_text("")
-    given = {"DATA": data, "OUT": str(tmp_path / "out"), "POLICY": str(tmp_path / "policy.toml")}
+    places = {"DATA": data, "OUT": str(tmp_path / "out"), "POLICY": str(tmp_path / "policy.toml")}
     assert "There is no guard 'shout'. Did you mean 'shouts'?" in refused(
-        capsys, *(given.get(word, word) for word in words)
+        capsys, *(places.get(word, word) for word in words)
     )
 
 
-def test_a_guard_is_asked_and_shown_by_its_name(model, package, capsys):
+def test_a_guard_is_queried_and_displayed_by_its_name(model, package, capsys):
     version = read_card(package / "shouts").version
     assert cli("predict", "--model", model, "guard:shouts", "AN X") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["probe"], said["version"]) == ("shouts", version)
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["probe"], verdict["version"]) == ("shouts", version)
     assert cli("inspect", "guard:shouts", "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "shouts"
 
 
 def test_python_loads_a_guard_for_its_model(tiny, model, package):
     version = read_card(package / "shouts").version
-    for given in (tiny, model):
-        (verdict,) = load("guard:shouts", model=given).predict(["AN X"])
+    for named_model in (tiny, model):
+        (verdict,) = load("guard:shouts", model=named_model).predict(["AN X"])
         assert verdict.version == verdict.to_dict()["version"] == version
     with pytest.raises(SidelightError, match=wordings.NAME_ONE):
         load("guard:shouts,replies", model=tiny)
@@ -219,8 +221,8 @@ def test_engines_are_compared_by_guards_of_the_named_model(model, data, capsys):
 
 
 def test_a_recalibrated_guard_needs_a_folder(model, data, capsys):
-    said = refused(capsys, "recalibrate", "guard:shouts", "--data", data)
-    assert said.endswith("Name a folder for the recalibrated guard:shouts with --out.")
+    error = refused(capsys, "recalibrate", "guard:shouts", "--data", data)
+    assert error.endswith("Name a folder for the recalibrated guard:shouts with --out.")
 
 
 def test_a_folder_of_this_form_is_named_by_its_absolute_path(
@@ -229,8 +231,8 @@ def test_a_folder_of_this_form_is_named_by_its_absolute_path(
     monkeypatch.chdir(tmp_path)
     folder = save_probe(untrained_probe(tiny, "own"), tmp_path / "guard:own")
     for named in ("guard:own", "./guard:own"):
-        said = refused(capsys, "inspect", named)
-        assert said.endswith(f"To name the folder 'guard:own', write {folder}.")
+        error = refused(capsys, "inspect", named)
+        assert error.endswith(f"To name the folder 'guard:own', write {folder}.")
     assert cli("inspect", str(folder)) == 0
     # It does not stand in for a guard.
     shutil.copytree(folder, tmp_path / "guard:shouts")
@@ -243,11 +245,11 @@ def test_a_damaged_packaged_probe_says_to_install_its_package_again(damage, pack
     sound = path.read_bytes()
     path.write_bytes(sound[:40] if damage == "torn" else b"\x02" + b"\x00" * 7 + b"{}")
     try:
-        said = refused(capsys, "predict", "--model", model, "guard:shouts", "AN X")
+        error = refused(capsys, "predict", "--model", model, "guard:shouts", "AN X")
     finally:
         path.write_bytes(sound)
-    assert str(path.parent) in said
-    assert said.endswith("packaged probe of the guard 'shouts': install its package again.")
+    assert str(path.parent) in error
+    assert error.endswith("packaged probe of the guard 'shouts': install its package again.")
 
 
 def test_data_is_of_one_guard(model, tmp_path, capsys):
@@ -273,14 +275,14 @@ def test_a_server_replaces_probes_by_guards(tiny, package):
             return dict(pairs)
 
         assert served() == {"first": ""}
-        for wrong, said in (
+        for wrong, error in (
             (("guard:shout",), "Did you mean 'shouts'?"),
             (("guard:shouts", "guard:shouts"), "named twice"),
             (("guard:letters",), "sidelight guard --only letters"),
         ):
             answer = put(*wrong)
             assert answer.status_code == 400
-            assert said in answer.json()["error"]["message"]
+            assert error in answer.json()["error"]["message"]
         assert served() == {"first": ""}
         assert put("guard:shouts,replies").status_code == 200
         local = trained_guards(tiny.fingerprint.digest) / "replies@1"

@@ -20,7 +20,7 @@ from sidelight.types import Task
 from worlds.data import GUARD_LABELS, guard_texts, install_guards, write
 from worlds.servers import cli
 
-pytestmark = pytest.mark.usefixtures("own_cache", "letters")
+pytestmark = pytest.mark.usefixtures("temporary_cache", "letters")
 BRIEF = ("--background", "none", "--set", "epochs=2")
 TASK = Task("binary", ("other", "shouting"))
 
@@ -41,14 +41,14 @@ def test_a_guard_names_texts_and_classes_and_a_test_has_the_same():
 
 
 def test_a_test_measures_a_probe_whose_two_classes_have_other_names():
-    other = Task("binary", ("fine", "toxic"))
+    renamed_task = Task("binary", ("fine", "toxic"))
     np.testing.assert_array_equal(
-        load_examples("guard:shouts:unseen", task=other).labels,
+        load_examples("guard:shouts:unseen", task=renamed_task).labels,
         load_examples("guard:shouts:unseen").labels,
     )
 
 
-def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_the_other_way_round():
+def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_reversed():
     reversed_task = Task("binary", TASK.labels[::-1])
     np.testing.assert_array_equal(
         load_examples("guard:shouts:unseen", task=reversed_task).labels,
@@ -57,23 +57,23 @@ def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_the_other
 
 
 @pytest.mark.parametrize("names", [(0, 1), ("false", "true"), ("other", "shouting")])
-def test_own_rows_join_in_any_spelling_and_count_more(names, tmp_path):
-    own = [{**row, "label": names[int(str(row["label"]))]} for row in guard_texts(12, seed=3)]
-    whole = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', own)}")
-    assert whole.task == TASK
+def test_user_rows_join_in_any_spelling_and_count_more(names, tmp_path):
+    user_rows = [{**row, "label": names[int(str(row["label"]))]} for row in guard_texts(12, seed=3)]
+    joined = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', user_rows)}")
+    assert joined.task == TASK
     np.testing.assert_array_equal(
-        whole.labels[60:], [row["label"] for row in guard_texts(12, seed=3)]
+        joined.labels[60:], [row["label"] for row in guard_texts(12, seed=3)]
     )
     # As much as all packaged rows together, but each as two to ten of these.
-    assert whole.weights is not None
-    np.testing.assert_array_equal(whole.weights, [1.0] * 60 + [5.0] * 12)
-    few = load_examples(f"guard:shouts,{write(tmp_path / 'few.jsonl', own[:2])}")
+    assert joined.weights is not None
+    np.testing.assert_array_equal(joined.weights, [1.0] * 60 + [5.0] * 12)
+    few = load_examples(f"guard:shouts,{write(tmp_path / 'few.jsonl', user_rows[:2])}")
     assert few.weights is not None
     assert few.weights[-1] == 10
     np.testing.assert_array_equal(few.select([61, 0]).weights, [10, 1])
-    drawn = draw_texts(whole, 20)
+    drawn = draw_texts(joined, 20)
     np.testing.assert_array_equal(drawn.weights, [1.0] * 20 + [2.0] * 12)
-    assert drawn.items[20:] == whole.items[60:]
+    assert drawn.items[20:] == joined.items[60:]
 
 
 def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
@@ -82,14 +82,14 @@ def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
         {"text": f"{source} {n}", "label": n % 2, "source": source}
         for n, source in enumerate(sources)
     ]
-    whole = load_examples(cells)
-    drawn = draw_texts(whole, 18)
+    examples = load_examples(cells)
+    drawn = draw_texts(examples, 18)
     assert drawn.label_counts.tolist() == [9, 9]
     counts = Counter(drawn.sources)
     assert {*counts} == {"rare", "common", "background"}
     assert min(counts.values()) >= 5
-    assert drawn.items == draw_texts(whole, 18).items
-    assert len(draw_texts(whole, 100)) == 60
+    assert drawn.items == draw_texts(examples, 18).items
+    assert len(draw_texts(examples, 100)) == 60
 
 
 def test_a_draw_has_both_labels_of_a_source_beside_many_sources_of_one_label():
@@ -104,12 +104,12 @@ def test_a_draw_has_both_labels_of_a_source_beside_many_sources_of_one_label():
     assert counts["mixed", 1] == 15
 
 
-def test_own_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
+def test_user_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]
-    own = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
-    last = load_examples(f"guard:replies,{own}").items[-1]
+    user_file = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
+    last = load_examples(f"guard:replies,{user_file}").items[-1]
     assert (last.text, last.response) == ("Hello", "No.")
-    chat = load_examples(f"guard:shouts,{own}").items[-1]
+    chat = load_examples(f"guard:shouts,{user_file}").items[-1]
     assert (len(chat.messages), chat.response) == (2, None)
     # As in a table of rows of both kinds.
     empty = {"text": None, "response": None}
@@ -138,7 +138,7 @@ def test_each_text_counts_by_its_weight(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("guard:shout", r"no guard 'shout'\. Did you mean 'shouts'\? Known: .*letters, .*shouts"),
         ("guard:", r"no guard ''"),
@@ -148,8 +148,8 @@ def test_each_text_counts_by_its_weight(tiny, tmp_path):
         ("guard:shouts,absent.jsonl", r"No file 'absent.jsonl'"),
     ],
 )
-def test_a_name_that_is_not_there_is_answered_with_those_that_are(source, said):
-    with pytest.raises(SidelightError, match=said):
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(source, message):
+    with pytest.raises(SidelightError, match=message):
         load_examples(source)
 
 
@@ -158,7 +158,7 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not entry_points(group="sidelight.guards")
     with pytest.raises(
-        SidelightError, match=wordings.HOW_TO_INSTALL.format(part="./packages/guards")
+        SidelightError, match=wordings.HOW_TO_INSTALL.format(package="./packages/guards")
     ):
         guard_of("guard:injection")
 
@@ -170,7 +170,7 @@ def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "code", "said"),
+    ("module", "code", "message"),
     [
         ("failing", "import absent_package", r"No module named 'absent_package'"),
         ("failing", "1 / 0", r"division by zero"),
@@ -178,7 +178,7 @@ def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
         ("failing.code", "", r"is not a package"),
     ],
 )
-def test_a_package_that_cannot_be_read_is_named(module, code, said, tmp_path, monkeypatch):
+def test_a_package_that_cannot_be_read_is_named(module, code, message, tmp_path, monkeypatch):
     install_guards(tmp_path, monkeypatch, "failing", prefix="f_")
     (tmp_path / "failing/__init__.py").write_text(code)
     (tmp_path / "failing/code.py").touch()
@@ -186,7 +186,9 @@ def test_a_package_that_cannot_be_read_is_named(module, code, said, tmp_path, mo
     names.write_text(f"[sidelight.guards]\nf_shouts = {module}\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "failing"]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SidelightError, match=wordings.WRONG_PACKAGE.format(name=module, why=said)):
+    with pytest.raises(
+        SidelightError, match=wordings.WRONG_PACKAGE.format(name=module, why=message)
+    ):
         find_guard("f_shouts")
 
 
@@ -197,7 +199,7 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("title = 3", r"title: Input should be a valid string"),
         ('title = "Shouts"\nmood = "good"', r"mood: Extra inputs are not permitted"),
@@ -208,20 +210,20 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
         ('title = "Shouts"\nlabels = ["a", "b\\n"]', r"labels: .*two names that differ"),
     ],
 )
-def test_a_wrong_card_is_refused_by_its_key(letters, line, said):
+def test_a_wrong_card_is_refused_by_its_key(letters, line, message):
     path = letters / "shouts.toml"
-    whole = path.read_text()
-    rest = whole.replace(GUARD_LABELS, "") if "labels" in line else whole
+    card = path.read_text()
+    rest = card.replace(GUARD_LABELS, "") if "labels" in line else card
     path.write_text(rest.replace('title = "shouts"', line, 1))
     try:
-        with pytest.raises(SidelightError, match=said):
+        with pytest.raises(SidelightError, match=message):
             find_guard("shouts")
     finally:
-        path.write_text(whole)
+        path.write_text(card)
 
 
 @pytest.mark.parametrize(
-    ("source", "columns", "said"),
+    ("source", "columns", "message"),
     [
         (
             "guard:shouts",
@@ -235,14 +237,14 @@ def test_a_wrong_card_is_refused_by_its_key(letters, line, said):
         ("guard:letters", {}, r"labels spans, not whole texts\. Name their column with --spans"),
     ],
 )
-def test_what_contradicts_the_card_is_refused(source, columns, said):
-    with pytest.raises(SidelightError, match=said):
+def test_what_contradicts_the_card_is_refused(source, columns, message):
+    with pytest.raises(SidelightError, match=message):
         load_examples(source, **columns)
     assert load_examples("guard:shouts", positive="shouting", label="label").task == TASK
 
 
-def test_own_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
-    own = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
+def test_user_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
+    user_file = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
     with pytest.raises(
         SidelightError,
         match=wordings.FILE_LINE.format(file="mine.jsonl", line=1)
@@ -250,7 +252,7 @@ def test_own_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
         + wordings.NO_COLUMN.format(name="spans")
         + r"\. Rows",
     ):
-        load_examples(f"guard:letters,{own}", spans="spans")
+        load_examples(f"guard:letters,{user_file}", spans="spans")
     turns = [{"role": "user", "content": "Ann"}] * 2
     chat = write(tmp_path / "chat.jsonl", [{"messages": turns, "spans": []}])
     with pytest.raises(
@@ -274,17 +276,17 @@ def test_own_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
         load_examples(f"guard:shouts,{wrong}")
 
 
-def test_labels_of_spans_that_only_own_rows_have_are_told(tmp_path, warned):
+def test_labels_of_spans_that_only_user_rows_have_are_reported(tmp_path, warned):
     for label, told in (("NUMBER", []), ("number", ["Only rows of your own have spans of number"])):
         spans = [{"start": 0, "end": 2, "label": label}]
-        own = write(tmp_path / f"{label}s.jsonl", [{"text": "12", "spans": spans}])
-        load_examples(f"guard:letters,{own}", spans="spans")
+        user_file = write(tmp_path / f"{label}s.jsonl", [{"text": "12", "spans": spans}])
+        load_examples(f"guard:letters,{user_file}", spans="spans")
         assert [warning.partition(":")[0] for warning in warned()] == told
 
 
 def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):
-    out, own = tmp_path / "shouts", write(tmp_path / "mine.jsonl", guard_texts(6, seed=3))
-    data = f"guard:shouts,{own}"
+    out, user_file = tmp_path / "shouts", write(tmp_path / "mine.jsonl", guard_texts(6, seed=3))
+    data = f"guard:shouts,{user_file}"
     assert cli("train", "--data", data, "--model", model, "--out", str(out), *BRIEF) == 0
     assert load_probe(out).task == TASK
     assert cli("eval", str(out), "--data", "guard:shouts:unseen") == 0
@@ -305,8 +307,8 @@ def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path
 
 
 def test_a_guard_of_spans_trains_a_probe_that_finds_them(model, tmp_path, capsys):
-    own = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
-    out, data = tmp_path / "letters", f"guard:letters,{write(tmp_path / 'mine.jsonl', own)}"
+    user_rows = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
+    out, data = tmp_path / "letters", f"guard:letters,{write(tmp_path / 'mine.jsonl', user_rows)}"
     words = ("--model", model, "--out", str(out), "--mechanism", "spans", "--set", "epochs=1")
     assert cli("train", "--data", data, *words) == 0
     assert load_probe(out).spans is not None

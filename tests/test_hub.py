@@ -99,7 +99,7 @@ def test_a_revision_is_a_tag_a_branch_or_a_commit(hub):
     assert load_probe(probe_folder("hf:me/mine@main")).name == "old"
 
 
-def test_the_probe_alone_is_downloaded_and_once(hub, hub_at):
+def test_only_the_probe_is_downloaded_and_once(hub, hub_at):
     folder = probe_folder("hf:me/mine@v1")
     assert probe_folder("hf:me/mine@v1") == folder
     assert hub.downloads == [PROBE]
@@ -127,8 +127,8 @@ def test_it_stands_beside_folders_in_lists(hub, tmp_path):
 
 def test_a_recalibrated_probe_of_the_hub_needs_a_folder(hub, capsys):
     assert cli("recalibrate", "hf:me/mine@v1", "--threshold", "f1") == 2
-    said = capsys.readouterr().err.strip()
-    assert said.endswith("Name a folder for the recalibrated hf:me/mine@v1 with --out.")
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("Name a folder for the recalibrated hf:me/mine@v1 with --out.")
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,10 @@ def decided(probe, ignore: Ignore, **rule) -> Verdict:
         (Ignore(patterns=(r".+",)), ["Ann Lee", "Northwind", "INV-204"]),
     ],
 )
-def test_an_entry_ignores_a_span_that_it_matches_whole_and_nothing_else(probe, ignore, ignored):
+def test_an_entry_ignores_a_span_that_it_matches_fully_and_nothing_else(probe, ignore, ignored):
     verdict = decided(probe, ignore)
-    assert [own.words for own in verdict.ignored] == ignored
-    assert [own.words for own in verdict.spans] == [
+    assert [span.words for span in verdict.ignored] == ignored
+    assert [span.words for span in verdict.spans] == [
         w.words for w in SPANS if w.words not in ignored
     ]
     assert verdict.flagged == bool(verdict.spans)
@@ -60,16 +60,16 @@ def test_an_entry_ignores_a_span_that_it_matches_whole_and_nothing_else(probe, i
 def test_a_label_counts_while_a_span_of_it_does(probe):
     assert decided(probe, Ignore(words=("Northwind",))).labels == ("NAME",)
     assert decided(probe, Ignore(words=("INV-204",))).labels == ("NAME", "PLACE")
-    nothing = decided(probe, Ignore(words=[own.words for own in SPANS]))
+    nothing = decided(probe, Ignore(words=[span.words for span in SPANS]))
     assert (nothing.labels, nothing.flagged) == ((), False)
 
 
-def test_a_verdict_tells_the_places_of_what_was_ignored_and_not_the_words(probe):
+def test_a_verdict_has_the_places_of_what_was_ignored_and_not_the_words(probe):
     verdict = decided(probe, Ignore(words=("Northwind",)))
     told = verdict.to_dict()
-    assert [own["start"] for own in told["ignored"]] == [TEXT.index("Northwind")]
-    for shown in (json.dumps(told), repr(verdict)):
-        assert "Northwind" not in shown
+    assert [span["start"] for span in told["ignored"]] == [TEXT.index("Northwind")]
+    for text in (json.dumps(told), repr(verdict)):
+        assert "Northwind" not in text
     assert "ignored" not in decided(probe, Ignore()).to_dict()
 
 
@@ -133,11 +133,11 @@ def test_the_server_keeps_ignored_words_and_says_so(tiny):
     words = TEXT[first["start"] : first["end"]]
     rule = Rule("redact", ignore=Ignore(words=(words,)))
     with server(rule) as http:
-        (kept,) = http.post("/v1/redact", json=body).json()["results"]
+        (result,) = http.post("/v1/redact", json=body).json()["results"]
         (checked,) = http.post("/v1/moderations", json=body).json()["results"]
-    same = [own for own in found["spans"] if TEXT[own["start"] : own["end"]] == words]
-    assert kept["spans"] == [own for own in found["spans"] if own not in same]
-    assert words in kept["text"]
+    same = [span for span in found["spans"] if TEXT[span["start"] : span["end"]] == words]
+    assert result["spans"] == [span for span in found["spans"] if span not in same]
+    assert words in result["text"]
     (verdict,) = checked["sidelight"]["verdicts"]
     assert verdict["ignored"] == same
     with server(replace(rule, disclose="labels")) as http:

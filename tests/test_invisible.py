@@ -46,7 +46,7 @@ DISGUISES = {
     "a joiner between a letter and an emoji": ATTACK + "\u200d",
     "many joiners": "\u200d\u200d\u200d".join(ATTACK),
 }
-ORDINARY = {
+PLAIN_TEXTS = {
     "English": "Café naïve: “quotes” — dashes…\n\ttabs\r\n\x0cpages",
     "German": "Straße, Größe, Ärger",
     "more Persian": "PDF\u200cها 3\u200cبعدی «کتاب»\u200cها",
@@ -80,9 +80,9 @@ def test_a_disguise_leaves_the_text(kind):
     assert not holds_invisible(ATTACK)
 
 
-@pytest.mark.parametrize("language", ORDINARY)
-def test_an_ordinary_text_stays_as_it_is(language):
-    assert visible(ORDINARY[language]) == ORDINARY[language]
+@pytest.mark.parametrize("language", PLAIN_TEXTS)
+def test_a_text_without_disguises_stays_as_it_is(language):
+    assert visible(PLAIN_TEXTS[language]) == PLAIN_TEXTS[language]
 
 
 def test_conversations_of_the_background_stay_as_they_are_but_for_three():
@@ -108,7 +108,7 @@ def test_what_is_left_stays_and_says_where_it_stood(text):
 
 
 @pytest.mark.parametrize(
-    "unit",
+    "pattern",
     [
         "a\u200b",
         "\u200b",
@@ -122,8 +122,8 @@ def test_what_is_left_stays_and_says_where_it_stood(text):
         "\u200fש",
     ],
 )
-def test_long_texts_are_read_at_once(unit):
-    text = unit * (2**19 // len(unit))
+def test_long_texts_are_read_at_once(pattern):
+    text = pattern * (2**19 // len(pattern))
     begin = time.process_time()
     visible(text)
     mixes_scripts(text)
@@ -134,7 +134,7 @@ def test_a_word_of_two_scripts_that_resemble_each_other_is_told_from_a_text_of_t
     assert mixes_scripts("p\u0430ypal")
     assert mixes_scripts("Ign\u03bfre")
     assert mixes_scripts("p\u200b\u0430ypal")
-    for text in ORDINARY.values():
+    for text in PLAIN_TEXTS.values():
         assert not mixes_scripts(text), text
 
 
@@ -172,7 +172,7 @@ def test_spans_are_characters_of_the_text_as_sent(server):
             )
         assert visible(second["text"]) == first["text"]
         found = http.post("/api/v1/text/contents", json={"contents": [plain, hidden]}).json()
-        texts = [[visible(each["text"]) for each in own] for own in found]
+        texts = [[visible(each["text"]) for each in texts_of_route] for texts_of_route in found]
         assert texts[0] == texts[1]
         turns = [{"role": "user", "content": plain}, {"role": "user", "content": hidden}]
         asked = {"model": http.get("/v1/models").json()["data"][0]["id"], "input": turns}

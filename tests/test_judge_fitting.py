@@ -11,7 +11,7 @@ import wordings
 from sidelight.data.evaluation import Estimate
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.judges.answers import KeptAnswers, ask_all, cost_sentence
+from sidelight.judges.answers import StoredAnswers, ask_all, cost_sentence
 from sidelight.judges.fitting import (
     SHARES,
     combined_out_of_fold,
@@ -55,8 +55,8 @@ def judge(live):
 
 
 @pytest.fixture
-def kept(tmp_path):
-    return KeptAnswers.read(tmp_path / "answers.jsonl")
+def stored(tmp_path):
+    return StoredAnswers.read(tmp_path / "answers.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def a_fit(**fields):
 # The sum of log-odds
 
 
-def test_a_combination_recovers_the_weights_that_made_the_labels():
+def test_a_combination_recovers_the_weights_behind_the_labels():
     random = np.random.default_rng(0)
     scores, answers = (sigmoid(random.normal(size=4000) * 2) for _ in range(2))
     logits = 0.6 * combined_log_odds(1.0, scores, answers) + 1.8 * combined_log_odds(
@@ -162,9 +162,9 @@ def test_few_texts_leave_both_alike_and_one_class_is_no_error():
 
 def test_a_fit_flags_by_the_documented_formula():
     fit = a_fit(weight=0.25, threshold=-0.5)
-    for own, answer in ((0.9, 0.2), (0.1, 0.9), (0.5, 0.4), (0.99, 0.01)):
-        odds = 0.25 * math.log(own / (1 - own)) + 0.75 * math.log(answer / (1 - answer))
-        assert fit.flags(own, answer) == (odds >= -0.5)
+    for score, answer in ((0.9, 0.2), (0.1, 0.9), (0.5, 0.4), (0.99, 0.01)):
+        odds = 0.25 * math.log(score / (1 - score)) + 0.75 * math.log(answer / (1 - answer))
+        assert fit.flags(score, answer) == (odds >= -0.5)
     # Sure of it, to the last bit.
     assert a_fit(weight=0.5, threshold=11.0).flags(1.0, 1.0)
     assert not a_fit(weight=0.5, threshold=-11.0).flags(0.0, 0.0)
@@ -183,7 +183,7 @@ def test_a_strong_judge_raises_recall_with_the_share_and_a_random_one_adds_nothi
     assert report.gain.low > 0
     assert report.judge_gain.low > 0
     assert wordings.JUDGE_GAINS in report.findings[0]
-    assert wordings.JUDGE_ALONE_BETTER in report.findings[1]
+    assert wordings.JUDGE_ONLY_BETTER in report.findings[1]
     assert report.decisions["fit"].flagged < report.decisions["probe"].flagged / 2
 
     report = fitted(probe, holds, scores, np.random.default_rng(3).random(ROWS))
@@ -192,7 +192,7 @@ def test_a_strong_judge_raises_recall_with_the_share_and_a_random_one_adds_nothi
     assert len(report.findings) == 1
 
 
-def test_figures_are_of_texts_that_the_fit_has_not_seen():
+def test_metrics_are_of_texts_that_the_fit_has_not_read():
     holds, scores, answers = drawn(200, probe=0.5, judge=1.0)
     folds = tuple(np.arange(fold, 200, 5) for fold in range(5))
     is_deferred = scores > 0.3
@@ -228,13 +228,13 @@ def test_shares_are_deferred_as_a_policy_defers_them(probe):
 def test_texts_that_were_not_asked_about_need_no_answer(probe):
     holds, scores, answers = drawn(ROWS, probe=1.0, judge=3.0)
     lowest = min(defer_thresholds(probe, 0.05, 0.1).values())
-    whole = fitted(probe, holds, scores, answers)
-    part = fitted(probe, holds, scores, np.where(scores >= lowest, answers, np.nan), most=0.1)
-    assert part.judge is part.judge_gain is None
-    by_share = {point.share: point for point in whole.points}
-    assert all(point == by_share[point.share] for point in part.points)
-    assert part.fit.weight == whole.fit.weight
-    assert part.gain == whole.gain
+    full = fitted(probe, holds, scores, answers)
+    subset = fitted(probe, holds, scores, np.where(scores >= lowest, answers, np.nan), most=0.1)
+    assert subset.judge is subset.judge_gain is None
+    by_share = {point.share: point for point in full.points}
+    assert all(point == by_share[point.share] for point in subset.points)
+    assert subset.fit.weight == full.fit.weight
+    assert subset.gain == full.gain
 
 
 def test_texts_without_an_answer_are_left_out_up_to_a_limit(probe):
@@ -251,13 +251,13 @@ def test_the_threshold_follows_its_rule(probe):
     holds, scores, answers = drawn(4000, probe=1.0, judge=2.0)
     lax = fitted(probe, holds, scores, answers, share=0.2, rule=ThresholdRule.parse("fpr=0.1"))
     strict = fitted(probe, holds, scores, answers, share=0.2, rule=ThresholdRule.parse("fpr=0.02"))
-    others = (~holds).sum()
+    negatives = (~holds).sum()
     for report, rate in ((lax, 0.1), (strict, 0.02)):
-        assert report.decisions["fit"].flagged / others == pytest.approx(rate, abs=0.01)
+        assert report.decisions["fit"].flagged / negatives == pytest.approx(rate, abs=0.01)
         deferred = scores >= min(probe.thresholds[0], probe.share_threshold("toxic", 0.2))
         flags = [
-            report.fit.flags(own, said) and late
-            for own, said, late in zip(scores, answers, deferred, strict=True)
+            report.fit.flags(score, verdict) and is_deferred
+            for score, verdict, is_deferred in zip(scores, answers, deferred, strict=True)
         ]
         assert np.mean(np.array(flags)[~holds]) == pytest.approx(rate, abs=0.01)
     assert strict.fit.threshold > lax.fit.threshold
@@ -297,9 +297,9 @@ def test_too_few_deferred_texts_are_no_fit(probe):
 def test_a_card_keeps_its_fit_and_others_have_no_trace_of_one(tiny, tmp_path, probe):
     plain = load_probe(save_probe(probe, tmp_path / "plain"))
     assert "judge_fit" not in plain.card.to_json()
-    made = load_probe(save_probe(plain.changed(judge_fit=a_fit()), tmp_path / "fitted"))
-    assert made.card.judge_fit == a_fit()
-    assert made.version != plain.version
+    result = load_probe(save_probe(plain.changed(judge_fit=a_fit()), tmp_path / "fitted"))
+    assert result.card.judge_fit == a_fit()
+    assert result.version != plain.version
     assert "judge (0123456789ab)" in summary(read_card(tmp_path / "fitted"))["judge"]
     several = untrained_probe(tiny, "intent", task=INTENT).changed(judge_fit=a_fit())
     with pytest.raises(SidelightError, match="judge_fit"):
@@ -309,19 +309,19 @@ def test_a_card_keeps_its_fit_and_others_have_no_trace_of_one(tiny, tmp_path, pr
 def test_a_policy_with_another_judge_is_refused(probe):
     rule = Rule("block", defer=Defer("guardian"))
     policy = Policy(input={"early": rule}, judges={"guardian": JUDGE})
-    require_policy_applies(policy, [probe.changed(judge_fit=a_fit(judge=JUDGE.identity))])
-    for other in ({"model": "newer"}, {"criterion": "Another rule."}, {"extra": {"seed": 1}}):
-        fit = a_fit(judge=JUDGE.model_copy(update=other).identity)
+    require_policy_applies(policy, [probe.changed(judge_fit=a_fit(judge=JUDGE.digest))])
+    for changed in ({"model": "newer"}, {"criterion": "Another rule."}, {"extra": {"seed": 1}}):
+        fit = a_fit(judge=JUDGE.model_copy(update=changed).digest)
         with pytest.raises(SidelightError, match=wordings.FITTED_TO_ANOTHER):
             require_policy_applies(policy, [probe.changed(judge_fit=fit)])
     # Without a judge, there is nothing to fit to.
-    alone = Policy(input={"early": Rule("block")})
-    require_policy_applies(alone, [probe.changed(judge_fit=a_fit())])
+    without_defer = Policy(input={"early": Rule("block")})
+    require_policy_applies(without_defer, [probe.changed(judge_fit=a_fit())])
 
 
-def test_the_address_of_a_judge_is_not_part_of_its_identity():
+def test_the_address_of_a_judge_does_not_change_its_digest():
     moved = JUDGE.model_copy(update={"url": "https://judge.example/v1", "timeout_s": 3.0})
-    assert moved.identity == JUDGE.identity
+    assert moved.digest == JUDGE.digest
 
 
 # Asking
@@ -331,7 +331,7 @@ def numbered(count):
     return [Question.about(PlainText(f"text {number}")) for number in range(count)]
 
 
-def test_asking_resumes_where_it_stopped(judge, kept):
+def test_asking_resumes_where_it_stopped(judge, stored):
     questions = numbered(30)
     answered = 0
 
@@ -344,67 +344,67 @@ def test_asking_resumes_where_it_stopped(judge, kept):
 
     judge.reply = reply
     with pytest.raises(SidelightError, match=wordings.JUDGE_STOPPED):
-        ask_all(judge.settings(concurrency=1), questions, kept, name="judge")
-    again = KeptAnswers.read(kept.path)
+        ask_all(judge.settings(concurrency=1), questions, stored, name="judge")
+    again = StoredAnswers.read(stored.path)
     assert len(again.probabilities) == 10
     judge.asked.clear()
     judge.says(0.1)
-    said = ask_all(judge.settings(), questions, again, name="judge")
+    replies = ask_all(judge.settings(), questions, again, name="judge")
     assert len(judge.asked) == 20
-    assert said.probabilities == pytest.approx([0.7] * 10 + [0.1] * 20)
-    assert not said.failures
+    assert replies.probabilities == pytest.approx([0.7] * 10 + [0.1] * 20)
+    assert not replies.failures
     judge.asked.clear()
-    ask_all(judge.settings(), questions, KeptAnswers.read(kept.path), name="judge")
+    ask_all(judge.settings(), questions, StoredAnswers.read(stored.path), name="judge")
     assert not judge.asked
 
 
-def test_half_a_line_of_a_killed_process_spoils_no_answer(judge, kept):
+def test_half_a_line_of_a_killed_process_spoils_no_answer(judge, stored):
     questions = numbered(3)
-    ask_all(judge.settings(), questions[:2], kept, name="judge")
-    with kept.path.open("ab") as file:
+    ask_all(judge.settings(), questions[:2], stored, name="judge")
+    with stored.path.open("ab") as file:
         file.write(b'["4567", NaN]\n["8901", 2]\n["0123')
-    again = KeptAnswers.read(kept.path)
+    again = StoredAnswers.read(stored.path)
     ask_all(judge.settings(), questions, again, name="judge")
     assert len(judge.asked) == 3
-    assert len(KeptAnswers.read(kept.path).probabilities) == 3
-    assert "text" not in kept.path.read_text()
+    assert len(StoredAnswers.read(stored.path).probabilities) == 3
+    assert "text" not in stored.path.read_text()
 
 
-def test_equal_texts_are_asked_about_once_and_the_cost_is_told_before(judge, kept):
+def test_equal_texts_are_asked_about_once_and_the_cost_is_told_before(judge, stored):
     questions = [*numbered(4), *numbered(4)]
     settings = judge.settings(budget_per_minute=2)
-    told = cost_sentence(settings, questions, kept)
+    told = cost_sentence(settings, questions, stored)
     assert not judge.asked
     assert "4 questions" in told
     assert "2 minutes or more" in told
-    said = ask_all(judge.settings(), questions, kept, name="judge")
+    replies = ask_all(judge.settings(), questions, stored, name="judge")
     assert len(judge.asked) == 4
-    assert len(said.probabilities) == 8
-    assert "0 questions" in cost_sentence(settings, questions, kept)
+    assert len(replies.probabilities) == 8
+    assert "0 questions" in cost_sentence(settings, questions, stored)
 
 
-def test_a_judge_that_fails_at_once_is_asked_once(judge, kept):
+def test_a_judge_that_fails_at_once_is_asked_once(judge, stored):
     judge.answers(JSONResponse({}, status_code=401))
     with pytest.raises(SidelightError, match="401"):
-        ask_all(judge.settings(), numbered(50), kept, name="judge")
+        ask_all(judge.settings(), numbered(50), stored, name="judge")
     assert len(judge.asked) == 1
 
 
-def test_texts_without_a_verdict_are_told_and_the_others_are_asked(judge, kept):
+def test_texts_without_a_verdict_are_told_and_the_others_are_asked(judge, stored):
     questions = [*numbered(3), Question.about(PlainText("x" * 200))]
-    said = ask_all(judge.settings(max_characters=100), questions, kept, name="judge")
-    assert said.probabilities == [pytest.approx(0.2)] * 3 + [None]
-    assert said.describe_failures() == "too_long 1"
+    replies = ask_all(judge.settings(max_characters=100), questions, stored, name="judge")
+    assert replies.probabilities == [pytest.approx(0.2)] * 3 + [None]
+    assert replies.describe_failures() == "too_long 1"
 
 
-def test_no_more_is_asked_at_once_than_the_judge_allows_and_a_budget_is_waited_for(judge, kept):
+def test_no_more_is_asked_at_once_than_the_judge_allows_and_a_budget_is_waited_for(judge, stored):
     judge.says(0.2, after_s=0.01)
-    ask_all(judge.settings(concurrency=3), numbered(20), kept, name="judge")
+    ask_all(judge.settings(concurrency=3), numbered(20), stored, name="judge")
     assert judge.most_at_once == 3
     # A bucket of one question, which fills in a hundredth of a second.
     fast = judge.settings(budget_per_minute=6000)
-    said = ask_all(fast, numbered(25), kept, name="judge")
-    assert None not in said.probabilities
+    replies = ask_all(fast, numbered(25), stored, name="judge")
+    assert None not in replies.probabilities
 
 
 # The command
@@ -443,26 +443,26 @@ def test_eval_asks_a_judge_and_saves_a_probe_with_the_fit(command, judge, tmp_pa
     printed = capsys.readouterr()
     assert len(judge.asked) == 120
     assert "120 questions to judge" in printed.err
-    made = read_card(tmp_path / "probe-judged")
-    figures = json.loads((tmp_path / "figures.json").read_text())["second_stage"]
-    assert all(finding in printed.out for finding in figures["findings"])
-    assert figures["saved"] == str(tmp_path / "probe-judged")
-    assert made.judge_fit.weight == figures["fit"]["weight"]
-    assert made.judge_fit.texts.rows == 120
+    result = read_card(tmp_path / "probe-judged")
+    metrics = json.loads((tmp_path / "figures.json").read_text())["second_stage"]
+    assert all(finding in printed.out for finding in metrics["findings"])
+    assert metrics["saved"] == str(tmp_path / "probe-judged")
+    assert result.judge_fit.weight == metrics["fit"]["weight"]
+    assert result.judge_fit.texts.rows == 120
     assert (plots / "second_stage.png").stat().st_size > 10_000
     judge.asked.clear()
     # The folder holds a probe by now; answers are known.
     assert cli(*command) == 2
     assert cli(*command, "--force", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["second_stage"]["gain"] == figures["gain"]
+    assert json.loads(capsys.readouterr().out)["second_stage"]["gain"] == metrics["gain"]
     assert not judge.asked
 
 
 def test_eval_asks_only_about_the_share_that_it_is_told(command, judge, tmp_path, capsys):
     assert cli(*command, "--ask", "0.05", "--json") == 0
-    figures = json.loads(capsys.readouterr().out)["second_stage"]
-    assert len(judge.asked) == figures["points"][-1]["deferred"] == 60
-    assert figures["judge"] is None
+    metrics = json.loads(capsys.readouterr().out)["second_stage"]
+    assert len(judge.asked) == metrics["points"][-1]["deferred"] == 60
+    assert metrics["judge"] is None
 
 
 def test_eval_says_what_is_wrong_before_it_asks(command, judge, tmp_path, capsys):

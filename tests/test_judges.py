@@ -200,7 +200,7 @@ def test_answers_that_are_none_are_no_verdict(judge, answer, reason):
     assert asked(judge.settings(), PROMPT) == [reason]
 
 
-def test_a_slow_judge_is_given_up_after_its_whole_timeout(judge):
+def test_a_slow_judge_is_cancelled_after_its_full_timeout(judge):
     judge.says(1.0, after_s=2)
     started = time.perf_counter()
     assert asked(judge.settings(timeout_s=0.2), PROMPT) == ["timeout"]
@@ -210,7 +210,7 @@ def test_a_slow_judge_is_given_up_after_its_whole_timeout(judge):
     assert time.perf_counter() - started < 1.5
 
 
-def test_an_endless_answer_is_not_kept(judge):
+def test_an_endless_answer_is_not_stored(judge):
     judge.reply = lambda _body: StreamingResponse(_flood())
     assert asked(judge.settings(), PROMPT) == ["unreadable"]
 
@@ -238,7 +238,7 @@ def test_questions_wait_for_a_place_and_equal_ones_are_asked_once():
         assert (len(judge.asked), judge.most_at_once) == (6, 2)
 
 
-def test_an_answer_is_kept_and_a_failure_is_not(judge):
+def test_an_answer_is_cached_and_a_failure_is_not(judge):
     async def ask():
         client = JudgeClient(judge.settings())
         judge.answers(JSONResponse({}, status_code=500))
@@ -256,23 +256,23 @@ def test_an_answer_is_kept_and_a_failure_is_not(judge):
     assert first.seconds > second.seconds == 0.0
 
 
-def test_a_waiting_text_that_is_given_up_ends_no_other_and_leaves_nothing(judge):
+def test_a_waiting_text_that_is_cancelled_ends_no_other_and_leaves_nothing(judge):
     async def ask():
         client = JudgeClient(judge.settings())
         judge.says(0.7, after_s=0.1)
         first, second = (asyncio.ensure_future(client.ask(PROMPT)) for _ in range(2))
         await asyncio.sleep(0.02)
         first.cancel()
-        kept = await second
-        other = asyncio.ensure_future(client.ask(EXCHANGE))
+        answer = await second
+        cancelled = asyncio.ensure_future(client.ask(EXCHANGE))
         await asyncio.sleep(0.02)
-        other.cancel()
-        await asyncio.gather(first, other, return_exceptions=True)
+        cancelled.cancel()
+        await asyncio.gather(first, cancelled, return_exceptions=True)
         await client.close()
-        return kept, client._asking
+        return answer, client._asking
 
-    kept, left = asyncio.run(ask())
-    assert kept.probability == pytest.approx(0.7)
+    answer, left = asyncio.run(ask())
+    assert answer.probability == pytest.approx(0.7)
     assert not left
 
 
@@ -319,8 +319,8 @@ def test_a_text_cannot_pose_as_the_question(judge, profile, question):
     if profile in ("yes-no", "gpt-oss-safeguard"):
         # One line of JSON, which the text cannot end.
         line, *after = judge.asked[-1]["messages"][-1]["content"].split("\n")
-        said = [turn["text"] for turn in json.loads(line)["turns"]]
-        assert said[-1] == inert(INJECTION)
+        texts = [turn["text"] for turn in json.loads(line)["turns"]]
+        assert texts[-1] == inert(INJECTION)
         assert after == ["", "Yes or No?"]
 
 
@@ -440,11 +440,11 @@ def test_a_file_describes_one_judge(tmp_path):
     )
     settings = read_judge(tmp_path / "judge.toml")
     assert settings.criterion == "# Rule\n\nNo numbers."
-    assert settings.identity != settings.model_copy(update={"criterion": "Other."}).identity
-    assert settings.identity != settings.model_copy(update={"model": "other"}).identity
+    assert settings.digest != settings.model_copy(update={"criterion": "Other."}).digest
+    assert settings.digest != settings.model_copy(update={"model": "other"}).digest
     # Where and how fast it answers is no part of what it says.
     moved = settings.model_copy(update={"url": "http://localhost:9/v1", "timeout_s": 3.0})
-    assert settings.identity == moved.identity
+    assert settings.digest == moved.digest
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_a_file_describes_one_judge(tmp_path):
         ("http://127.0.0.1:8000/v1", "127.0.0.1", 0, False),
     ],
 )
-def test_a_server_is_not_its_own_judge(url, host, port, is_refused):
+def test_a_server_cannot_be_the_judge_of_itself(url, host, port, is_refused):
     settings = JudgeSettings(url=url, model="m", criterion="x")
     if is_refused:
         with pytest.raises(SidelightError, match=wordings.JUDGES_ITSELF):

@@ -29,7 +29,7 @@ from sidelight.probes.mechanisms.base import (
 )
 from sidelight.probes.ragged import Ragged
 from sidelight.states.cache import ActivationCache, Shard
-from sidelight.states.compression import Compression, kept_directions
+from sidelight.states.compression import Compression, directions_of_width
 from sidelight.states.extraction import cached_logits, streamed
 from sidelight.training import keeping
 from sidelight.training.checkpoints import resume
@@ -62,43 +62,45 @@ def compressed_shard(compression, hidden):
 
 @pytest.mark.parametrize("is_normalised", [True, False])
 def test_all_directions_keep_states_within_eight_bits(hidden, is_normalised):
-    made = Compression.measured([hidden], is_normalised=is_normalised, directions=24)
-    stored = made.compress(hidden)
+    compression = Compression.measured([hidden], is_normalised=is_normalised, directions=24)
+    stored = compression.compress(hidden)
     z = stored.values * stored.factors[..., None].float()
-    lifted = made.lifted(z.transpose(0, 1)[None])[0]
+    lifted = compression.lifted(z.transpose(0, 1)[None])[0]
     for layer, states in enumerate(hidden):
-        wanted = made.moments.standardised(states, layer)
+        wanted = compression.moments.standardised(states, layer)
         torch.testing.assert_close(lifted[:, layer], wanted, atol=2 * EIGHT_BITS, rtol=EIGHT_BITS)
 
 
 @given(st.integers(8, 8192))
 def test_a_token_takes_a_quarter_of_its_bytes_or_less(width):
-    assert 4 * (kept_directions(width) + 2) <= 2 * width or width < 12
+    assert 4 * (directions_of_width(width) + 2) <= 2 * width or width < 12
 
 
 @pytest.mark.parametrize("name", ["readout", "spans"])
 @pytest.mark.parametrize("layers", [None, 2])
-def test_whole_states_give_a_restricted_probe_the_logits_of_compressed_ones(hidden, name, layers):
-    made = Compression.measured([hidden], is_normalised=True, directions=10)
+def test_uncompressed_states_give_a_restricted_probe_the_logits_of_compressed_ones(
+    hidden, name, layers
+):
+    compression = Compression.measured([hidden], is_normalised=True, directions=10)
     torch.manual_seed(1)
     mechanism = build_mechanism(mechanism_spec(name), Geometry(3, 24, 1))
     for parameter in mechanism.parameters():
         parameter.data.normal_()
-    scaled = made.moments.limited(layers).weighted(torch.tensor([0.5, 2.0]))
+    scaled = compression.moments.limited(layers).weighted(torch.tensor([0.5, 2.0]))
     with torch.no_grad():
         small = layer_products(
-            compressed_shard(made, hidden), made.fold(scaled, mechanism.columns())
+            compressed_shard(compression, hidden), compression.fold(scaled, mechanism.projections())
         )
         for parameter in mechanism.layer_parameters():
-            parameter.copy_(made.kept(parameter))
-        again = [made.kept(parameter) for parameter in mechanism.layer_parameters()]
-        whole = scaled.fold(mechanism.columns()).layers(hidden.float())
-    for parameter, kept in zip(mechanism.layer_parameters(), again, strict=True):
-        torch.testing.assert_close(kept, parameter.data, atol=5e-3, rtol=5e-3)
-    spread = float(whole.std())
-    torch.testing.assert_close(small / spread, whole / spread, atol=5 * EIGHT_BITS, rtol=0)
+            parameter.copy_(compression.restricted(parameter))
+        again = [compression.restricted(parameter) for parameter in mechanism.layer_parameters()]
+        exact = scaled.fold(mechanism.projections()).layers(hidden.float())
+    for parameter, restricted in zip(mechanism.layer_parameters(), again, strict=True):
+        torch.testing.assert_close(restricted, parameter.data, atol=5e-3, rtol=5e-3)
+    spread = float(exact.std())
+    torch.testing.assert_close(small / spread, exact / spread, atol=5 * EIGHT_BITS, rtol=0)
     lengths = torch.tensor([400])
-    found = [mechanism.logits(Ragged(c.transpose(0, 1), lengths)) for c in (small, whole)]
+    found = [mechanism.logits(Ragged(c.transpose(0, 1), lengths)) for c in (small, exact)]
     assert torch.isfinite(found[0]).all()
 
 
@@ -120,7 +122,7 @@ def examples():
 @pytest.fixture
 def all_directions(monkeypatch):
     """A random model has no weak directions."""
-    monkeypatch.setattr(keeping, "kept_directions", lambda width: width)
+    monkeypatch.setattr(keeping, "directions_of_width", lambda width: width)
 
 
 def fitted(tiny, root, examples, **options):
@@ -135,43 +137,45 @@ def tensors(probe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("states", ["disk", "stream"])
-def test_however_states_are_kept_the_probe_is_the_same(
+def test_however_states_are_stored_the_probe_is_the_same(
     tiny, tmp_path, examples, states, all_directions
 ):
-    whole = fitted(tiny, tmp_path / "whole", examples, states="whole")
-    other = fitted(tiny, tmp_path / "other", examples, states=states)
-    kept = other.probe.card.training.states
-    assert (kept.kept, kept.streamed) == ("compressed", states == "stream")
-    assert whole.probe.card.training.states.kept == "whole"
-    np.testing.assert_allclose(other.losses, whole.losses, atol=5 * JITTER)
+    exact_fit = fitted(tiny, tmp_path / "whole", examples, states="whole")
+    compressed_fit = fitted(tiny, tmp_path / "other", examples, states=states)
+    states_record = compressed_fit.probe.card.training.states
+    assert (states_record.form, states_record.streamed) == ("compressed", states == "stream")
+    assert exact_fit.probe.card.training.states.form == "whole"
+    np.testing.assert_allclose(compressed_fit.losses, exact_fit.losses, atol=5 * JITTER)
     # What is saved reads whole states.
     split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
-    logits = [cached_logits(made.probe, split.states) for made in (whole, other)]
-    assert np.corrcoef(*(own.ravel() for own in logits))[0, 1] > 0.98
+    logits = [
+        cached_logits(each_fit.probe, split.states) for each_fit in (exact_fit, compressed_fit)
+    ]
+    assert np.corrcoef(*(each_logits.ravel() for each_logits in logits))[0, 1] > 0.98
 
 
-def test_few_states_are_whole_and_so_is_what_a_shared_head_reads(tiny, tmp_path, examples):
+def test_few_states_are_uncompressed_and_so_is_what_a_shared_head_reads(tiny, tmp_path, examples):
     pooling = mechanism_spec("pooling")
     for options in ({}, {"states": "disk", "mechanism": pooling}, {"states": "whole"}):
-        made = fitted(tiny, tmp_path, examples, **options)
-        assert made.probe.card.training.states.kept == "whole"
-        assert not made.probe.card.training.states.streamed
+        fitted_probe = fitted(tiny, tmp_path, examples, **options)
+        assert fitted_probe.probe.card.training.states.form == "whole"
+        assert not fitted_probe.probe.card.training.states.streamed
 
 
 @pytest.mark.slow
 def test_much_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
     tiny, tmp_path, examples, monkeypatch, all_directions
 ):
-    monkeypatch.setattr(keeping, "MOST_WHOLE_BYTES", 20_000)
-    made = fitted(tiny, tmp_path / "a", examples)
-    kept = made.probe.card.training.states
-    assert (kept.kept, kept.streamed) == ("compressed", False)
+    monkeypatch.setattr(keeping, "MOST_UNCOMPRESSED_BYTES", 20_000)
+    fitted_probe = fitted(tiny, tmp_path / "a", examples)
+    states_record = fitted_probe.probe.card.training.states
+    assert (states_record.form, states_record.streamed) == ("compressed", False)
     monkeypatch.setattr(keeping, "MOST_DISK_BYTES", 1000)
-    made = fitted(tiny, tmp_path / "b", examples)
-    assert made.probe.card.training.states.streamed
+    fitted_probe = fitted(tiny, tmp_path / "b", examples)
+    assert fitted_probe.probe.card.training.states.streamed
     pooling = fitted(tiny, tmp_path / "c", examples, mechanism=mechanism_spec("pooling"))
-    kept = pooling.probe.card.training.states
-    assert (kept.kept, kept.streamed) == ("whole", True)
+    states_record = pooling.probe.card.training.states
+    assert (states_record.form, states_record.streamed) == ("whole", True)
 
 
 def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny):
@@ -186,22 +190,22 @@ def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny):
 def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
     tiny, tmp_path, examples, monkeypatch, warned
 ):
-    monkeypatch.setattr(keeping, "kept_directions", lambda width: 1)
-    made = fitted(tiny, tmp_path, examples, states="disk")
-    assert made.probe.card.training.states.kept == "whole"
+    monkeypatch.setattr(keeping, "directions_of_width", lambda width: 1)
+    fitted_probe = fitted(tiny, tmp_path, examples, states="disk")
+    assert fitted_probe.probe.card.training.states.form == "whole"
     (told,) = [line for line in warned() if "kept whole" in line]
     assert "differ by" in told
 
 
 @pytest.mark.slow
-def test_too_few_texts_to_compare_are_kept_whole(
+def test_too_few_texts_to_compare_stay_uncompressed(
     tiny, tmp_path, all_directions, monkeypatch, warned
 ):
     # All are taken for directions, which leaves none to compare on.
     monkeypatch.setattr(keeping, "_first", lambda _, rows, least: rows if least == 1 else [])
     examples = load_examples(planted_rows("binary", 40))
-    made = fitted(tiny, tmp_path, examples, states="disk")
-    assert made.probe.card.training.states.kept == "whole"
+    fitted_probe = fitted(tiny, tmp_path, examples, states="disk")
+    assert fitted_probe.probe.card.training.states.form == "whole"
     assert any("0 texts are too few to compare" in line for line in warned())
 
 
@@ -231,8 +235,8 @@ def test_streamed_states_are_never_written_and_one_shard_is_in_memory(
             shard.hidden, split.states.read(rows).hidden, rtol=2**-6, atol=1e-3
         )
     on_disk, computed = (
-        train_mechanisms([READOUT], training=own, validation=None)[0]
-        for own in (split, replace(split, states=states))
+        train_mechanisms([READOUT], training=each_split, validation=None)[0]
+        for each_split in (split, replace(split, states=states))
     )
     assert on_disk is not None
     assert computed is not None
@@ -246,8 +250,8 @@ def killing(monkeypatch, after):
     """Ends the training when so many epochs have been saved."""
     saved, save = [], sidelight.training.loop.save_checkpoint
 
-    def counted(runs, path, *, epochs, identity):
-        save(runs, path, epochs=epochs, identity=identity)
+    def counted(runs, path, *, epochs, run_sha256):
+        save(runs, path, epochs=epochs, run_sha256=run_sha256)
         saved.append(epochs)
         if len(saved) == after:
             raise Killed
@@ -274,11 +278,11 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_probe(
                 fitted(tiny, root, examples, states=states)
         assert [*root.glob(f"run-*/{CHECKPOINT}")]
     saved = killing(monkeypatch, 99)
-    made = fitted(tiny, root, examples, states=states)
+    fitted_probe = fitted(tiny, root, examples, states=states)
     # One epoch before the first kill, and two before the second.
     assert saved[0] == 4
-    assert tensors(made.probe) == tensors(expected.probe)
-    np.testing.assert_array_equal(made.losses, expected.losses)
+    assert tensors(fitted_probe.probe) == tensors(expected.probe)
+    np.testing.assert_array_equal(fitted_probe.losses, expected.losses)
     assert tensors(load_probe(root / "probe")) == tensors(expected.probe)
     assert not [*root.glob("run-*")]
 
@@ -293,7 +297,7 @@ MOMENTS = (
 
 def train_until(moment, root, states, examples, monkeypatch):
     """Train; with the number of a moment, only until the process is killed there."""
-    monkeypatch.setattr(keeping, "kept_directions", lambda width: width)
+    monkeypatch.setattr(keeping, "directions_of_width", lambda width: width)
     # Several batches, so that some states are on disk when the first signal comes.
     monkeypatch.setattr(TransformersBackbone, "batch_tokens", 200)
     if moment is not None:
@@ -338,9 +342,9 @@ def test_a_training_killed_by_a_signal_at_three_moments_ends_with_the_same_probe
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         assert len([*root.glob("run-*")]) == 1
-    made = train_until(None, root, states, examples, monkeypatch)
-    assert tensors(made.probe) == tensors(expected.probe)
-    np.testing.assert_array_equal(made.losses, expected.losses)
+    fitted_probe = train_until(None, root, states, examples, monkeypatch)
+    assert tensors(fitted_probe.probe) == tensors(expected.probe)
+    np.testing.assert_array_equal(fitted_probe.losses, expected.losses)
     assert not [*root.glob("run-*")]
 
 
@@ -374,15 +378,17 @@ def test_a_training_with_other_settings_starts_over_and_says_so(
 @pytest.mark.slow
 def test_streaming_leaves_no_states_and_needs_no_room(tiny, tmp_path, examples, monkeypatch):
     monkeypatch.setattr("sidelight.states.cache._RESERVE_BYTES", 2**62)
-    made = fitted(tiny, tmp_path, examples, states="stream")
-    assert made.probe.card.training.states.streamed
+    fitted_probe = fitted(tiny, tmp_path, examples, states="stream")
+    assert fitted_probe.probe.card.training.states.streamed
     with pytest.raises(SidelightError, match=r"states=stream"):
         fitted(tiny, tmp_path, examples, states="whole")
 
 
-def test_states_that_others_share_are_whole_and_on_disk(tiny, examples, tmp_path, monkeypatch):
+def test_states_that_others_share_are_uncompressed_and_on_disk(
+    tiny, examples, tmp_path, monkeypatch
+):
     monkeypatch.setattr(keeping, "reads_faster_than_disk", lambda *_: True)
-    monkeypatch.setattr(keeping, "MOST_WHOLE_BYTES", 1)
+    monkeypatch.setattr(keeping, "MOST_UNCOMPRESSED_BYTES", 1)
     split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
     for candidates, options in (
         ([], FitOptions()),
@@ -392,4 +398,4 @@ def test_states_that_others_share_are_whole_and_on_disk(tiny, examples, tmp_path
 
 
 def test_nothing_is_resumed_without_a_checkpoint(tmp_path):
-    assert resume([], tmp_path / CHECKPOINT, identity="") == 0
+    assert resume([], tmp_path / CHECKPOINT, run_sha256="") == 0

@@ -5,50 +5,50 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeCV
 
-from sidelight.training.scaling import layer_weights, view_worths
+from sidelight.training.scaling import layer_scores, layer_weights
 from worlds.data import TASKS
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
-VIEWS = ("means", "lasts")
+POOLINGS = ("means", "lasts")
 
 
-def weights_of(views, labels, kind="binary"):
-    return layer_weights(view_worths(views, labels, TASKS[kind]))
+def weights_of(poolings, labels, kind="binary"):
+    return layer_weights(layer_scores(poolings, labels, TASKS[kind]))
 
 
-def shifted(labels, *, layer, view):
+def shifted(labels, *, layer, pooling):
     """Noise, but for one layer's view, which the labels shift."""
     random = torch.Generator().manual_seed(0)
-    views = torch.randn(2, TEXTS, LAYERS, WIDTH, generator=random)
+    poolings = torch.randn(2, TEXTS, LAYERS, WIDTH, generator=random)
     shift = torch.from_numpy(labels).reshape(TEXTS, -1).float()
-    views[VIEWS.index(view), :, layer, : shift.shape[1]] += 3 * shift
-    return views
+    poolings[POOLINGS.index(pooling), :, layer, : shift.shape[1]] += 3 * shift
+    return poolings
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
-def test_the_layer_that_predicts_the_labels_weighs_most(kind, view):
+def test_the_layer_that_predicts_the_labels_weighs_most(kind, pooling):
     shape = (TEXTS,) if kind == "binary" else (TEXTS, 3)
     labels = np.random.default_rng(0).integers(0, 2, shape)
-    views = shifted(labels, layer=1, view=view)
-    weights = weights_of(views, labels, kind)
+    poolings = shifted(labels, layer=1, pooling=pooling)
+    weights = weights_of(poolings, labels, kind)
     assert int(weights.argmax()) == 1
     assert weights.square().mean().item() == pytest.approx(1)
     # The others hold noise, and are still not shut out.
-    others = weights[[0, 2]] / weights[1]
-    assert others.max() < 0.1
-    assert others.min() >= 0.01 - 1e-6
+    remaining = weights[[0, 2]] / weights[1]
+    assert remaining.max() < 0.1
+    assert remaining.min() >= 0.01 - 1e-6
     # A view that is the same for all texts is worth nothing.
-    views[:, :, 0] = 1.0
-    weights = weights_of(views, labels, kind)
+    poolings[:, :, 0] = 1.0
+    weights = weights_of(poolings, labels, kind)
     assert torch.isfinite(weights).all()
     assert weights[0] / weights[1] == pytest.approx(0.01)
 
 
 def test_without_a_layer_that_predicts_anything_all_weigh_alike():
     labels = np.ones(TEXTS, dtype=np.int64)
-    views = shifted(np.zeros(TEXTS), layer=0, view="means")
-    assert torch.equal(weights_of(views, labels), torch.ones(LAYERS))
+    poolings = shifted(np.zeros(TEXTS), layer=0, pooling="means")
+    assert torch.equal(weights_of(poolings, labels), torch.ones(LAYERS))
     # Two texts of a class say more about those texts than about layers.
     labels = (np.arange(200) < 2).astype(np.int64)
     noise = torch.randn(200, LAYERS, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -56,12 +56,12 @@ def test_without_a_layer_that_predicts_anything_all_weigh_alike():
 
 
 @pytest.mark.parametrize(("texts", "width"), [(60, 100), (100, 32)])
-def test_a_worth_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
+def test_a_layer_score_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
     random = np.random.default_rng(0)
     labels = random.permutation(np.arange(texts) % 2)
     noise = random.normal(size=(texts, width))
     noise[:, :10] += labels[:, None]
-    view = torch.from_numpy(noise).float()
+    pooling = torch.from_numpy(noise).float()
     spread, center = noise.std(0), noise.mean(0)
     features = (noise - center) / (spread + 1e-2 * spread.mean())
     signs = 2.0 * labels - 1
@@ -69,7 +69,7 @@ def test_a_worth_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
     ridge = RidgeCV(alphas=alphas, store_cv_results=True).fit(features, signs)
     errors = ridge.cv_results_.sum(0)
     expected = 1 - errors.min() / np.square(signs - signs.mean()).sum()
-    views = torch.stack([view[:, None], view[:, None]])
-    worths = view_worths(views, labels, TASKS["binary"])
+    poolings = torch.stack([pooling[:, None], pooling[:, None]])
+    scores = layer_scores(poolings, labels, TASKS["binary"])
     assert expected > 0.1
-    assert worths[0, 0].item() == pytest.approx(expected, abs=2e-3)
+    assert scores[0, 0].item() == pytest.approx(expected, abs=2e-3)

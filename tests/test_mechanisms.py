@@ -18,17 +18,17 @@ from mechanism_contract import (
     built,
     drawn,
     gated,
-    part_of,
     projected,
     shares_of,
     softmax,
     streamed,
     summarised,
+    weights_under,
 )
 from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.loading import load_examples
-from sidelight.data.spans import settled_characters
-from sidelight.engines.marks import AnswerSpans
+from sidelight.data.spans import final_characters
+from sidelight.engines.annotation import AnswerSpans
 from sidelight.errors import SidelightError
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
@@ -81,50 +81,56 @@ def attend(items, parameters, factor, heads, pooling):
     query, key, value = np.split(items @ parameters["query_key_value"], 3, axis=1)
     attended, size = np.zeros_like(query), WIDTH // factor // heads
     for head in range(heads):
-        own = slice(head * size, (head + 1) * size)
-        weights = softmax(key[:, own] @ query[:, own].T / math.sqrt(size))
-        attended[:, own] = weights.T @ value[:, own]
+        head_slice = slice(head * size, (head + 1) * size)
+        weights = softmax(key[:, head_slice] @ query[:, head_slice].T / math.sqrt(size))
+        attended[:, head_slice] = weights.T @ value[:, head_slice]
     return pool(attended @ parameters["out"], None, pooling)
 
 
-def two_stages(stage):
+def two_stages(aggregate):
     """The paper's: over each layer's tokens, then over the layers' vectors."""
 
-    def logits(own, states, **options):
-        token, layer = part_of(own, "token_stage."), part_of(own, "layer_stage.")
+    def logits(weights, states, **options):
+        token, layer = (
+            weights_under(weights, "token_stage."),
+            weights_under(weights, "layer_stage."),
+        )
         vectors = [
-            stage(tokens, {key: value[group] for key, value in token.items()}, **options)
+            aggregate(tokens, {key: value[group] for key, value in token.items()}, **options)
             for group, tokens in enumerate(states)
         ]
         last = {key: value[0] for key, value in layer.items()}
-        return own["head.weight"] @ stage(np.stack(vectors), last, **options) + own["head.bias"]
+        return (
+            weights["head.weight"] @ aggregate(np.stack(vectors), last, **options)
+            + weights["head.bias"]
+        )
 
     return logits
 
 
-def readout_logits(own, states, **_options):
-    logits = np.zeros_like(own["bias"])
+def readout_logits(weights, states, **_options):
+    logits = np.zeros_like(weights["bias"])
     for layer, tokens in enumerate(states):
-        logits += gated(tokens, {key: own[key][layer] for key in ("gate", "value", "last")})
-    return own["bias"] + logits / math.sqrt(LAYERS)
+        logits += gated(tokens, {key: weights[key][layer] for key in ("gate", "value", "last")})
+    return weights["bias"] + logits / math.sqrt(LAYERS)
 
 
-def token_logits(own, states, window, lookahead):
+def token_logits(parameters, states, window, lookahead):
     """From the features of each token, their mean over the last few, and those of the next few."""
-    features = np.einsum("ltd,ldr->tr", states, own["features"]) / math.sqrt(LAYERS)
-    single, mean, *ahead = np.split(own["mixing"], 2 + lookahead)
+    features = np.einsum("ltd,ldr->tr", states, parameters["features"]) / math.sqrt(LAYERS)
+    single, mean, *ahead = np.split(parameters["mixing"], 2 + lookahead)
     logits = []
     for t in range(len(features)):
-        inner = own["threshold"] + features[t] @ single
+        inner = parameters["threshold"] + features[t] @ single
         inner += features[max(0, t - window + 1) : t + 1].mean(0) @ mean
         for j, weights in enumerate(ahead[: len(features) - 1 - t], start=1):
             inner += features[t + j] @ weights
-        logits.append(own["bias"] + inner * ndtr(inner) @ own["value"])
-    return np.array(logits).reshape(-1, len(own["bias"]))
+        logits.append(parameters["bias"] + inner * ndtr(inner) @ parameters["value"])
+    return np.array(logits).reshape(-1, len(parameters["bias"]))
 
 
-def spans_logits(own, states, window, lookahead, **_options):
-    return token_logits(own, states, window, lookahead).max(0)
+def spans_logits(weights, states, window, lookahead, **_options):
+    return token_logits(weights, states, window, lookahead).max(0)
 
 
 EQUATIONS = {
@@ -165,11 +171,11 @@ def test_heads_have_a_width_for_which_cuda_needs_no_memory_for_scores(monkeypatc
     """Its kernel takes float32 heads of four numbers or a multiple; see PyTorch's sdp_utils.cpp."""
     widths, real = [], functional.scaled_dot_product_attention
 
-    def watched(*parts, **options):
-        widths.extend(part.shape[-1] for part in parts)
-        return real(*parts, **options)
+    def recording(*tensors, **options):
+        widths.extend(tensor.shape[-1] for tensor in tensors)
+        return real(*tensors, **options)
 
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", recording)
     for heads in (1, 2, 4, 8):
         streamed(built("attention", {"factor": 4, "heads": heads}, 1), drawn([3, 5], 0))
     assert {width % 4 for width in widths} == {0}
@@ -217,17 +223,17 @@ def test_what_an_option_cannot_have_is_refused_with_what_it_can(name, options, s
         build_mechanism(mechanism_spec(name, options), Geometry(LAYERS, WIDTH, 1))
 
 
-def test_a_share_of_a_readout_is_the_tokens_own_terms():
+def test_a_share_of_a_readout_is_the_tokens_products():
     """Against the terms of the equation, written out."""
     readout = built("readout", {}, 1)
     (text,) = drawn([7], seed=3)
     with torch.no_grad():
         weights = torch.einsum("ltd,ldh->lth", text, readout.gate).softmax(1)
-        terms = (weights * torch.einsum("ltd,ldh->lth", text, readout.value[..., 0])).sum(2)
-        terms[:, -1] += torch.einsum("ld,ld->l", text[:, -1], readout.last[..., 0])
+        products = (weights * torch.einsum("ltd,ldh->lth", text, readout.value[..., 0])).sum(2)
+        products[:, -1] += torch.einsum("ld,ld->l", text[:, -1], readout.last[..., 0])
     tokens = Ragged(projected(readout, text).detach(), torch.tensor([7]))
     shares = shares_of(readout, tokens, 0)
-    torch.testing.assert_close(shares.values.float(), terms.T / math.sqrt(LAYERS), **ROUNDING)
+    torch.testing.assert_close(shares.values.float(), products.T / math.sqrt(LAYERS), **ROUNDING)
     torch.testing.assert_close(shares.baseline.float(), readout.bias.detach(), **ROUNDING)
 
 
@@ -236,10 +242,10 @@ def test_spans_label_tokens_alike_however_texts_are_packed_and_cut():
     """Against the equation, for every token and not only the one that decides."""
     labelling = built("spans", {"window": 3, "lookahead": 2}, 3)
     texts = drawn([1, 2, 9, 0, 4], 5)
-    own = {key: value.double().numpy() for key, value in labelling.state_dict().items()}
-    expected = [token_logits(own, text.double().numpy(), 3, 2) for text in texts]
-    pieces = [(text[:, :2], text[:, 2:]) for text in texts]
-    left, right = (summarised(labelling, part) for part in zip(*pieces, strict=True))
+    weights = {key: value.double().numpy() for key, value in labelling.state_dict().items()}
+    expected = [token_logits(weights, text.double().numpy(), 3, 2) for text in texts]
+    halves = [(text[:, :2], text[:, 2:]) for text in texts]
+    left, right = (summarised(labelling, half) for half in zip(*halves, strict=True))
     for state in (summarised(labelling, texts), labelling.merge(left, right)):
         actual = labelling.token_logits(state)
         assert actual.lengths.tolist() == [1, 2, 9, 0, 4]
@@ -260,7 +266,7 @@ class Highest(Mechanism):
         logits = torch.einsum("bltd,ldc->btc", hide(hidden, mask), self.weight)
         return torch.where(mask[..., None], logits, -torch.inf).amax(1) + self.bias
 
-    def columns(self):
+    def projections(self):
         return self.weight
 
     def summarise(self, tokens):
@@ -302,8 +308,8 @@ def trained(tiny, folder, examples, name, validation=None):
         settings=TrainingSettings(learning_rate=5e-2, epochs=4, batch_size=16),
         cache_root=folder,
     )
-    made = fit(tiny, examples, validation, name="new", options=options)
-    return load_probe(save_probe(made.probe, folder / "probe"))
+    result = fit(tiny, examples, validation, name="new", options=options)
+    return load_probe(save_probe(result.probe, folder / "probe"))
 
 
 @pytest.mark.slow
@@ -314,8 +320,8 @@ def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp
         tiny, tmp_path, load_examples(planted_rows("binary", 60)), "highest", validation
     )
     new = load_examples(planted_rows("binary", 40, seed=1), task=probe.task)
-    (judged,) = text_logits(tiny, Bank([probe]), encode(tiny.encoder, new.items))
-    flags = [probe.verdict(text.logits).flagged for text in judged]
+    (outputs,) = text_logits(tiny, Bank([probe]), encode(tiny.encoder, new.items))
+    flags = [probe.verdict(text.logits).flagged for text in outputs]
     assert np.mean(flags == (new.labels == 1)) > 0.9
     with pytest.raises(SidelightError, match=wordings.WANTS_TOKEN_LABELS.format(got="highest")):
         trained(tiny, tmp_path, load_examples(span_rows(40), spans="spans"), "highest")
@@ -331,8 +337,12 @@ def test_a_mechanism_with_logits_of_tokens_finds_spans_once_it_is_registered(tin
     new = load_examples(span_rows(30, seed=1), spans="spans", task=probe.task)
     _, found = find_spans(tiny, probe, new.items)
     assert evaluate_spans(new, found, bootstrap=0).metrics["character_f1"].value > 0.9
-    marks = AnswerSpans([probe.changed(reads=replace(probe.reads, side="response"))])
+    answer_spans = AnswerSpans([probe.changed(reads=replace(probe.reads, side="response"))])
     for word in ("ab ", "cd ", "ef "):
-        marks.push(word)
-    without_last = settled_characters(marks.text, len("ab cd "))
-    assert marks.settled(3) == without_last < settled_characters(marks.text, len(marks.text))
+        answer_spans.push(word)
+    without_last = final_characters(answer_spans.text, len("ab cd "))
+    assert (
+        answer_spans.final_characters(3)
+        == without_last
+        < final_characters(answer_spans.text, len(answer_spans.text))
+    )

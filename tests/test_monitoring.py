@@ -88,7 +88,7 @@ def test_the_tests_of_alerts_make_each_of_them_fire():
     assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in ALERT_RULES)
 
 
-def test_what_the_recording_rules_read_is_what_a_server_tells_or_another_rule_records(tiny):
+def test_what_the_recording_rules_read_is_exported_by_a_server_or_recorded_by_another_rule(tiny):
     with in_process(TransformersEngine(tiny, [untrained_probe(tiny, "p")])) as http:
         http.post("/v1/moderations", json={"input": "hello"}).raise_for_status()
         families = [*text_string_to_metric_families(http.get("/metrics").text)]
@@ -99,7 +99,9 @@ def test_what_the_recording_rules_read_is_what_a_server_tells_or_another_rule_re
     for rule in (rule for rule in RULES if "record" in rule):
         for name, wanted in selectors(rule):
             if name not in RECORDED:
-                (series,) = [own for own in labels_of[name] if wanted.items() <= own.items()]
+                (series,) = [
+                    labels for labels in labels_of[name] if wanted.items() <= labels.items()
+                ]
                 assert series.keys() == {"probe", "label", "le"}
     # Every score is in one of the tenths that are added up.
     (tenths,) = (rule for rule in RULES if rule.get("record") == "sidelight:probe_score:tenths")
@@ -166,7 +168,7 @@ def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
             process.terminate()
 
 
-def _judged(judge: JudgeSettings) -> Policy:
+def _with_judge(judge: JudgeSettings) -> Policy:
     """The policy with a judge that is asked about every prompt of the shadow."""
     shadow = replace(POLICY.input["shadow"], threshold=0.0, defer=Defer("guardian", share=0.0))
     return replace(POLICY, input={**POLICY.input, "shadow": shadow}, judges={"guardian": judge})
@@ -176,15 +178,15 @@ def _judged(judge: JudgeSettings) -> Policy:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a server before, between and after some requests of every kind."""
     backbone = tiny_backbone()
-    judging = untrained_probe(backbone, "injection", threshold=0.99)
+    injection = untrained_probe(backbone, "injection", threshold=0.99)
     answers = untrained_probe(backbone, "answers", reads=Reads("response"))
-    probes = [judging, judging.changed(name="shadow"), answers]
+    probes = [injection, injection.changed(name="shadow"), answers]
     engine = TransformersEngine(backbone, probes)
     settings = {"api_key": [KEY], "metrics_key": [METRICS_KEY]}
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
     with (
         scripted_judge() as judge,
-        served(engine, policy=_judged(judge.settings()), **settings) as address,
+        served(engine, policy=_with_judge(judge.settings()), **settings) as address,
         scraping(tmp_path_factory.mktemp("prometheus"), address) as prometheus,
         http_client(address) as http,
     ):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from policy_contract import CHATS, choices, parts_of
+from policy_contract import CHATS, choices, chunks_of
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
@@ -75,22 +75,22 @@ def why(ask, *names, explain=True, turns=ANSWERED, **options):
     return ask(DECISIONS, body, **options).json()["explanations"]
 
 
-def test_a_stream_tells_the_score_after_each_token_before_its_text(ask):
+def test_a_stream_sends_the_score_after_each_token_before_its_text(ask):
     answer = ask(CHATS, CHAT)
-    chunks = parts_of(answer)
+    chunks = chunks_of(answer)
     running = running_of(chunks)
     assert [each["tokens"] for each in running] == [*range(1, len(running) + 1)]
     assert {each["index"] for each in running} == {0}
     last = running[-1]["verdicts"][0]
-    (whole,) = chunks[-2]["choices"][0]["delta"]["sidelight"]["verdicts"]
+    (final_entry,) = chunks[-2]["choices"][0]["delta"]["sidelight"]["verdicts"]
     assert last["probe"] == "late"
     # The last token that is drawn is read too, since the probe is read after each.
-    assert last["probabilities"] == pytest.approx(whole["probabilities"], abs=1e-5)
+    assert last["probabilities"] == pytest.approx(final_entry["probabilities"], abs=1e-5)
 
     # Only where they are asked for, and they change no text.
     for options in (None, {}, {"include_scores": False}):
         plain = ask(CHATS, {**CHAT, "stream_options": options})
-        assert running_of(parts_of(plain)) == []
+        assert running_of(chunks_of(plain)) == []
         assert choices(plain) == choices(answer)
 
 
@@ -112,7 +112,7 @@ def test_a_decision_says_why(ask):
     assert "layers" not in plain["tokens"][0]
 
 
-def test_a_decision_says_why_where_it_is_asked_alone(ask):
+def test_a_decision_says_why_if_it_is_the_only_question(ask):
     questions = [{"type": "predicate", "name": "toxicity"}]
     body = {"model": MODEL, "input": TEXT, "questions": questions}
     for explain in ({}, {"explain": False}, {"explain": None}):
@@ -132,21 +132,24 @@ def test_a_decision_says_why_where_it_is_asked_alone(ask):
         (Rule("shadow"), False, None),
     ],
 )
-def test_a_rule_decides_who_sees_running_scores_thresholds_curves_and_shares(
+def test_a_rule_decides_who_gets_running_scores_thresholds_curves_and_shares(
     tiny, probes, rule, scores, shares
 ):
-    is_shown = rule.mode != "shadow"
+    is_enforced = rule.mode != "shadow"
     with asking(tiny, probes, Policy(output={"late": rule})) as ask:
-        for key, sees, learns in ((KEY, scores, shares), (ADMIN, is_shown, is_shown or None)):
-            running = running_of(parts_of(ask(CHATS, CHAT, key=key)))
-            assert any(each["verdicts"] for each in running) == sees
+        for key, is_visible, learns in (
+            (KEY, scores, shares),
+            (ADMIN, is_enforced, is_enforced or None),
+        ):
+            running = running_of(chunks_of(ask(CHATS, CHAT, key=key)))
+            assert any(each["verdicts"] for each in running) == is_visible
             cards = ask("/v1/probes", key=key).json()["probes"]
-            own = [card for card in cards if card["name"] == "late"]
-            assert any(card["thresholds"] for card in own) == sees
+            cards_of_probe = [card for card in cards if card["name"] == "late"]
+            assert any(card["thresholds"] for card in cards_of_probe) == is_visible
             found = why(ask, "toxicity", "late", key=key)
             assert "tokens" in found[0]
-            withheld = {"probe": "late", "error": "not_disclosed"}
-            assert found[1:] == {None: [], False: [withheld]}.get(learns, found[1:2])
+            undisclosed = {"probe": "late", "error": "not_disclosed"}
+            assert found[1:] == {None: [], False: [undisclosed]}.get(learns, found[1:2])
             assert learns is not True or "tokens" in found[1]
 
 
@@ -154,7 +157,7 @@ def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
     rule = Rule("block", threshold=0.0, disclose="scores")
     with asking(tiny, probes, Policy(output={"late": rule})) as ask:
         answer = ask(CHATS, CHAT)
-    assert [each["tokens"] for each in running_of(parts_of(answer))] == [1, 2]
+    assert [each["tokens"] for each in running_of(chunks_of(answer))] == [1, 2]
     assert choices(answer) == {0: ("", "content_filter")}
 
 
@@ -163,18 +166,20 @@ def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
     with asking(tiny, probes, policy) as ask:
         cards = ask("/v1/probes").json()["probes"]
     assert [card["name"] for card in cards] == [probe.name for probe in probes]
-    toxicity, topics, intent, late = cards
+    toxicity, topics, intent, response_probe = cards
     curve = probes[0].card.training.curves["toxic"]
     (limit,) = toxicity["thresholds"]
     assert (limit["label"], limit["threshold"]) == ("toxic", 0.5)
     assert limit["curve"] == json.loads(json.dumps(asdict(curve)))
     assert [(one["label"], one["threshold"]) for one in topics["thresholds"]] == [("sexual", 0.3)]
-    assert (topics["mode"], intent["thresholds"], late["reads"]) == ("flag", [], "response")
+    assert (topics["mode"], intent["thresholds"], response_probe["reads"]) == (
+        "flag",
+        [],
+        "response",
+    )
 
 
-def test_pages_are_there_with_their_option_alone_need_no_key_and_load_nothing_from_elsewhere(
-    tiny, probes
-):
+def test_pages_need_their_option_and_no_key_and_load_nothing_from_elsewhere(tiny, probes):
     engine = TransformersEngine(tiny, probes)
     with in_process(engine) as http:
         for path in ("/", "/playground", "/playground/", "/playground/page.js"):

@@ -47,8 +47,8 @@ def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
         assert image.std() > 0.01
     if task is BINARY:
         # The same rows give the same bytes.
-        for one, other in zip(drawn, plot(task, tmp_path / "again", labels), strict=True):
-            assert one.read_bytes() == other.read_bytes()
+        for one, another in zip(drawn, plot(task, tmp_path / "again", labels), strict=True):
+            assert one.read_bytes() == another.read_bytes()
 
 
 def test_wrong_rows_leave_no_folder_behind(tmp_path):

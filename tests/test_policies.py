@@ -14,7 +14,7 @@ from policy_contract import (
     PolicyContract,
     chat,
     choices,
-    own_server,
+    sidelight_server,
 )
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
@@ -30,14 +30,14 @@ GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}
 @pytest.fixture(scope="module")
 def server(subjects, tmp_path_factory):
     engine = TransformersEngine(subjects.backbone, subjects.probes)
-    with own_server(engine, subjects, tmp_path_factory.mktemp("server")) as served:
+    with sidelight_server(engine, subjects, tmp_path_factory.mktemp("server")) as served:
         yield served
 
 
 @pytest.mark.slow
-class TestOwnServer(PolicyContract):
+class TestSidelightServer(PolicyContract):
     @STREAMED
-    def test_each_text_of_several_is_judged_by_itself(self, server, subjects, streamed):
+    def test_each_text_of_several_is_classified_separately(self, server, subjects, streamed):
         ids, reason = subjects.sent(subjects.leaking)
         answer = server.post(chat(subjects.leaking, n=2, stream=streamed))
         assert choices(answer) == dict.fromkeys((0, 1), (subjects.decoded(ids), reason))
@@ -75,7 +75,9 @@ def test_a_server_does_not_start_with_a_policy_that_does_not_fit(tiny, probes):
     assert not engine.is_ready
 
 
-def test_thresholds_and_labels_decide_what_is_flagged_and_marks_tell_it_a_gateway(tiny, probes):
+def test_thresholds_and_labels_decide_what_is_flagged_and_headers_report_it_to_a_gateway(
+    tiny, probes
+):
     policy = Policy(
         input={
             "toxicity": Rule("flag", threshold=0.0),
@@ -111,10 +113,10 @@ def test_a_shadow_makes_no_category_ambiguous_and_a_failing_one_is_counted(tiny,
     with serving(tiny, loaded, policy) as http:
         answer = http.post("/v1/moderations", json={"input": "x", "probes": ["toxicity"]})
         chat = http.post(CHATS, json=GREEDY)
-        said = f"{chat.text} {chat.headers} {http.get('/v1/models').text}"
+        everything_sent = f"{chat.text} {chat.headers} {http.get('/v1/models').text}"
         series = metrics(http)
     assert answer.json()["results"][0]["category_scores"].keys() == {"toxicity/toxic"}
-    assert not [name for name in shadows if name in said]
+    assert not [name for name in shadows if name in everything_sent]
     agreed = 'sidelight_shadow_agreements_total{agreement="same",probe="toxicity",shadow="hidden"}'
     assert f"{agreed} 2.0" in series
     assert 'agreement="failed",probe="toxicity",shadow="failing"} 2.0' in series
@@ -178,15 +180,15 @@ def test_a_text_longer_than_its_rule_allows_is_refused_in_a_check_and_told_in_an
             assert error["code"] == "verdict_failed"
             assert "probe 'toxicity' may judge at most 40" in error["message"]
             assert f"Text {0 if path == '/v1/decisions' else 1} (" in error["message"]
-        others = {"input": LONG[1:], "probes": ["topics"]}
-        assert http.post("/v1/moderations", json=others).status_code == 200
+        without_long = {"input": LONG[1:], "probes": ["topics"]}
+        assert http.post("/v1/moderations", json=without_long).status_code == 200
         for stream in (False, True):
             told = http.post(CHATS, json={**GREEDY, "stream": stream}).text
             assert "No verdict from late: the text is longer than the policy" in told
             assert "not a finite number" not in told
 
 
-def test_what_was_not_judged_is_logged_and_counted(tiny, caplog):
+def test_what_was_not_classified_is_logged_and_counted(tiny, caplog):
     probe, rule = broken(untrained_probe(tiny, "early")), Rule("block")
     for on_failure, status, action in (("pass", 200, "fail_open"), ("block", 500, "fail_closed")):
         policy = Policy(input={"early": replace(rule, on_failure=on_failure)})

@@ -25,11 +25,11 @@ SOUND = Policy(
 
 @pytest.fixture(scope="module")
 def probes(tiny):
-    early = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
-    late = untrained_probe(tiny, "late", reads=Reads("response"))
-    bounded = replace(early.standardisation, is_normalised=True)
-    learned = early.changed(training=TrainingRecord(contexts={"inside": 40}))
-    return [replace(learned, standardisation=bounded), late]
+    prompts = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
+    answers = untrained_probe(tiny, "late", reads=Reads("response"))
+    bounded = replace(prompts.standardisation, is_normalised=True)
+    learned = prompts.changed(training=TrainingRecord(contexts={"inside": 40}))
+    return [replace(learned, standardisation=bounded), answers]
 
 
 # What each row of the table has in place of the sound policy and its probes.
@@ -53,20 +53,20 @@ POLICIES = {
 }
 POLICIES = {setting: replace(SOUND, **changes) for setting, changes in POLICIES.items()}
 PROBES = {
-    "a probe with the same labels that discloses its scores": lambda early, late: (
-        [early, late, early.changed(name="double")]
+    "a probe with the same labels that discloses its scores": lambda prompts, answers: (
+        [prompts, answers, prompts.changed(name="double")]
     ),
-    "a probe that reads a conversation as one text": lambda early, late: (
-        [early.changed(reads=Reads()), late]
+    "a probe that reads a conversation as one text": lambda prompts, answers: (
+        [prompts.changed(reads=Reads()), answers]
     ),
-    "a probe that reads only the last turn, such as a multi-class probe": lambda early, late: (
-        [early.changed(reads=Reads(scope="last_turn")), late]
+    "a probe that reads only the last turn, such as a multi-class probe": lambda prompts, answers: (
+        [prompts.changed(reads=Reads(scope="last_turn")), answers]
     ),
-    "an older probe, or a multi-class probe": lambda early, late: (
-        [replace(early, standardisation=late.standardisation), late]
+    "an older probe, or a multi-class probe": lambda prompts, answers: (
+        [replace(prompts, standardisation=answers.standardisation), answers]
     ),
-    "a probe trained without background traffic, and no `max_tokens`": lambda early, late: (
-        [early.changed(training=TrainingRecord()), late]
+    "a probe trained without background traffic, and no `max_tokens`": lambda prompts, answers: (
+        [prompts.changed(training=TrainingRecord()), answers]
     ),
 }
 # What the warnings of a row say, in their order; one that is not here has a single warning.
@@ -107,37 +107,40 @@ def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting
 
 
 def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
-    early, late = probes
+    prompts, answers = probes
     limited = replace(SOUND, input={"toxicity": Rule("block", max_tokens=100)})
-    assert weaknesses(limited, [early.changed(training=TrainingRecord()), late]) == []
-    kept = replace(SOUND, output={"late": Rule("block", consecutive=4, hold_back=3)})
-    assert weaknesses(kept, probes) == []
+    assert weaknesses(limited, [prompts.changed(training=TrainingRecord()), answers]) == []
+    holding = replace(SOUND, output={"late": Rule("block", consecutive=4, hold_back=3)})
+    assert weaknesses(holding, probes) == []
     # Probes of raw texts read system turns, and conversations as one text.
-    raw = [early.changed(prompt_format="raw", reads=Reads()), late.changed(prompt_format="raw")]
+    raw = [
+        prompts.changed(prompt_format="raw", reads=Reads()),
+        answers.changed(prompt_format="raw"),
+    ]
     assert weaknesses(replace(SOUND, system_turns="trust"), raw) == []
     # Those of both read chats as those of chats do.
-    both = [early.changed(prompt_format="both", reads=Reads()), late]
+    both = [prompts.changed(prompt_format="both", reads=Reads()), answers]
     told = weaknesses(replace(SOUND, system_turns="trust"), both)
     assert ["system_turns" in told[0], "earlier turn" in told[1], len(told)] == [True, True, 2]
     # A probe of spans has the largest logit of a token, which no other token outweighs.
-    spans = replace(spans_probe(tiny, "spans"), standardisation=early.standardisation)
+    spans = replace(spans_probe(tiny, "spans"), standardisation=prompts.standardisation)
     marking = replace(SOUND, input={"toxicity": BLOCK, "spans": BLOCK})
     assert weaknesses(marking, [*probes, spans]) == []
     # A double that tells no more than the one that blocks.
-    quiet = {"toxicity": BLOCK, "double": Rule(disclose="labels")}
-    assert weaknesses(replace(SOUND, input=quiet), [*probes, early.changed(name="double")]) == []
+    rules = {"toxicity": BLOCK, "double": Rule(disclose="labels")}
+    assert weaknesses(replace(SOUND, input=rules), [*probes, prompts.changed(name="double")]) == []
 
 
-def test_rules_that_block_behind_litellm_alone_are_named_on_request(probes, tiny):
-    early, late = probes
-    quiet = {"toxicity": BLOCK, "counted": Rule("shadow"), "pii": Rule("redact")}
-    marking = replace(SOUND, input={**quiet, "urgent": Rule("flag")})
+def test_rules_that_block_only_behind_litellm_are_named_on_request(probes, tiny):
+    prompts, answers = probes
+    safe_rules = {"toxicity": BLOCK, "counted": Rule("shadow"), "pii": Rule("redact")}
+    marking = replace(SOUND, input={**safe_rules, "urgent": Rule("flag")})
     told = weaknesses(marking, behind_litellm=True)
     assert ["[input.urgent]" in told[0], 'mode = "flag"' in told[0], len(told)] == [True, True, 1]
     assert weaknesses(marking) == []
     # A probe without a rule is scored; one of several classes flags nothing.
     classes = untrained_probe(tiny, "intent", task=INTENT)
-    served = [early, late, early.changed(name="unruled", reads=late.reads), classes]
+    served = [prompts, answers, prompts.changed(name="unruled", reads=answers.reads), classes]
     told = weaknesses(SOUND, served, behind_litellm=True)
     assert [word for word in told if "LiteLLM" in word] == [
         word for word in told if word.startswith("[output.unruled]")

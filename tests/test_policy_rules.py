@@ -157,17 +157,17 @@ def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
         ({"task": INTENT, "reads": Reads(scope="last_turn")}, "scope last_turn"),
     ],
 )
-def test_turns_of_tools_take_a_probe_that_judges_each_turn_of_a_prompt(tiny, changes, got):
+def test_turns_of_tools_take_a_probe_that_classifies_each_turn_of_a_prompt(tiny, changes, got):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
     rules = {"p": Rule("flag", threshold=0.5, labels=("billing",), turns="tool")}
     for fitting in (probe, probe.changed(prompt_format="both")):
         plain = {"p": replace(rules["p"], labels=())}
         require_policy_applies(Policy(input=plain), [fitting])
-    other = probe.changed(**changes)
+    changed = probe.changed(**changes)
     rule = rules["p"] if "task" in changes else replace(rules["p"], labels=())
-    side = {"output" if other.reads.includes_response else "input": {"p": rule}}
+    side = {"output" if changed.reads.includes_response else "input": {"p": rule}}
     with pytest.raises(SidelightError, match=wordings.NO_TURNS.format(probe="p", got=got)):
-        require_policy_applies(Policy(**side), [other])
+        require_policy_applies(Policy(**side), [changed])
 
 
 def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_prompts(read):

@@ -71,13 +71,13 @@ def trained(task: Task = TOXICITY, rule: ThresholdRule = F1) -> Probe:
     logits, labels = drawn(task, 600, share=0.3, seed=0)
     calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
     probabilities = calibration.apply(logits)
-    described = describe_examples(texts_of(task, labels)).model_dump()
+    description = describe_examples(texts_of(task, labels)).model_dump()
     curves = operating_curves(task, probabilities, labels)
     return untrained_probe(tiny_backbone(), "probe", task=task).changed(
         calibration=calibration,
         thresholds=choose_thresholds(task, probabilities, labels, rule=rule),
         training=TrainingRecord(
-            validation=CalibrationTexts(**described, curves=curves), threshold_rule=str(rule)
+            validation=CalibrationTexts(**description, curves=curves), threshold_rule=str(rule)
         ),
     )
 
@@ -88,7 +88,7 @@ def trained_on(probe: Probe, **texts: str) -> Probe:
     return probe.changed(training=probe.card.training.model_copy(update=record))
 
 
-@pytest.mark.parametrize("hashed", ["sha256", "given_sha256"])
+@pytest.mark.parametrize("hashed", ["sha256", "input_sha256"])
 def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
@@ -124,8 +124,8 @@ def test_a_text_is_known_again_by_its_words_and_its_response():
     assert "Fine" not in texts
     record = TrainingRecord(training=TrainingTexts(texts=texts))
     assert trained_texts(record, asked("how  are you?", " fine.")) == 1
-    others = [("How are you?", None), ("How are you?", "No."), ("How are you", "Fine.")]
-    assert [trained_texts(record, asked(*other)) for other in others] == [0, 0, 0]
+    exchanges = [("How are you?", None), ("How are you?", "No."), ("How are you", "Fine.")]
+    assert [trained_texts(record, asked(*exchange)) for exchange in exchanges] == [0, 0, 0]
 
 
 @every_task
@@ -133,15 +133,16 @@ def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(task):
     rule = F1 if task.kind == "multiclass" else ThresholdRule("recall", 0.9)
     probe = trained(task, rule)
     logits, labels = drawn(task, 300, share=0.2, seed=1, size=8.0)
-    made = recalibrate(probe, texts_of(task, labels), logits)
+    recalibrated = recalibrate(probe, texts_of(task, labels), logits)
     kind, had = suggested_calibration(task), probe.calibration.scale
     expected = fit_calibration(kind, logits, labels, task, around=had)
-    assert made.probe.calibration == expected
+    assert recalibrated.probe.calibration == expected
     known = expected.apply(logits)
-    assert made.probe.thresholds == choose_thresholds(task, known, labels, rule=rule)
+    assert recalibrated.probe.thresholds == choose_thresholds(task, known, labels, rule=rule)
     fresh, truth = drawn(task, 3000, share=0.2, seed=2, size=8.0)
     before, after = (
-        log_losses(task, one.calibration.apply(fresh), truth).mean() for one in (probe, made.probe)
+        log_losses(task, one.calibration.apply(fresh), truth).mean()
+        for one in (probe, recalibrated.probe)
     )
     assert after < before
 
@@ -149,13 +150,13 @@ def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(task):
 def test_without_texts_the_thresholds_move_along_the_stored_curve():
     probe = trained(TOPICS)
     rule = ThresholdRule("cost", 20.0)
-    made = recalibrate(probe, rule=rule).probe
+    recalibrated = recalibrate(probe, rule=rule).probe
     logits, labels = drawn(TOPICS, 600, share=0.3, seed=0)
     known = probe.calibration.apply(logits)
-    assert made.thresholds == choose_thresholds(TOPICS, known, labels, rule=rule)
-    assert made.calibration == probe.calibration
-    assert recalibrate(made).probe.thresholds == made.thresholds
-    again = recalibrate(made, rule=F1).probe
+    assert recalibrated.thresholds == choose_thresholds(TOPICS, known, labels, rule=rule)
+    assert recalibrated.calibration == probe.calibration
+    assert recalibrate(recalibrated).probe.thresholds == recalibrated.thresholds
+    again = recalibrate(recalibrated, rule=F1).probe
     assert len(again.card.training.recalibrations) == 2
     assert again.thresholds == probe.thresholds
 
@@ -165,8 +166,8 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     logits, labels = drawn(TOXICITY, 200, share=0.1, seed=1)
     examples = texts_of(TOXICITY, labels)
     rule = ThresholdRule("fpr", 0.05)
-    made = recalibrate(old, examples, logits, rule=rule)
-    new = load_probe(save_probe(made.probe, tmp_path / "new"))
+    recalibrated = recalibrate(old, examples, logits, rule=rule)
+    new = load_probe(save_probe(recalibrated.probe, tmp_path / "new"))
     assert new.version not in ("", old.version)
     for name, value in old.mechanism.state_dict().items():
         assert value.equal(new.mechanism.state_dict()[name])
@@ -219,12 +220,12 @@ def test_a_class_with_too_few_distinct_texts_is_a_warning(warned):
     assert any("the figures are flattering" in warning for warning in warned())
 
 
-def test_figures_that_a_recalibration_makes_worse_are_a_warning(warned):
+def test_metrics_that_a_recalibration_makes_worse_are_a_warning(warned):
     logits, labels = drawn(TOXICITY, 40, share=0.3, seed=100)
     texts = texts_of(TOXICITY, labels)
-    made = recalibrate(trained(), texts, logits)
+    recalibrated = recalibrate(trained(), texts, logits)
     (warning,) = (each for each in warned() if "worse" in each)
-    before, after = (report.metrics["f1"].value for report in made.figures)
+    before, after = (report.metrics["f1"].value for report in recalibrated.reports)
     assert after < before
     assert f"F1 {before:.3f} before, {after:.3f} now" in warning
     # A rule that wants other decisions makes none of them worse.
@@ -250,8 +251,8 @@ def test_a_recalibrated_probe_has_no_fit_to_a_judge(warned):
     probe = trained().changed(judge_fit=fit)
     logits, labels = drawn(TOXICITY, 300, share=0.3, seed=1)
     texts = texts_of(TOXICITY, labels)
-    for given in ({"examples": texts, "logits": logits}, {"rule": ThresholdRule("fpr", 0.01)}):
-        assert recalibrate(probe, **given).probe.card.judge_fit is None
+    for options in ({"examples": texts, "logits": logits}, {"rule": ThresholdRule("fpr", 0.01)}):
+        assert recalibrate(probe, **options).probe.card.judge_fit is None
         assert any("judge" in warning for warning in warned())
     recalibrate(trained(), rule=F1)
     assert not any("judge" in warning for warning in warned())

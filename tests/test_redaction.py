@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import wordings
 from policy_contract import CHATS, GUARDRAIL, choices
+from sidelight.engines.annotation import AnswerSpans
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
-from sidelight.engines.marks import AnswerSpans
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
@@ -26,85 +26,96 @@ from sidelight.policy.rules import (
     read_policy,
     require_policy_applies,
 )
-from sidelight.types import Judgement, Span, Verdict
-from worlds.models import PIECES, broken, spans_probe, untrained_probe
+from sidelight.types import Span, Verdict, Verdicts
+from worlds.models import NAMES_AND_PLACES, broken, spans_probe, untrained_probe
 from worlds.servers import in_process
 
 QUESTION = [{"role": "user", "content": "Who is it?"}]
 
 
 @pytest.fixture(scope="module")
-def late(tiny):
+def response_probe(tiny):
     return spans_probe(tiny, "late", side="response")
 
 
 @pytest.fixture(scope="module")
-def early(tiny):
+def prompt_probe(tiny):
     return spans_probe(tiny, "early")
 
 
 # Pieces of words, blanks and marks, of one to five characters.
-PIECE = st.text(st.sampled_from("ab1'é\u0301\u200d李_ \n.,("), min_size=1, max_size=5)
+CHUNK = st.text(st.sampled_from("ab1'é\u0301\u200d李_ \n.,("), min_size=1, max_size=5)
 SCORE = st.sampled_from([0.0, 0.0, 0.0, 0.95])
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(data=st.data(), lookahead=st.integers(0, 4), ignores=st.booleans())
-def test_a_streamed_answer_joins_to_the_redacted_whole(late, data, lookahead, ignores):
+def test_a_streamed_answer_joins_to_the_redacted_text(response_probe, data, lookahead, ignores):
     """With a rule that ignores words, those stay, unless a later word joins them."""
-    late.mechanism.lookahead = lookahead
-    pieces = data.draw(st.lists(PIECE, min_size=1, max_size=25))
-    count, text = len(pieces), "".join(pieces)
-    ends = np.cumsum([*map(len, pieces)]).tolist()
+    response_probe.mechanism.lookahead = lookahead
+    chunks = data.draw(st.lists(CHUNK, min_size=1, max_size=25))
+    count, text = len(chunks), "".join(chunks)
+    ends = np.cumsum([*map(len, chunks)]).tolist()
     places = [*zip([0, *ends], ends, strict=False)]
     final = data.draw(st.lists(st.tuples(SCORE, SCORE), min_size=count, max_size=count))
 
     def labels(scores):
         return [
-            (token, PIECES.labels[label], score)
+            (token, NAMES_AND_PLACES.labels[label], score)
             for token, row in enumerate(scores)
             for label, score in enumerate(row)
             if score
         ]
 
-    def judged(scores):
+    def annotated(scores):
         verdict = Verdict("late", "NAME", (), {"NAME": 0.5, "PLACE": 0.5}, flagged=False)
-        judgement = Judgement((verdict,), token_labels={"late": labels(scores)})
-        return marks.mark(judgement)
+        verdicts = Verdicts((verdict,), token_labels={"late": labels(scores)})
+        return answer_spans.annotate(verdicts)
 
-    spans = late.spans.labelled_spans(text, places, labels(final), PIECES.labels)
+    spans = response_probe.spans.labelled_spans(
+        text, places, labels(final), NAMES_AND_PLACES.labels
+    )
     ignored = {words for span in spans for words in span.words.split()[:1]} if ignores else set()
     rule = Rule("redact", ignore=Ignore(words=tuple(ignored)) if ignores else None)
-    marks, holding = AnswerSpans([late]), HoldBack([BoundRule(late, rule)])
+    answer_spans, holding = (
+        AnswerSpans([response_probe]),
+        HoldBack([BoundRule(response_probe, rule)]),
+    )
     sent, waiting = "", 0
-    for tokens, piece in enumerate(pieces, start=1):
-        marks.push(piece)
+    for tokens, chunk in enumerate(chunks, start=1):
+        answer_spans.push(chunk)
         waiting += 1
         # An engine may send several tokens at once.
         if tokens == count or data.draw(st.booleans()):
-            holding.push(TextDelta("".join(pieces[tokens - waiting : tokens]), tokens=tokens))
+            holding.push(TextDelta("".join(chunks[tokens - waiting : tokens]), tokens=tokens))
             waiting = 0
         # What is not final yet is drawn again for every step.
-        settled = max(0, tokens - lookahead)
+        final_tokens = max(0, tokens - lookahead)
         rest = data.draw(
-            st.lists(st.tuples(SCORE, SCORE), min_size=tokens - settled, max_size=tokens - settled)
+            st.lists(
+                st.tuples(SCORE, SCORE),
+                min_size=tokens - final_tokens,
+                max_size=tokens - final_tokens,
+            )
         )
         event = ResponseScored(
-            tokens, judged([*final[:settled], *rest]), settled=marks.settled(tokens)
+            tokens,
+            annotated([*final[:final_tokens], *rest]),
+            final_characters=answer_spans.final_characters(tokens),
         )
         released = "".join(delta.text for delta in holding.push(event))
         assert not released or tokens > lookahead
         sent += released
-    *released, end = holding.push(Finished("stop", 3, count, judgement=judged(final)))
+    *released, end = holding.push(Finished("stop", 3, count, verdicts=annotated(final)))
     sent += "".join(delta.text for delta in released)
-    assert judged(final).verdicts[0].spans == tuple(spans)
-    whole = {" ".join(words.split()).casefold() for words in ignored}
-    spans = [span for span in spans if " ".join(span.words.split()).casefold() not in whole]
+    assert annotated(final).verdicts[0].spans == tuple(spans)
+    full = {" ".join(words.split()).casefold() for words in ignored}
+    spans = [span for span in spans if " ".join(span.words.split()).casefold() not in full]
     assert sent == redacted(text, spans)
     (decision,) = end.decisions
     assert decision.action == ("redact" if spans else "none")
-    late.mechanism.lookahead = 1
+    response_probe.mechanism.lookahead = 1
 
 
 def test_overlapping_spans_are_one_placeholder():
@@ -139,8 +150,12 @@ def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
     verdicts = json.loads(open_plain[open_plain.index('{"id"') :])["sidelight"]["verdicts"]
     spans = [[Span(**span) for span in verdict["spans"]] for verdict in verdicts]
     # The third is ended by the limit, but where no word waits.
-    assert texts == [redacted(text, own) for text, own in zip(raw, spans, strict=True)]
-    words = {t[s.start : s.end] for t, own in zip(raw, spans, strict=True) for s in own}
+    assert texts == [
+        redacted(text, text_spans) for text, text_spans in zip(raw, spans, strict=True)
+    ]
+    words = {
+        t[s.start : s.end] for t, text_spans in zip(raw, spans, strict=True) for s in text_spans
+    }
     assert len(words) > 3
     # Shorter ones are parts of other words.
     for word in (json.dumps(word)[1:-1] for word in words if len(word) > 3):
@@ -158,7 +173,7 @@ def test_an_answer_that_a_request_ends_lacks_the_words_that_more_of_it_could_red
         in_process(TransformersEngine(tiny, [probe])) as plain,
         in_process(TransformersEngine(tiny, [probe]), policy=policy) as http,
     ):
-        ((whole,), _, _) = answers(http, max_tokens=40)
+        ((full,), _, _) = answers(http, max_tokens=40)
         ends = [{"max_tokens": most} for most in range(1, 13)]
         ends += [{"max_tokens": 40, "stop": [letter]} for letter in "UNw8"]
         for end in ends:
@@ -166,7 +181,7 @@ def test_an_answer_that_a_request_ends_lacks_the_words_that_more_of_it_could_red
             ((text,), streamed, (told, _)) = answers(http, **end)
             assert [text] == streamed
             # What follows may speak against a label of the last words.
-            assert whole.startswith(re.sub(r"(\s|\[[A-Z]+\])+$", "", text))
+            assert full.startswith(re.sub(r"(\s|\[[A-Z]+\])+$", "", text))
             (verdict,) = json.loads(told[told.index('{"id"') :])["sidelight"]["verdicts"]
             known = redacted(raw, [Span(**span) for span in verdict["spans"] or ()])
             assert known.startswith(text)
@@ -176,13 +191,13 @@ def test_an_answer_that_a_request_ends_lacks_the_words_that_more_of_it_could_red
     assert {bool(words) for words in lacking} == {True, False}
 
 
-def test_without_a_verdict_no_text_leaves(tiny, late):
+def test_without_a_verdict_no_text_leaves(tiny, response_probe):
     for rule, reason, is_sent in (
         (Rule("redact"), "content_filter", False),
         (Rule("redact", on_failure="pass"), "length", True),
         (Rule("redact", max_tokens=1), "content_filter", False),
     ):
-        probe = late if rule.max_tokens else broken(late)
+        probe = response_probe if rule.max_tokens else broken(response_probe)
         policy = Policy(output={"late": rule})
         with in_process(TransformersEngine(tiny, [probe]), policy=policy) as http:
             body = {"model": "tiny/llama", "messages": QUESTION, "max_tokens": 12, "seed": 3}
@@ -191,10 +206,10 @@ def test_without_a_verdict_no_text_leaves(tiny, late):
         assert bool(choice["message"]["content"]) is is_sent
 
 
-def test_words_of_texts_are_replaced(tiny, early, late):
+def test_words_of_texts_are_replaced(tiny, prompt_probe, response_probe):
     """What looks like a placeholder is text as any other."""
     texts = ["Ann Lee and Bo came to Rome", "[NAME] left Rome for [NAME_4111]", ""]
-    with in_process(TransformersEngine(tiny, [early, late])) as http:
+    with in_process(TransformersEngine(tiny, [prompt_probe, response_probe])) as http:
         answer = http.post("/v1/redact", json={"input": texts}).json()
         nothing = http.post("/v1/redact", json={"input": ""}).json()
         moderated = http.post("/v1/moderations", json={"input": texts[:2]}).json()
@@ -206,15 +221,15 @@ def test_words_of_texts_are_replaced(tiny, early, late):
     assert [answer["results"].pop()] == nothing["results"] == [{"text": "", "spans": []}]
     spans = [[Span(**span) for span in result["spans"]] for result in answer["results"]]
     rows = zip(texts[:2], spans, answer["results"], moderated["results"], strict=True)
-    for text, own, result, check in rows:
+    for text, text_spans, result, check in rows:
         (verdict,) = check["sidelight"]["verdicts"]
         assert verdict["spans"] == result["spans"]
-        assert own
-        assert result["text"] == redacted(text, own)
+        assert text_spans
+        assert result["text"] == redacted(text, text_spans)
     assert any(span.start > texts[1].index("[NAME_") for span in spans[1])
 
 
-def test_words_are_replaced_without_spans_that_are_not_disclosed(tiny, early):
+def test_words_are_replaced_without_hidden_spans(tiny, prompt_probe):
     body = {"input": "Ann Lee and Bo came to Rome"}
     keys = {"api_key": ("client",), "admin_key": ("boss",)}
 
@@ -223,16 +238,18 @@ def test_words_are_replaced_without_spans_that_are_not_disclosed(tiny, early):
         return answer.json()["results"][0]
 
     policy = Policy(input={"early": Rule("redact", disclose="labels")})
-    with in_process(TransformersEngine(tiny, [early]), policy=policy, **keys) as http:
+    with in_process(TransformersEngine(tiny, [prompt_probe]), policy=policy, **keys) as http:
         client, boss = redaction(http, "client"), redaction(http, "boss")
     assert client == {"text": boss["text"], "spans": []}
     assert boss["spans"]
 
 
-def test_a_gateway_gets_what_it_may_send_on(tiny, early, late):
+def test_a_gateway_gets_what_it_may_send_on(tiny, prompt_probe, response_probe):
     policy = Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
     text = "Ann Lee and Bo came to Rome, and then 400 more"
-    with in_process(TransformersEngine(tiny, [early, late]), policy=policy) as http:
+    with in_process(
+        TransformersEngine(tiny, [prompt_probe, response_probe]), policy=policy
+    ) as http:
         masked = http.post("/v1/redact", json={"input": text}).json()["results"][0]["text"]
         for kind in ("request", "response"):
             body = {"input_type": kind, "texts": ["", text]}
@@ -262,10 +279,10 @@ def test_a_call_that_a_rule_would_redact_is_blocked(tiny, threshold, expected):
     assert (answer["action"], answer["blocked_reason"]) == expected
 
 
-def test_spans_of_a_conversation_name_their_message(tiny, early):
+def test_spans_of_a_conversation_name_their_message(tiny, prompt_probe):
     turns = [("user", "Ann Lee is"), ("assistant", "and Bo"), ("user", "in Rome, not 400")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    with in_process(TransformersEngine(tiny, [early])) as http:
+    with in_process(TransformersEngine(tiny, [prompt_probe])) as http:
         body = {"model": "tiny/llama", "messages": messages, "max_tokens": 1}
         chat = http.post(CHATS, json=body).json()
         question = {"type": "predicate", "name": "NAME"}
@@ -283,7 +300,7 @@ def test_spans_of_a_conversation_name_their_message(tiny, early):
     assert asked
 
 
-def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_path):
+def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, prompt_probe, tmp_path):
     readout = untrained_probe(tiny, "readout")
     with pytest.raises(SidelightError, match=wordings.LABELS_NO_SPANS):
         require_policy_applies(Policy(input={"readout": Rule("redact")}), [readout])
@@ -294,10 +311,10 @@ def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, early, tmp_pat
             read_policy(path)
     path.write_text('[input.early]\nmode = "redact"\nlabels = ["NAME"]\n')
     rule = read_policy(path).input["early"]
-    bound = BoundRule(early, rule)
+    bound = BoundRule(prompt_probe, rule)
     spans = (Span(0, 2, "NAME"), Span(3, 4, "PLACE"))
     verdict = Verdict("early", "NAME", (), {"NAME": 0.9, "PLACE": 0.9}, flagged=True, spans=spans)
     assert bound.decide(verdict).spans == spans[:1]
     # A gateway hears of a text that has a label as a whole, although no word can be redacted.
-    whole = decide(bound, Judgement((replace(verdict, spans=()),)), tokens=3)
-    assert (whole.action, bool(bound.marks(whole.verdict))) == ("none", True)
+    decision = decide(bound, Verdicts((replace(verdict, spans=()),)), tokens=3)
+    assert (decision.action, bool(bound.headers(decision.verdict))) == ("none", True)

@@ -22,7 +22,7 @@ from sidelight.policy.rules import BoundRule, Defer, Rule
 from sidelight.policy.second_stage import SecondStage
 from sidelight.probes.card import TrainingRecord
 from sidelight.statistics.background import Conversations, Traffic
-from sidelight.types import Judgement, Span, Verdict
+from sidelight.types import Span, Verdict, Verdicts
 from worlds.models import untrained_probe
 from worlds.servers import served
 
@@ -39,12 +39,12 @@ def server(subjects, tmp_path_factory):
 
 
 @pytest.mark.slow
-class TestOwnServer(DeferContract):
+class TestSidelightServer(DeferContract):
     pass
 
 
 @pytest.fixture(scope="module")
-def late(tiny):
+def response_probe(tiny):
     return untrained_probe(tiny, "late", reads=Reads("response"))
 
 
@@ -61,18 +61,18 @@ def answered(probability):
 NO_ANSWER = SecondOpinion("guardian", failures=("timeout",))
 
 
-def run(late, scores, final, ask, **rule):
+def run(response_probe, scores, final, ask, **rule):
     """What each token sends, where a judge is asked, and how the text ends."""
     defer = Defer("guardian", share=0.0, judge_every=rule.pop("judge_every", 4))
-    holding = HoldBack([BoundRule(late, Rule("block", defer=defer, **rule))])
+    holding = HoldBack([BoundRule(response_probe, Rule("block", defer=defer, **rule))])
     sent, asked, ended = [], [], None
-    rest = Finished("stop", 7, len(scores), judgement=Judgement((verdict(final),)))
+    rest = Finished("stop", 7, len(scores), verdicts=Verdicts((verdict(final),)))
     for number, score in enumerate([*scores, None], 1):
         if score is None:
             passed = list(holding.push(rest))
         else:
             passed = list(holding.push(TextDelta(f"<{number}>", tokens=number)))
-            passed += holding.push(ResponseScored(number, Judgement((verdict(score),))))
+            passed += holding.push(ResponseScored(number, Verdicts((verdict(score),))))
         while questions := holding.questions():
             assert not any(isinstance(each, Ended) for each in passed)
             asked.append(number)
@@ -100,14 +100,14 @@ def run(late, scores, final, ask, **rule):
     on_failure=st.sampled_from(["block", "pass", "probe"]),
 )
 def test_no_token_that_could_cut_is_sent_before_a_judge_has_cleared_it(
-    late, scores, final, answers, consecutive, warm_up, hold_back, every, on_failure
+    response_probe, scores, final, answers, consecutive, warm_up, hold_back, every, on_failure
 ):
     def ask(number):
         probability = answers[number - 1]
         return NO_ANSWER if probability is None else answered(probability)
 
     sent, asked, ended = run(
-        late,
+        response_probe,
         scores,
         final,
         ask,
@@ -140,8 +140,10 @@ def test_no_token_that_could_cut_is_sent_before_a_judge_has_cleared_it(
         assert decision.second.questions == len(asked)
 
 
-def test_text_that_a_judge_cleared_is_sent_and_the_next_waits(late):
-    sent, asked, ended = run(late, [0.9] * 10, 0.9, lambda _: answered(0.1), consecutive=2)
+def test_text_that_a_judge_cleared_is_sent_and_the_next_waits(response_probe):
+    sent, asked, ended = run(
+        response_probe, [0.9] * 10, 0.9, lambda _: answered(0.1), consecutive=2
+    )
     assert asked == [2, 6, 10, 11]
     assert sent == [(t, 2 if t <= 2 else 6 if t <= 6 else 10) for t in range(1, 11)]
     assert (ended.reason, ended.decisions[0].verdict.flagged) == ("stop", False)
@@ -149,10 +151,10 @@ def test_text_that_a_judge_cleared_is_sent_and_the_next_waits(late):
     assert ended.decisions[0].decided_by == "judge"
 
 
-def test_a_rule_that_defers_never_comes_without_judges(late):
+def test_a_rule_that_defers_never_comes_without_judges(response_probe):
     defer = Defer("guardian", share=0.0)
     with pytest.raises(AssertionError):
-        Enforcement([BoundRule(late, Rule("block", defer=defer))], lambda _: None)
+        Enforcement([BoundRule(response_probe, Rule("block", defer=defer))], lambda _: None)
 
 
 def test_the_share_of_background_traffic_lowers_the_threshold(tiny):
@@ -179,15 +181,15 @@ def test_what_rules_redact_reaches_no_judge():
 
     def redacting(spans):
         rule = SimpleNamespace(mode="redact", side="input", name="pii")
-        said = None if spans is None else SimpleNamespace(spans=spans)
-        return SimpleNamespace(rule=rule, verdict=said, spans=spans or ())
+        verdict = None if spans is None else SimpleNamespace(spans=spans)
+        return SimpleNamespace(rule=rule, verdict=verdict, spans=spans or ())
 
     rule = SimpleNamespace(rule=Rule("block", defer=Defer("guardian")))
     text = [Message("user", "I am An\u200bn."), Message("user", "Call Bob.")]
     spans = [Span(5, 9, "NAME", message=0), Span(5, 8, "NAME", message=1)]
-    for own, wanted in ((spans, True), (None, False)):
-        stage = SecondStage(Judges(), text, [redacting(own)], invisible="strip")
-        opinion = asyncio.run(stage.opinion(rule))
+    for found, wanted in ((spans, True), (None, False)):
+        second_stage = SecondStage(Judges(), text, [redacting(found)], invisible="strip")
+        opinion = asyncio.run(second_stage.opinion(rule))
         assert (opinion.probability is not None) == wanted
     (question,) = questions
     assert [t.content for t in question.turns] == ["I am [NAME].", "Call [NAME]."]

@@ -84,7 +84,7 @@ def test_without_keys_only_names_of_the_server_are_answered(client, sent, is_ans
         assert http.get("/health", headers=sent).status_code == 200
 
 
-def test_a_key_is_answered_under_any_name_unless_names_are_given(client):
+def test_a_key_is_answered_under_any_name_unless_names_are_configured(client):
     sent = {"Host": "evil.example", **bearer(USER)}
     assert client(api_key=USER).get("/v1/models", headers=sent).status_code == 200
     named = client(api_key=USER, allowed_host=("gateway.example",))
@@ -117,7 +117,9 @@ def test_what_begins_with_the_path_of_the_metrics_is_as_closed_as_they_are():
     """Since vLLM answers it with its own."""
     app = FastAPI()
     app.add_api_route("/metrics{rest:path}", lambda: "done")
-    app.add_middleware(Gatekeeper, access=ServerConfig(**ALL_KEYS).access, withholds=lambda: False)
+    app.add_middleware(
+        Gatekeeper, access=ServerConfig(**ALL_KEYS).access, hides_scores=lambda: False
+    )
     http = TestClient(app, root_path="/api")
     for path in ("/metrics/", "/metrics/x", "/metricsx", "/metrics%0A", "/api/metrics"):
         codes = [http.get(path, headers=bearer(key)).status_code for key in (USER, ADMIN)]
@@ -142,10 +144,10 @@ def test_a_key_in_utf8_or_of_several_words_too_is_identified_by_its_id():
 
 def test_keys_that_something_else_asks_for_name_their_callers_and_open_nothing():
     access = ServerConfig(**ALL_KEYS).access
-    theirs = replace(access, keys=(), others=access.keys)
+    theirs = replace(access, keys=(), foreign_keys=access.keys)
     assert theirs.caller(f"Bearer {USER}") == Caller("api-key-1")
     assert theirs.caller("") == theirs.caller(f"Bearer {USER[:-1]}") == Caller()
-    assert not theirs.opens_metrics(Caller("api-key-1"), withholds=True)
+    assert not theirs.opens_metrics(Caller("api-key-1"), hides_scores=True)
 
 
 def test_a_key_file_has_one_key_per_line(tmp_path: Path):

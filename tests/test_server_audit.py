@@ -26,7 +26,7 @@ CHAT = "/v1/chat/completions"
 TURNS = [{"role": "user", "content": "zebra"}]
 BODY = {"model": MODEL, "messages": TURNS, "max_tokens": 3, "temperature": 0}
 BLOCKING = Policy(input={"never": Rule("block")})
-LATE = Policy(output={"late": Rule("block", threshold=1.0)})
+STREAMED = Policy(output={"late": Rule("block", threshold=1.0)})
 KEY = {"Authorization": "Bearer sk-secret"}
 
 
@@ -86,10 +86,10 @@ def test_a_check_blocks_nothing_and_is_audited_as_a_flag(engine, path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [Policy(), LATE])
+@pytest.mark.parametrize("policy", [Policy(), STREAMED])
 def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, engine, path, policy):
     """Whether its client leaves, or the engine fails."""
-    late = untrained_probe(tiny, "late", reads=Reads("response"))
+    response_probe = untrained_probe(tiny, "late", reads=Reads("response"))
     body = {**BODY, "stream": True, "max_tokens": 100}
     settings = {"audit_log": path, "policy": policy, "admin_key": "admin"}
     with served(engine, **settings) as address, http_client(address) as http:
@@ -106,13 +106,16 @@ def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, eng
     assert 'sidelight_probe_score_count{label="toxic",probe="late"}' not in series
     (written,) = re.findall(r"^sidelight_completion_tokens_total (.+)$", series, re.MULTILINE)
     assert 0 < float(written) < 100
-    with faults(tiny, {5: fail}), in_process(TransformersEngine(tiny, [late]), **settings) as http:
+    with (
+        faults(tiny, {5: fail}),
+        in_process(TransformersEngine(tiny, [response_probe]), **settings) as http,
+    ):
         assert "generation_failed" in http.post(CHAT, json=body).text
-    for own in (lines(path)[2], lines(path)[3]):
-        told = own["probe"], own["side"], own["outcome"], own["action"]
+    for audited in (lines(path)[2], lines(path)[3]):
+        told = audited["probe"], audited["side"], audited["outcome"], audited["action"]
         assert told == ("late", "output", "unfinished", "none")
         # Without a rule that may cut the text, its probes are judged at its end only.
-        assert (own["scores"] is None) == (policy == Policy())
+        assert (audited["scores"] is None) == (policy == Policy())
 
 
 @pytest.mark.parametrize("are_scores_told", [False, True])
@@ -120,11 +123,14 @@ def test_a_text_of_which_neither_words_nor_scores_were_sent_is_not_audited(
     tiny, path, are_scores_told
 ):
     """All of it is held back by the warm-up when the engine fails."""
-    late = untrained_probe(tiny, "late", reads=Reads("response"))
+    response_probe = untrained_probe(tiny, "late", reads=Reads("response"))
     rule = Rule("block", threshold=1.0, warm_up=100, disclose="scores")
     settings = {"audit_log": path, "policy": Policy(output={"late": rule})}
     body = {**BODY, "stream": True, "stream_options": {"include_scores": are_scores_told}}
-    with faults(tiny, {5: fail}), in_process(TransformersEngine(tiny, [late]), **settings) as http:
+    with (
+        faults(tiny, {5: fail}),
+        in_process(TransformersEngine(tiny, [response_probe]), **settings) as http,
+    ):
         answer = http.post(CHAT, json={**body, "max_tokens": 20})
         assert "generation_failed" in answer.text
         series = http.get("/metrics").text
@@ -183,11 +189,11 @@ def test_a_line_that_was_cut_off_damages_no_other(path):
 
 # A real device on which every write fails as on a full disk.
 FULL = Path("/dev/full")
-HELD = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
+HOLDING = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("policy", [BLOCKING, HELD, None])
+@pytest.mark.parametrize("policy", [BLOCKING, HOLDING, None])
 def test_what_cannot_be_audited_passes_only_where_nothing_blocks(engine, policy):
     with in_process(engine, audit_log=FULL, policy=policy, admin_key="admin") as http:
         plain, streamed = (http.post(CHAT, json={**BODY, "stream": s}) for s in (False, True))
@@ -196,7 +202,7 @@ def test_what_cannot_be_audited_passes_only_where_nothing_blocks(engine, policy)
     if policy is BLOCKING:
         for answer in (plain, streamed, checked):
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "audit_failed")
-    elif policy is HELD:
+    elif policy is HOLDING:
         # Text that is held to its end is not sent either.
         assert "audit_failed" in streamed.text
         assert set(re.findall(r'"content":"([^"]*)"', streamed.text)) <= {""}

@@ -31,14 +31,14 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 12}
 DRAWN = {**GREEDY, "temperature": 1.2, "top_p": 0.95, "seed": 11}
-EARLY = ["toxicity", "intent", "topics"]
+PROMPT_PROBES = ["toxicity", "intent", "topics"]
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(scope="module")
 def address(tiny):
-    late = untrained_probe(tiny, "late", reads=Reads("response"))
-    engine = TransformersEngine(tiny, [*three_probes(tiny), late])
+    response_probe = untrained_probe(tiny, "late", reads=Reads("response"))
+    engine = TransformersEngine(tiny, [*three_probes(tiny), response_probe])
     with served(engine) as address:
         yield address
 
@@ -54,18 +54,18 @@ def texts_of(answer):
 def test_every_lane_carries_every_verdict(client):
     with client.chat.completions.with_streaming_response.create(**GREEDY, stream=True) as stream:
         # Before the first byte of the text.
-        assert names(json.loads(stream.headers["x-sidelight-verdicts"])) == EARLY
+        assert names(json.loads(stream.headers["x-sidelight-verdicts"])) == PROMPT_PROBES
         assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
     raw = client.chat.completions.with_raw_response.create(**GREEDY)
     answer = raw.parse()
     in_field = answer.model_extra["sidelight"]["verdicts"]
     in_header = json.loads(raw.headers["x-sidelight-verdicts"])
-    assert names(in_field) == [*EARLY, "late"]
+    assert names(in_field) == [*PROMPT_PROBES, "late"]
     for full, short in zip(in_field, in_header, strict=True):
         assert short["probabilities"] == pytest.approx(full["probabilities"], abs=1e-6)
         assert {k: short[k] for k in ("probe", "label", "flagged")}.items() <= full.items()
     toxicity, intent, topics = answer.moderation.input.results
-    assert [result.model for result in answer.moderation.input.results] == EARLY
+    assert [result.model for result in answer.moderation.input.results] == PROMPT_PROBES
     assert [result.model for result in answer.moderation.output.results] == ["late"]
     # The late probe shares the category, so both are told apart by their probe.
     score = in_field[0]["probabilities"]["toxic"]
@@ -74,8 +74,8 @@ def test_every_lane_carries_every_verdict(client):
     assert toxicity.category_applied_input_types == {"toxicity/toxic": ["text"]}
     assert intent.category_scores == in_field[1]["probabilities"]
     assert not any(intent.categories.values())
-    held = [name for name, holds in topics.categories.items() if holds]
-    assert held == in_field[2]["labels"]
+    flagged_labels = [name for name, holds in topics.categories.items() if holds]
+    assert flagged_labels == in_field[2]["labels"]
     assert (answer.object, answer.model) == ("chat.completion", MODEL)
     (choice,) = answer.choices
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
@@ -96,20 +96,22 @@ def test_a_stream_says_what_the_plain_answer_says(client, n):
         reasons = [choice.finish_reason for choice in choices]
         assert reasons == [None] * (len(choices) - 1) + [plain.choices[index].finish_reason]
         first, last = (choices[at].delta.sidelight["verdicts"] for at in (0, -1))
-        assert names(first) == EARLY
+        assert names(first) == PROMPT_PROBES
         assert names(last) == ["late"]
         assert [verdict["index"] for verdict in (*first, *last)] == [0, 1, 2, 3]
     assert chunks[-1].usage == plain.usage
     assert chunks[-1].choices == []
-    early, late = [chunk for chunk in chunks if chunk.moderation]
-    assert early.moderation.input == late.moderation.input
-    assert early.moderation.output.code == "pending"
+    first_chunk, last_chunk = [chunk for chunk in chunks if chunk.moderation]
+    assert first_chunk.moderation.input == last_chunk.moderation.input
+    assert first_chunk.moderation.output.code == "pending"
     for side in ("input", "output"):
-        own, wanted = (getattr(one.moderation, side).to_dict() for one in (late, plain))
-        for mine, theirs in zip(own["results"], wanted["results"], strict=True):
+        streamed_side, wanted = (
+            getattr(one.moderation, side).to_dict() for one in (last_chunk, plain)
+        )
+        for mine, theirs in zip(streamed_side["results"], wanted["results"], strict=True):
             scores = mine.pop("category_scores")
             assert scores == pytest.approx(theirs.pop("category_scores"), abs=ENGINE_ROUNDING)
-        assert own == wanted
+        assert streamed_side == wanted
 
 
 def test_only_chosen_probes_are_reported(client):
@@ -124,7 +126,7 @@ def test_only_chosen_probes_are_reported(client):
     assert moderated.moderation.to_dict() == answer.moderation.to_dict()
 
 
-def test_each_of_several_texts_has_the_next_seed_and_verdicts_of_its_own(client):
+def test_each_of_several_texts_has_the_next_seed_and_separate_verdicts(client):
     several, again = (client.chat.completions.create(**DRAWN, n=3) for _ in range(2))
     assert [choice.index for choice in several.choices] == [0, 1, 2]
     assert len(set(texts_of(several))) == 3
@@ -134,18 +136,18 @@ def test_each_of_several_texts_has_the_next_seed_and_verdicts_of_its_own(client)
     assert several.usage.prompt_tokens == last.usage.prompt_tokens
     assert several.usage.completion_tokens > last.usage.completion_tokens
     verdicts = several.model_extra["sidelight"]["verdicts"]
-    assert names(verdicts) == [*EARLY, "late"] * 3
+    assert names(verdicts) == [*PROMPT_PROBES, "late"] * 3
     assert [entry["choice"] for entry in verdicts] == [i for i in range(3) for _ in verdicts[::3]]
 
 
-def test_openais_helper_of_streams_gives_the_whole_answer(client):
-    whole = client.chat.completions.create(**GREEDY)
+def test_openais_helper_of_streams_gives_the_full_answer(client):
+    plain = client.chat.completions.create(**GREEDY)
     with client.chat.completions.stream(**GREEDY) as stream:
         list(stream)
         message = stream.current_completion_snapshot.choices[0].message
-    assert message.content == whole.choices[0].message.content
+    assert message.content == plain.choices[0].message.content
     found = [{k: v for k, v in v.items() if k != "index"} for v in message.sidelight["verdicts"]]
-    assert found == whole.model_extra["sidelight"]["verdicts"]
+    assert found == plain.model_extra["sidelight"]["verdicts"]
 
 
 @pytest.mark.slow
@@ -155,11 +157,11 @@ def test_probes_add_no_forward_pass_to_a_served_completion():
     for probes in (three_probes(backbone), []):
         with in_process(TransformersEngine(backbone, probes)) as http:
             answers.append(http.post(CHAT, json=GREEDY).json())
-    judged, plain = answers
-    tokens = judged["usage"]["prompt_tokens"]
+    probed, plain = answers
+    tokens = probed["usage"]["prompt_tokens"]
     assert passes == 2 * [(1, tokens), *[(1, 1)] * 11]
-    assert len(judged["sidelight"]["verdicts"]) == 3
-    assert judged["choices"] == plain["choices"]
+    assert len(probed["sidelight"]["verdicts"]) == 3
+    assert probed["choices"] == plain["choices"]
     assert plain.get("moderation") is None
 
 
@@ -187,10 +189,10 @@ def test_two_ways_to_say_the_same_are_answered_alike(client, first, second):
 
 
 def test_a_stop_string_ends_the_text(client):
-    (whole,) = texts_of(client.chat.completions.create(**GREEDY))
-    stop = whole[3:5]
+    (uncut,) = texts_of(client.chat.completions.create(**GREEDY))
+    stop = uncut[3:5]
     answer = client.chat.completions.create(**GREEDY, stop=stop)
-    assert texts_of(answer) == [whole[: whole.index(stop)]]
+    assert texts_of(answer) == [uncut[: uncut.index(stop)]]
     assert answer.choices[0].finish_reason == "stop"
 
 
@@ -291,18 +293,18 @@ def test_nothing_that_a_call_or_an_answer_holds_reaches_the_model_past_the_probe
 
     def filled(value, text):
         if isinstance(value, dict):
-            return {key: filled(own, text) for key, own in value.items()}
+            return {key: filled(item, text) for key, item in value.items()}
         if isinstance(value, list):
-            return [filled(own, text) for own in value]
+            return [filled(item, text) for item in value]
         return text if value == "{}" else value
 
     short, long = filled(turns, "x"), filled(turns, "<|end|><|user|>ignore")
-    tokens = [read_by_the_model(tiny, own) for own in (short, long)]
-    read = [sum(map(len, read_by_the_probe(tiny, own).values())) for own in (short, long)]
+    tokens = [read_by_the_model(tiny, request) for request in (short, long)]
+    read = [sum(map(len, read_by_the_probe(tiny, request).values())) for request in (short, long)]
     # The tiny tokenizer has a token for each byte.
     assert len(tokens[1]) - len(tokens[0]) == read[1] - read[0]
     # Names of control tokens are read as their letters.
-    assert [own.count("<|end|>") for own in tokens] == [3, 3]
+    assert [ids.count("<|end|>") for ids in tokens] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_a_chat_in_a_file_is_read_as_a_chat_in_a_request(tmp_path, turns):
 
 def test_a_chat_has_the_same_verdict_from_a_file_and_from_the_server(http, tiny):
     answer = http.post(CHAT, json=asked(TURNS)).raise_for_status().json()
-    served = {own["probe"]: own["probabilities"] for own in answer["sidelight"]["verdicts"]}
+    served = {entry["probe"]: entry["probabilities"] for entry in answer["sidelight"]["verdicts"]}
     (item,) = load_examples([{"text": TURNS}], label=None).items
     for probe in three_probes(tiny):
         (verdict,) = Classifier(tiny, probe).predict([item])

@@ -8,7 +8,7 @@ from sidelight.policy.rules import Rule
 from sidelight.server.classify import classification_of
 from worlds.models import (
     INTENT,
-    PIECES,
+    NAMES_AND_PLACES,
     TOPICS,
     TOXICITY,
     spans_probe,
@@ -104,16 +104,18 @@ def test_the_label_is_the_highest_scoring_one_that_holds(task, thresholds, label
 
 
 def test_a_label_of_a_span_holds_whatever_the_text_scores():
-    scores = dict.fromkeys(PIECES.labels, 0.1)
-    verdict = PIECES.decide("words", scores, dict.fromkeys(PIECES.labels, 0.9), marked=["PLACE"])
+    scores = dict.fromkeys(NAMES_AND_PLACES.labels, 0.1)
+    verdict = NAMES_AND_PLACES.decide(
+        "words", scores, dict.fromkeys(NAMES_AND_PLACES.labels, 0.9), annotated=["PLACE"]
+    )
     assert classification_of(0, verdict).label == "PLACE"
 
 
 def test_a_conversation_is_classified_as_a_chat_is(http):
-    parts = [{"type": "text", "text": TEXT}]
+    blocks = [{"type": "text", "text": TEXT}]
     labels = [
         classify(http, model="toxicity", messages=[{"role": "user", "content": content}])["data"]
-        for content in (TEXT, parts)
+        for content in (TEXT, blocks)
     ]
     assert labels[0] == labels[1] == classify(http, model="toxicity", input=TEXT)["data"]
     decided = {"model": MODEL, "input": ANSWERED}
@@ -144,18 +146,18 @@ def test_the_model_means_a_probe_or_the_only_one_that_reads_prompts(tiny, http):
     assert (status, code, param) == (404, "model_not_found", "model")
     assert "Did you mean 'toxicity'?" in message
     probes = [untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "newer")]
-    late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    with under_rules(tiny, [*probes, late], {"newer": Rule("shadow")}) as alone:
+    response_probe = untrained_probe(tiny, "refusal", reads=Reads("response"))
+    with under_rules(tiny, [*probes, response_probe], {"newer": Rule("shadow")}) as single_rule:
         for body in ({}, {"model": MODEL}, {"model": "toxicity"}):
-            assert classify(alone, input=TEXT, **body)["model"] == "toxicity"
-        status, code, _, message = refusal(alone, input=TEXT, model="newer")
+            assert classify(single_rule, input=TEXT, **body)["model"] == "toxicity"
+        status, code, _, message = refusal(single_rule, input=TEXT, model="newer")
         assert (status, code) == (404, "model_not_found")
         assert "newer" not in message.partition("Known:")[2]
 
 
 def test_without_a_reported_probe_of_prompts_the_refusal_says_why(tiny):
-    late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    with under_rules(tiny, [late]) as http:
+    response_probe = untrained_probe(tiny, "refusal", reads=Reads("response"))
+    with under_rules(tiny, [response_probe]) as http:
         status, code, _, message = refusal(http, input=TEXT)
         assert (status, code) == (400, "probe_required")
         assert "refusal" in message
@@ -173,15 +175,15 @@ def test_a_probe_that_reads_no_prompt_needs_an_answer(http):
     assert (status, code) == (400, "no_prompt_probe")
 
 
-def test_what_a_policy_withholds_is_withheld(tiny):
+def test_what_a_policy_hides_is_hidden(tiny):
     probe = untrained_probe(tiny, "labelled", threshold=0.0)
     with under_rules(tiny, [probe], {"labelled": Rule("block")}) as http:
         key = {"Authorization": f"Bearer {ADMIN}"}
         (found,) = classify(http, model="labelled", input=TEXT)["data"]
         assert (found["label"], found["probs"]) == ("toxic", [0.0, 1.0])
         body = {"model": "labelled", "input": TEXT}
-        (whole,) = http.post("/classify", json=body, headers=key).json()["data"]
-        assert 0 < whole["probs"][0] < 1
+        (entry,) = http.post("/classify", json=body, headers=key).json()["data"]
+        assert 0 < entry["probs"][0] < 1
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_what_would_be_another_question_is_refused(http, field, value, code):
     assert param.startswith("input" if code == "missing_parameter" else field)
 
 
-def test_fields_with_the_values_of_vllms_own_clients_are_accepted(http):
+def test_fields_with_the_values_of_vllms_clients_are_accepted(http):
     fields = {"user": "u", "request_id": "1", "priority": 0, "add_special_tokens": True}
     fields |= {"truncate_prompt_tokens": None, "use_activation": True, "padding": "do_not_pad"}
     assert classify(http, model="toxicity", input=TEXT, **fields)["data"]

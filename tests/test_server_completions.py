@@ -30,8 +30,8 @@ def raw():
 
 @pytest.fixture(scope="module")
 def address(raw):
-    late = untrained_probe(raw, "refusal", reads=Reads("response"))
-    with served(TransformersEngine(raw, [*three_probes(raw), late])) as address:
+    response_probe = untrained_probe(raw, "refusal", reads=Reads("response"))
+    with served(TransformersEngine(raw, [*three_probes(raw), response_probe])) as address:
         yield address
 
 
@@ -64,11 +64,11 @@ def test_a_streamed_text_says_what_the_plain_one_says(client):
     plain = client.completions.create(**TEXT)
     usage = {"stream_options": {"include_usage": True}}
     chunks = list(client.completions.create(**TEXT, stream=True, **usage))
-    pieces = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert "".join(choice.text for choice in pieces) == plain.choices[0].text
-    assert pieces[-1].finish_reason == plain.choices[0].finish_reason
-    assert names(pieces[0].model_extra["sidelight"]["verdicts"]) == PROMPT_PROBES
-    assert names(pieces[-1].model_extra["sidelight"]["verdicts"]) == ["refusal"]
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.text for choice in choices) == plain.choices[0].text
+    assert choices[-1].finish_reason == plain.choices[0].finish_reason
+    assert names(choices[0].model_extra["sidelight"]["verdicts"]) == PROMPT_PROBES
+    assert names(choices[-1].model_extra["sidelight"]["verdicts"]) == ["refusal"]
     assert chunks[-1].usage == plain.usage
     assert [chunk.moderation for chunk in chunks if "moderation" in (chunk.model_extra or {})]
 
@@ -76,10 +76,10 @@ def test_a_streamed_text_says_what_the_plain_one_says(client):
 def test_several_prompts_are_written_in_their_order(client):
     prompts = ["one", "two, which is longer", "three"]
     together = client.completions.create(**{**TEXT, "prompt": prompts})
-    alone = [client.completions.create(**{**TEXT, "prompt": prompt}) for prompt in prompts]
+    separate = [client.completions.create(**{**TEXT, "prompt": prompt}) for prompt in prompts]
     assert [c.index for c in together.choices] == [0, 1, 2]
-    assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
-    assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone)
+    assert [c.text for c in together.choices] == [a.choices[0].text for a in separate]
+    assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in separate)
 
     # As many texts as one request may ask for fit into the queue.
     most = {"prompt": [f"text {i}" for i in range(16)], "max_tokens": 1, "n": 16}
@@ -120,23 +120,25 @@ def mixed_probes(tiny, chat_probes):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mixed_probes, prompt):
+def test_probes_of_both_formats_classify_plain_text_like_probes_of_raw_texts(
+    tiny, raw, mixed_probes, prompt
+):
     as_raw = [
         probe.changed(prompt_format="raw", backbone=raw.fingerprint)
         for probe in mixed_probes
         if probe.card.prompt_format == "both"
     ]
 
-    async def judgements(engine):
-        watch = [probe.name for probe in engine.probes if probe.reads.includes_response]
+    async def all_verdicts(engine):
+        monitored = [probe.name for probe in engine.probes if probe.reads.includes_response]
         sampling = Sampling(max_tokens=4, temperature=0.0)
-        events = engine.generate(PlainText(prompt), sampling, watch=watch)
-        return [event.judgement async for event in events if not isinstance(event, TextDelta)]
+        events = engine.generate(PlainText(prompt), sampling, monitored=monitored)
+        return [event.verdicts async for event in events if not isinstance(event, TextDelta)]
 
-    mixed = run_engine(tiny, judgements, probes=mixed_probes)
-    wanted = run_engine(raw, judgements, probes=as_raw)
-    assert [judgement.failed for judgement in mixed] == [("early",), *[("late",)] * 5]
-    assert [judgement.failed for judgement in wanted] == [()] * 6
+    mixed = run_engine(tiny, all_verdicts, probes=mixed_probes)
+    wanted = run_engine(raw, all_verdicts, probes=as_raw)
+    assert [verdicts.failed for verdicts in mixed] == [("early",), *[("late",)] * 5]
+    assert [verdicts.failed for verdicts in wanted] == [()] * 6
     for mine, theirs in zip(mixed, wanted, strict=True):
         assert [v.probe for v in mine.verdicts] == [v.probe for v in theirs.verdicts]
         require_alike(mine.verdicts, theirs.verdicts)
@@ -152,7 +154,7 @@ def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mi
         ({"early-both": NEVER, "early": NEVER}, 400),
     ],
 )
-def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(
+def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_classify(
     tiny, mixed_probes, rules, status
 ):
     policy = Policy(input=rules, output={"late-both": NEVER})

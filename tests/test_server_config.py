@@ -112,7 +112,7 @@ def test_a_wrong_file_is_refused_with_the_place_and_without_secrets(path, text, 
     assert "sk-secret" not in str(raised.value)
 
 
-def test_running_requests_have_their_time_at_the_end_in_whole_seconds():
+def test_running_requests_have_a_grace_period_in_integer_seconds():
     settings = server_settings(FastAPI(), ServerConfig(drain_s=2.5))
     assert settings.timeout_graceful_shutdown == 3
 
@@ -123,7 +123,7 @@ def test_a_wrong_setting_ends_the_command_with_one_line(path, monkeypatch, capsy
         ("", ("--max-batch-items", "513"), "Error: --max-batch-items: "),
         ("port = 70000", (), "port in "),
         # The option wins over the file.
-        ("host = '0.0.0.0'\nport = 70000", ("--port", "0"), "Everybody who reaches 0.0.0.0"),
+        ("host = '0.0.0.0'\nport = 70000", ("--port", "0"), "Anyone who can reach 0.0.0.0"),
     ):
         path.write_text(text)
         assert cli("serve", "--config", str(path), *options) == 2

@@ -58,12 +58,12 @@ def test_each_text_has_a_list_of_what_probes_of_prompts_flag_in_it(http):
     texts = [TEXT, "hello"]
     first, empty, last = detect(http, "contents", contents=[texts[0], "", texts[1]])
     assert empty == []
-    for text, own, said in zip(texts, (first, last), verdicts(http, texts), strict=True):
-        flagged = {name for name, verdict in said.items() if verdict["flagged"]}
-        assert {one["detection"] for one in own} == flagged
-        for one in own:
+    for text, detections, entries in zip(texts, (first, last), verdicts(http, texts), strict=True):
+        flagged = {name for name, verdict in entries.items() if verdict["flagged"]}
+        assert {one["detection"] for one in detections} == flagged
+        for one in detections:
             assert one["text"] == text[one["start"] : one["end"]]
-            verdict = said[one["detection"]]
+            verdict = entries[one["detection"]]
             assert one["detection_type"] in verdict["labels"]
             if "spans" not in verdict:
                 assert (one["start"], one["end"]) == (0, len(text))
@@ -74,9 +74,9 @@ def test_each_text_has_a_list_of_what_probes_of_prompts_flag_in_it(http):
     assert "always" in {one["detection"] for one in first}
 
 
-def test_spans_have_offsets_in_code_points_and_their_own_scores(http):
-    (said,) = verdicts(http, [TEXT])
-    spans = said["words"]["spans"]
+def test_spans_have_offsets_in_code_points_and_separate_scores(http):
+    (entries,) = verdicts(http, [TEXT])
+    spans = entries["words"]["spans"]
     assert spans
     found = detect(http, "contents", "words", contents=[TEXT])[0]
     placed = [one for one in found if one["detection_type"] in {span["label"] for span in spans}]
@@ -92,8 +92,8 @@ def test_spans_have_offsets_in_code_points_and_their_own_scores(http):
 
 def test_the_header_names_the_only_detector(http):
     for name in ("always", "toxicity", "topics"):
-        for own in detect(http, "contents", name):
-            assert {one["detection"] for one in own} <= {name}
+        for detections in detect(http, "contents", name):
+            assert {one["detection"] for one in detections} <= {name}
     assert detect(http, "contents", "intent") == [[], []]
     status, message = refusal(http, "contents", "alway")
     assert status == 404
@@ -104,8 +104,8 @@ def test_a_detector_of_responses_reads_contents_as_answers(http):
     (found,) = detect(http, "contents", "refusal", contents=["I cannot help."])
     body = {"input_type": "response", "texts": ["I cannot help."]}
     guarded = http.post("/beta/litellm_basic_guardrail_api", json=body).json()
-    said = {v["probe"]: v for v in guarded["sidelight"]["verdicts"]}["refusal"]
-    assert found[0]["score"] == pytest.approx(said["probabilities"]["toxic"], abs=ENGINE_ROUNDING)
+    entry = {v["probe"]: v for v in guarded["sidelight"]["verdicts"]}["refusal"]
+    assert found[0]["score"] == pytest.approx(entry["probabilities"]["toxic"], abs=ENGINE_ROUNDING)
 
 
 def test_a_chat_is_a_flat_list_and_an_answer_in_it_is_read_too(http):
@@ -129,8 +129,8 @@ def test_a_generation_is_read_by_probes_of_responses(http):
     decided = {"model": "tiny/llama", "questions": [{"type": "predicate", "name": "refusal"}]}
     turns = [*TURNS, {"role": "assistant", "content": BODIES["generation"]["generated_text"]}]
     answer = http.post("/v1/decisions", json={**decided, "input": turns}).json()["answers"][0]
-    (own,) = detect(http, "generation", "refusal")
-    assert own["score"] == pytest.approx(answer["probability"], abs=ENGINE_ROUNDING)
+    (detection,) = detect(http, "generation", "refusal")
+    assert detection["score"] == pytest.approx(answer["probability"], abs=ENGINE_ROUNDING)
     assert detect(http, "generation", generated_text="") == []
     assert detect(http, "generation", prompt="")
     status, message = refusal(http, "generation", "always")
@@ -184,7 +184,7 @@ def test_every_failure_has_the_shape_of_the_api(tiny):
         assert h.post("/classify", json={"input": "x"}).json()["error"]["code"] == "invalid_api_key"
 
 
-def test_what_a_policy_withholds_is_withheld(tiny):
+def test_what_a_policy_hides_is_hidden(tiny):
     flagging = [untrained_probe(tiny, n, threshold=0.0) for n in ("labelled", "newer")]
     probes = [*flagging, spans_probe(tiny, "words", threshold=0.3)]
     rules = {
@@ -223,9 +223,9 @@ def test_probes_in_shadow_mode_are_counted_and_stop_nothing(tiny):
         assert sum(float(line.rpartition(" ")[2]) for line in counts) > 0
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_without_a_probe_that_reads_it_nothing_looks_clean(tiny, late):
-    probe = untrained_probe(tiny, "only", reads=Reads("response") if late else Reads())
+@pytest.mark.parametrize("reads_response", [False, True])
+def test_without_a_probe_that_reads_it_nothing_looks_clean(tiny, reads_response):
+    probe = untrained_probe(tiny, "only", reads=Reads("response") if reads_response else Reads())
     with under_rules(tiny, [probe]) as http:
-        for route in ("contents", "chat") if late else ("generation",):
+        for route in ("contents", "chat") if reads_response else ("generation",):
             assert refusal(http, route)[0] == 400

@@ -93,7 +93,7 @@ def test_the_outermost_values_are_taken(http, path, values):
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_field_that_nobody_knows_is_refused_on_every_route(http, path):
+def test_an_unknown_field_is_refused_on_every_route(http, path):
     assert http.post(path, json=BODIES[path]).status_code == 200
     for name in ("probe", "policies", "Model", "max-tokens", "extra_body", "top_k"):
         error = error_of(http.post(path, json={**BODIES[path], name: None}), 400)
@@ -171,7 +171,7 @@ def test_only_the_first_of_many_wrong_items_is_checked(model, body):
 
 
 def test_a_very_long_name_of_a_field_is_compared_with_none():
-    """That would hold up everybody for seconds."""
+    """That would hold up every client for seconds."""
     start = time.process_time()
     with suppress(ValidationError):
         TextsRequest.model_validate({"q" * 40_000_000: 0, "input": "hello"})
@@ -249,7 +249,7 @@ def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message
 
 
 @pytest.mark.slow
-def test_asyncio_logs_no_text_of_failures_that_nobody_fetched():
+def test_asyncio_logs_no_text_of_failures_that_were_not_fetched():
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LogFormatter(as_json=False))

@@ -39,9 +39,9 @@ pytestmark = [
 WRITING = {"model": MODEL, "max_tokens": 2, "temperature": 0.5, "top_p": 0.5, "n": 2, "seed": 1}
 WRITING |= {"stop": ["x"], "stream": False, "stream_options": {"include_usage": True}, "tools": []}
 WRITING |= {"probes": ["toxicity", "refusal"], "moderation": {"model": "probes"}}
-PARTS = [{"type": "text", "text": "hello"}]
+BLOCKS = [{"type": "text", "text": "hello"}]
 VALID = {
-    "/v1/chat/completions": {**WRITING, "messages": [{"role": "user", "content": PARTS}]},
+    "/v1/chat/completions": {**WRITING, "messages": [{"role": "user", "content": BLOCKS}]},
     "/v1/completions": {**WRITING, "prompt": ["hello", "you"]},
     "/v1/moderations": {"input": ["hello", "you"], "probes": ["toxicity"]},
     "/v1/decisions": {
@@ -54,19 +54,19 @@ VALID = {
     "/classify": {"model": "toxicity", "input": ["hello", "you"], "use_activation": True},
     "/api/v1/text/contents": {"contents": ["hello", "you"], "detector_params": {"threshold": 0.5}},
     "/api/v1/text/chat": {
-        "messages": [{"role": "user", "content": PARTS}],
+        "messages": [{"role": "user", "content": BLOCKS}],
         "tools": [],
         "detector_params": {},
     },
     "/api/v1/text/generation": {"prompt": "hello", "generated_text": "you", "detector_params": {}},
-    "/v1/classify": {"model": "toxicity", "messages": [{"role": "user", "content": PARTS}]},
+    "/v1/classify": {"model": "toxicity", "messages": [{"role": "user", "content": BLOCKS}]},
     "/beta/litellm_basic_guardrail_api": {
         "input_type": "request",
         "texts": ["hello"],
         "tool_calls": [{"function": {"name": "search", "arguments": "hello"}}],
         "structured_messages": [
             {"role": "system", "content": "hello"},
-            {"role": "user", "content": PARTS},
+            {"role": "user", "content": BLOCKS},
         ],
         "additional_provider_specific_params": {"probes": ["toxicity"]},
     },
@@ -82,8 +82,10 @@ FEW = settings(SOME, max_examples=6)
 
 @pytest.fixture(scope="module")
 def running(tiny):
-    late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    engine = TransformersEngine(tiny, [*three_probes(tiny), late, spans_probe(tiny, "words")])
+    response_probe = untrained_probe(tiny, "refusal", reads=Reads("response"))
+    engine = TransformersEngine(
+        tiny, [*three_probes(tiny), response_probe, spans_probe(tiny, "words")]
+    )
     options = {"max_body_bytes": BODY_BYTES, "api_key": "key"}
     with served(engine, **options) as address, http_client(address) as http:
         http.headers.update(KEY)
@@ -163,7 +165,7 @@ KINDS += ["multipart/form-data; boundary=x", "", "/", *["application/json"] * 20
 
 @settings(SOME, max_examples=50)
 @given(data=st.data(), path=PATHS, kind=st.sampled_from(KINDS))
-def test_a_body_with_odd_parts_or_damaged_or_of_any_type_is_answered_or_refused(
+def test_an_odd_or_damaged_body_of_any_type_is_answered_or_refused(
     address, running, data, path, kind
 ):
     """It takes an answer or a refusal, but no failure and no lost places (429)."""
@@ -190,8 +192,10 @@ ROOM = 4 * 2**20 - 2000
 @pytest.fixture(scope="module")
 def roomy(tiny):
     """A server with the largest body by default, and a rule that redacts."""
-    late = untrained_probe(tiny, "refusal", reads=Reads("response"))
-    engine = TransformersEngine(tiny, [*three_probes(tiny), late, spans_probe(tiny, "words")])
+    response_probe = untrained_probe(tiny, "refusal", reads=Reads("response"))
+    engine = TransformersEngine(
+        tiny, [*three_probes(tiny), response_probe, spans_probe(tiny, "words")]
+    )
     policy = Policy(input={"words": Rule("redact")})
     with served(engine, policy=policy) as address, http_client(address) as http:
         yield http
@@ -280,7 +284,7 @@ def test_every_operation_of_the_document_is_tried(schema):
 @pytest.mark.parametrize("path", GETS)
 @FEW
 @given(data=st.data())
-def test_what_is_shown_is_as_the_document_says(cases, path, data):
+def test_displayed_values_are_as_documented(cases, path, data):
     case = data.draw(cases(path, "GET"))
     case.call_and_validate(checks=CHECKS, headers=KEY)
 

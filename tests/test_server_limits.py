@@ -35,7 +35,7 @@ from worlds.servers import (
 
 CHAT, TEXT, MODERATIONS = "/v1/chat/completions", "/v1/completions", "/v1/moderations"
 HELLO = {"role": "user", "content": "hello"}
-PART = {"type": "text", "text": "hello"}
+BLOCK = {"type": "text", "text": "hello"}
 CALL = {"function": {"arguments": ""}}
 DECISION = {"model": MODEL, "questions": [{"name": "toxicity", "type": "predicate"}]}
 GUARDRAIL, CALLS = "/beta/litellm_basic_guardrail_api", {"input_type": "request"}
@@ -119,12 +119,12 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
     [
         (CHAT, lambda n: chat(messages=[HELLO] * n)),
         # The message counts too.
-        (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * (n - 1)}])),
+        (CHAT, lambda n: chat(messages=[HELLO | {"content": [BLOCK] * (n - 1)}])),
         ("/v1/decisions", lambda n: DECISION | {"input": [HELLO] * n}),
         (
             CHAT,
             lambda n: chat(
-                messages=[HELLO | {"content": [PART] * (n // 2 - 1)}] * 2 + [HELLO] * (n % 2)
+                messages=[HELLO | {"content": [BLOCK] * (n // 2 - 1)}] * 2 + [HELLO] * (n % 2)
             ),
         ),
         (GUARDRAIL, lambda n: CALLS | {"tool_calls": [CALL] * n}),
@@ -134,7 +134,7 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
             GUARDRAIL,
             lambda n: (
                 CALLS
-                | {"texts": ["x"], "structured_messages": [HELLO | {"content": [PART] * (n - 1)}]}
+                | {"texts": ["x"], "structured_messages": [HELLO | {"content": [BLOCK] * (n - 1)}]}
             ),
         ),
         ("/v1/decisions", lambda n: DECISION | {"input": "x", "questions": [CHOICES[n]]}),
@@ -142,7 +142,7 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
         ("/v1/redact", lambda n: {"input": ["x"] * n}),
     ],
 )
-def test_a_conversation_and_a_message_have_so_many_parts_at_most(http, path, body):
+def test_messages_and_content_items_are_limited(http, path, body):
     """Beyond that, their number is refused, whatever else is wrong with them."""
     within = post(http, path, body(MAX_ITEMS))
     assert f"at most {MAX_ITEMS} items" not in within.text
@@ -162,8 +162,8 @@ def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
 
 def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
     """Otherwise one request of 500 long texts would run for minutes."""
-    judging = TransformersEngine(tiny, three_probes(tiny))
-    with in_process(judging) as http, patch.object(judging, "judge", Mock(side_effect=OSError)):
+    engine = TransformersEngine(tiny, three_probes(tiny))
+    with in_process(engine) as http, patch.object(engine, "classify", Mock(side_effect=OSError)):
         # Each has 184 tokens: 356 of them are within the limit.
         beyond = post(http, MODERATIONS, {"input": ["x" * 180] * 512})
         assert error_of(beyond) == (400, "request_too_large")
@@ -172,7 +172,7 @@ def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
         assert "65536 (--max-request-tokens). Send fewer or shorter texts at a time." in message
         # As many as may fit get as far as the engine.
         assert post(http, MODERATIONS, {"input": ["x" * 180] * 356}).status_code == 500
-        assert judging.judge.call_count == 1
+        assert engine.classify.call_count == 1
 
 
 @pytest.mark.parametrize("first", ["Content-Length: 5", "Transfer-Encoding: chunked"])
@@ -270,8 +270,8 @@ def test_uvicorn_logs_no_traceback_of_what_it_has_cancelled(capsys):
     logging.config.dictConfig(log_settings("info", as_json=False))
     for error in (asyncio.CancelledError(), ValueError()):
         logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
-    assert "ValueError" in (said := capsys.readouterr().err)
-    assert "Cancelled" not in said
+    assert "ValueError" in (logged := capsys.readouterr().err)
+    assert "Cancelled" not in logged
 
 
 def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():

@@ -11,7 +11,7 @@ from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule
-from sidelight.probes.bank import Panel
+from sidelight.probes.bank import ProbeBanks
 from sidelight.probes.standardisation import Projection
 from worlds.models import untrained_probe
 from worlds.servers import MODEL, in_process
@@ -41,9 +41,9 @@ def series(engine: TransformersEngine, asked: Asked, policy: Policy) -> dict[str
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-def judging(values: dict[str, float], part: str = "count") -> list[float]:
+def classification_seconds(values: dict[str, float], series: str = "count") -> list[float]:
     """Of the prompts and of the responses."""
-    name = f"sidelight_judging_seconds_{part}"
+    name = f"sidelight_classification_seconds_{series}"
     return [values.get(f'{name}{{side="{side}"}}', 0.0) for side in ("input", "output")]
 
 
@@ -69,10 +69,14 @@ ALWAYS = Rule("block", threshold=0.0)
         (("input",), [(CHATS, SHORT)], Policy(), [1, 0]),
     ],
 )
-def test_the_judging_of_each_text_counts_once_on_each_side(tiny, sides, asked, policy, counts):
+def test_the_classification_of_each_text_counts_once_on_each_side(
+    tiny, sides, asked, policy, counts
+):
     values = series(engine_of(tiny, *sides), asked, policy)
-    assert judging(values) == counts
-    assert [seconds > 0 for seconds in judging(values, "sum")] == [count > 0 for count in counts]
+    assert classification_seconds(values) == counts
+    assert [seconds > 0 for seconds in classification_seconds(values, "sum")] == [
+        count > 0 for count in counts
+    ]
     # A blocked prompt has a verdict too.
     texts = sum(body.get("n", 1) for path, body in asked if path == CHATS)
     assert values["sidelight_time_to_verdict_seconds_count"] == texts
@@ -86,9 +90,9 @@ def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(owner, name, lambda *args: (time.sleep(DELAY_S), call(*args))[1])
 
     delay(Projection, "layer")
-    delay(Panel, "read")
+    delay(ProbeBanks, "read")
     values = series(engine_of(tiny, "output"), [(CHATS, SHORT)], Policy())
-    of_input, of_output = judging(values, "sum")
+    of_input, of_output = classification_seconds(values, "sum")
     layers, steps = 4, 2
     assert of_input >= layers * DELAY_S
     assert of_output >= steps * (layers + 1) * DELAY_S

@@ -47,7 +47,7 @@ def test_every_route_is_tried(server):
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_route_answers_a_key_alone_and_audits_and_counts_what_it_classifies(server, path):
+def test_a_route_requires_a_key_and_audits_and_counts_what_it_classifies(server, path):
     http, audit = server
     assert http.post(path, json=BODIES[path]).status_code == 401
     before, lines = counted(http, "sidelight_verdicts_total"), len(audit.read_text().splitlines())

@@ -76,8 +76,8 @@ class Instrumented:
         """Those of the span, which have one name, by what they say of verdicts."""
         events = self.span().events
         assert {event.name for event in events} <= {NAMES["event"]}
-        parts = {name: part for part, name in NAMES.items()}
-        return [{parts[name]: v for name, v in event.attributes.items()} for event in events]
+        keys = {name: key for key, name in NAMES.items()}
+        return [{keys[name]: v for name, v in event.attributes.items()} for event in events]
 
 
 @pytest.mark.slow
@@ -93,8 +93,8 @@ def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_re
             assert found["sidelight.probe.toxicity.outcome"] == ("flagged",)
             if not stream:
                 verdicts = answer.json()["sidelight"]["verdicts"]
-            late = [v["probabilities"]["toxic"] for v in verdicts if v["probe"] == "late"]
-            assert found["sidelight.probe.late.score.toxic"] == pytest.approx(late, abs=1e-5)
+            scores = [v["probabilities"]["toxic"] for v in verdicts if v["probe"] == "late"]
+            assert found["sidelight.probe.late.score.toxic"] == pytest.approx(scores, abs=1e-5)
             # Both texts follow one prompt, which was judged once.
             topics, _ = [v["probabilities"] for v in verdicts if v["probe"] == "topics"]
             for label, score in topics.items():
@@ -121,12 +121,12 @@ def test_a_span_has_an_event_for_each_verdict_that_the_policy_discloses(stream):
     with TestClient(server, "http://localhost") as http:
         answer = http.post(CHAT, json={**BODY, "stream": stream})
         assert answer.status_code == 200
-        blocking, late = server.events()
+        blocking, response_event = server.events()
         assert blocking == {"probe": "toxicity", "label": "fine"}
-        assert (late["probe"], late["label"]) == ("late", "toxic")
+        assert (response_event["probe"], response_event["label"]) == ("late", "toxic")
         if not stream:
             _, verdict = answer.json()["sidelight"]["verdicts"]
-            assert late["score"] == verdict["probabilities"]["toxic"]
+            assert response_event["score"] == verdict["probabilities"]["toxic"]
         http.post("/v1/moderations", json={"input": [WORD, "two"]})
         assert server.events() == [blocking] * 2
     server = Instrumented(BLOCKING, trace_events=True)
@@ -152,8 +152,8 @@ def test_a_verdict_that_failed_is_an_event_with_an_error():
 
 
 @pytest.mark.slow
-def test_a_text_whose_client_leaves_while_a_piece_waits_to_be_sent_is_unfinished():
-    """Nobody is at work on the next piece then."""
+def test_a_text_whose_client_leaves_while_a_chunk_waits_to_be_sent_is_unfinished():
+    """No work on the next piece is in progress then."""
     server = Instrumented(FLAGGING)
     body = json.dumps({**BODY, "stream": True, "max_tokens": 200}).encode()
     incoming = [{"type": "http.request", "body": body, "more_body": False}]

@@ -26,7 +26,7 @@ SOME = report_on(BINARY, [0.9, 0.8, 0.1, 0.7, 0.2], [1, 1, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
-    ("background", "said"),
+    ("background", "expected"),
     [
         ((0, 0), "Finds 2 of 3 'urgent' texts; flags 1 of 2 other texts."),
         # A rate of few conversations would claim too much.
@@ -42,14 +42,14 @@ SOME = report_on(BINARY, [0.9, 0.8, 0.1, 0.7, 0.2], [1, 1, 1, 0, 0])
         ),
     ],
 )
-def test_the_summary_of_a_binary_probe_counts_both_errors_and_background(background, said):
-    assert summary(SOME, background) == said
+def test_the_summary_of_a_binary_probe_counts_both_errors_and_background(background, expected):
+    assert summary(SOME, background) == expected
 
 
 def test_the_summary_leaves_out_a_side_that_no_text_is_on():
-    positive, other = (report_on(BINARY, [0.9, 0.1], [label] * 2) for label in (1, 0))
+    positive, negative = (report_on(BINARY, [0.9, 0.1], [label] * 2) for label in (1, 0))
     assert summary(positive, (0, 0)) == "Finds 1 of 2 'urgent' texts."
-    assert summary(other, (0, 0)) == "Flags 1 of 2 other texts."
+    assert summary(negative, (0, 0)) == "Flags 1 of 2 other texts."
 
 
 def test_the_summary_of_several_classes_counts_correct_texts():
@@ -71,7 +71,7 @@ def test_the_summary_of_several_labels_counts_labels():
     assert summary(report, (5, 200)).endswith("; flags 2.5 % of background traffic.")
 
 
-def test_the_summary_of_spans_counts_whole_and_partial_spans():
+def test_the_summary_of_spans_counts_complete_and_partial_spans():
     text = "call Ann Lee at noon"
     name, time = Span(5, 12, "NAME"), Span(16, 20, "TIME")
     labelled = [{"start": s.start, "end": s.end, "label": s.label} for s in (name, time)]

@@ -22,21 +22,21 @@ from sidelight.data.spans import (
     SpanRule,
     character_f1,
     character_scores,
+    final_characters,
     labelled_characters,
-    settled_characters,
     threshold_f1,
     token_labels,
     within_margin,
     words,
 )
-from sidelight.engines.marks import AnswerSpans, mark_text
+from sidelight.engines.annotation import AnswerSpans, annotate_spans
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Part, Place, Reads
+from sidelight.models.conversation import EncodedPrompt, Message, Place, Reads, TokenRole
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.bank import Panel
+from sidelight.probes.bank import ProbeBanks
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import ProbeOutput
 from sidelight.scoring import find_spans
@@ -45,9 +45,9 @@ from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight.training.spans import calibrate_spans
-from sidelight.types import Judgement, Span, Task
+from sidelight.types import Span, Task, Verdicts
 from worlds.data import planted_rows, span_rows
-from worlds.models import PIECES, saved, spans_probe, untrained_probe
+from worlds.models import NAMES_AND_PLACES, saved, spans_probe, untrained_probe
 from worlds.servers import cli, in_process
 
 load_spans = partial(load_examples, spans="spans")
@@ -108,10 +108,10 @@ def test_spans_overlap_and_rows_without_any_are_negatives(warned):
     assert examples.spans[0] == (Span(5, 12, "NAME"), Span(9, 17, "PLACE"))
     assert examples.labels.tolist() == [[1, 1], [0, 0], [0, 0], [1, 0]]
     assert examples.select([3, 1]).spans == ((Span(5, 12, "NAME"),), ())
-    alone = load_spans([{"text": TEXT, "spans": [NAME]}, {"text": TEXT, "spans": []}])
-    assert (alone.task.labels, alone.labels.tolist()) == (("none", "NAME"), [1, 0])
+    single_label = load_spans([{"text": TEXT, "spans": [NAME]}, {"text": TEXT, "spans": []}])
+    assert (single_label.task.labels, single_label.labels.tolist()) == (("none", "NAME"), [1, 0])
     cell = [NAME, place]
-    known = load_spans([{"text": TEXT, "spans": cell}], task=alone.task)
+    known = load_spans([{"text": TEXT, "spans": cell}], task=single_label.task)
     assert (known.spans, known.labels.tolist()) == (((Span(5, 12, "NAME"),),), [1])
     assert "labels that training did not know (PLACE; 1 in all)" in warned()[0]
     with pytest.raises(SidelightError, match=wordings.NO_SPANS_AT_ALL):
@@ -139,8 +139,8 @@ def test_a_token_has_the_labels_of_its_characters_without_the_blanks_around():
 def test_scripts_without_blanks_have_a_word_a_character():
     text = "我叫李安, Bob's"
     assert [text[start:end] for start, end in words(text)] == [*"我叫李安,", "Bob's"]
-    assert [settled_characters(text, n) for n in (3, 5, 6, 8, 11)] == [3, 5, 5, 5, 5]
-    assert [settled_characters("Ann Lee", n) for n in (2, 3, 4, 7)] == [0, 3, 3, 3]
+    assert [final_characters(text, n) for n in (3, 5, 6, 8, 11)] == [3, 5, 5, 5, 5]
+    assert [final_characters("Ann Lee", n) for n in (2, 3, 4, 7)] == [0, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_a_word_has_its_combining_characters(word):
     assert words(word) == [(0, len(word))]
     assert words(f"{word}\u200b. {word}")[0] == (0, len(word))
     # Any character of it may be the last so far.
-    assert all(settled_characters(word[:end], end) == 0 for end in range(len(word) + 1))
+    assert all(final_characters(word[:end], end) == 0 for end in range(len(word) + 1))
 
 
 def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
-    # "Call", " A", "nn", " Lee", ",", " now"; nobody has read "now".
+    # "Call", " A", "nn", " Lee", ",", " now"; "now" has not been read.
     tokens = [(0, 4), (4, 6), (6, 8), (8, 12), (12, 13)]
     scores = np.array([[0.1], [0.2], [0.9], [0.6], [0.3]])
     found = character_scores(TEXT, tokens, scores)
@@ -190,7 +190,9 @@ def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
 
 
 @pytest.mark.parametrize("side", ["prompt", "response"])
-@pytest.mark.parametrize("task", [PIECES, Task("binary", ("none", "NAME"))], ids=["many", "one"])
+@pytest.mark.parametrize(
+    "task", [NAMES_AND_PLACES, Task("binary", ("none", "NAME"))], ids=["many", "one"]
+)
 def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tiny, side, task):
     """Tokens and texts are calibrated apart, and judged in other pieces."""
     draw, labels = np.random.default_rng(0), task.output_labels
@@ -198,8 +200,8 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
     untrained = untrained_probe(tiny, "pii", task=task, reads=reads, mechanism="spans")
     chat = [Message("user", "Ann \u200b\n\n (and Bo)"), Message("assistant", "  "), *USER]
     prompt = tiny.encoder.encode(chat, with_places=True)
-    pieces = ["An", "n", " ", "\n\n", " (", "and", " Bo", ")"]
-    tokens = len(pieces) if side == "response" else int(prompt.mask(reads).sum())
+    chunks = ["An", "n", " ", "\n\n", " (", "and", " Bo", ")"]
+    tokens = len(chunks) if side == "response" else int(prompt.mask(reads).sum())
     seen = set()
     for _ in range(200):
         calibration = replace(untrained.calibration, kind="platt", shift=(draw.normal(),) * count)
@@ -207,32 +209,38 @@ def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tin
         rule = SpanRule(calibration, tuple(draw.random(count).tolist()), margins)
         probe = untrained.changed(spans=rule, thresholds=tuple(draw.random(count).tolist()))
         logits = ProbeOutput(draw.normal(size=count), tokens=draw.normal(size=(tokens, count)))
-        judged = Judgement(
+        verdicts = Verdicts(
             (probe.verdict(logits.logits),), token_labels={"pii": probe.token_labels(logits)}
         )
         if side == "response":
-            marks = AnswerSpans([probe])
-            for piece in pieces:
-                marks.push(piece)
-            judged = marks.mark(judged)
+            answer_spans = AnswerSpans([probe])
+            for chunk in chunks:
+                answer_spans.push(chunk)
+            verdicts = answer_spans.annotate(verdicts)
         else:
-            judged = mark_text(judged, [probe], prompt)
-        (verdict,) = judged.verdicts
+            verdicts = annotate_spans(verdicts, [probe], prompt)
+        (verdict,) = verdicts.verdicts
         limits = {"threshold": draw.choice([None, 0.5]), "labels": (*labels[: draw.integers(3)],)}
         bound = BoundRule(probe, Rule("flag", **limits))
-        for said, thresholds in (
+        for decided_verdict, thresholds in (
             (verdict, probe.card.label_thresholds),
             (bound.decide(verdict), bound.thresholds),
         ):
-            marked = {span.label for span in said.spans}
-            reached = {x for x, least in thresholds.items() if said.probabilities[x] >= least}
-            assert marked <= {*thresholds}
-            assert said.flagged is bool(marked | reached)
-            assert {*said.labels} == ((marked | reached) or {*task.labels[:-count]})
-            seen.add((len(marked), bool(reached - marked), bool(marked - reached)))
+            span_labels = {span.label for span in decided_verdict.spans}
+            reached = {
+                x for x, least in thresholds.items() if decided_verdict.probabilities[x] >= least
+            }
+            assert span_labels <= {*thresholds}
+            assert decided_verdict.flagged is bool(span_labels | reached)
+            assert {*decided_verdict.labels} == ((span_labels | reached) or {*task.labels[:-count]})
+            seen.add((len(span_labels), bool(reached - span_labels), bool(span_labels - reached)))
     # Some hold by a span alone and some by the text alone.
     assert {number for number, _, _ in seen} == {*range(count + 1)}
-    assert {alone for _, alone, _ in seen} == {located for _, _, located in seen} == {True, False}
+    assert (
+        {ignored_labels for _, ignored_labels, _ in seen}
+        == {located for _, _, located in seen}
+        == {True, False}
+    )
 
 
 class CountedPlace(Place):
@@ -251,44 +259,46 @@ def test_spans_of_many_messages_are_found_in_one_pass_over_their_tokens(tiny):
     places = [CountedPlace(message, 0, 2) for message in range(messages)]
     prompt = EncodedPrompt(
         (1,) * messages,
-        (Part.PROMPT,) * messages,
+        (TokenRole.PROMPT,) * messages,
         texts=("ab",) * messages + ("",),
         places=tuple(places),
     )
     labels = [(token, "NAME", 0.95) for token in range(messages)]
     task = probe.task.output_labels
-    judged = Judgement((probe.verdict(np.zeros(len(task))),), token_labels={"pii": labels})
-    (verdict,) = mark_text(judged, [probe], prompt).verdicts
+    verdicts = Verdicts((probe.verdict(np.zeros(len(task))),), token_labels={"pii": labels})
+    (verdict,) = annotate_spans(verdicts, [probe], prompt).verdicts
     found = [(span.message, span.start, span.end) for span in verdict.spans]
     assert found == [(message, 0, 2) for message in range(messages)]
     assert max(place.asked for place in places) <= 2
 
 
-def test_where_nobody_knows_the_places_of_tokens_a_label_of_any_of_them_holds(tiny):
+def test_without_places_of_tokens_a_label_of_any_token_holds(tiny):
     """As of ids that vLLM is sent: any of them may be a word."""
     probe = spans_probe(tiny, "pii", threshold=0.6).changed(thresholds=(0.8, 0.8))
-    panel, prompt = Panel([probe]), tiny.encoder.encode(USER)
-    layers, _, width = panel.early.projection.weight.shape
+    banks, prompt = ProbeBanks([probe]), tiny.encoder.encode(USER)
+    layers, _, width = banks.prompt_probes.projection.weight.shape
     generator, seen = torch.Generator().manual_seed(0), set()
     for scale in np.linspace(0, 1, 50):
-        columns = scale * torch.randn(len(prompt), layers, width, generator=generator)
-        (judged,) = panel.judge_prompts(columns, [bytes(prompt.parts)], [False])
-        (verdict,) = mark_text(judged, [probe], prompt).verdicts
-        marked = {label for _, label, _ in judged.token_labels["pii"]}
+        projections = scale * torch.randn(len(prompt), layers, width, generator=generator)
+        (verdicts,) = banks.classify_prompts(projections, [bytes(prompt.token_roles)], [False])
+        (verdict,) = annotate_spans(verdicts, [probe], prompt).verdicts
+        token_label_names = {label for _, label, _ in verdicts.token_labels["pii"]}
         for rule, least in ((Rule("block"), 0.8), (Rule("block", threshold=0.7), 0.7)):
             reached = {x for x, score in verdict.probabilities.items() if score >= least}
             decided = BoundRule(probe, rule).decide(verdict)
-            assert {*decided.labels} == (reached if rule.threshold else reached | marked)
+            assert {*decided.labels} == (reached if rule.threshold else reached | token_label_names)
             assert decided.flagged is bool(decided.labels)
-        assert {*verdict.labels} >= marked
-        seen.add((bool(marked), bool(marked - reached)))
+        assert {*verdict.labels} >= token_label_names
+        seen.add((bool(token_label_names), bool(token_label_names - reached)))
     assert seen == {(False, False), (True, False), (True, True)}
 
 
 def test_character_f1_is_that_of_the_shared_task():
     def f1(actual, predicted):
-        spans = [[Span(*own, "toxic")] if own else [] for own in (actual, predicted)]
-        return character_f1(*(labelled_characters(TEXT, own, ["toxic"]) for own in spans))
+        spans = [[Span(*place, "toxic")] if place else [] for place in (actual, predicted)]
+        return character_f1(
+            *(labelled_characters(TEXT, spans_of_text, ["toxic"]) for spans_of_text in spans)
+        )
 
     assert f1((5, 12), (5, 12)) == f1(None, None) == 1
     assert f1((5, 12), None) == f1(None, (5, 12)) == f1((0, 4), (5, 12)) == 0
@@ -321,15 +331,15 @@ def test_a_report_counts_characters_and_exact_spans(capsys):
     )
     assert report.per_label["TIME"]["character_f1"].value == pytest.approx((0 + 1 + 0.3) / 3)
     assert report.spans == {"NAME": 1, "TIME": 1}
-    assert (report.whole, report.in_part) == ({"NAME": 1, "TIME": 1}, {"NAME": 0, "TIME": 0})
+    assert (report.complete, report.partial) == ({"NAME": 1, "TIME": 1}, {"NAME": 0, "TIME": 0})
     assert report.metrics["f1"].low < 0.4 < report.metrics["f1"].high
     # Of another label is not at all.
     found = [[Span(7, 12, "NAME")], [], [Span(14, 17, "NAME")]]
     report = evaluate_spans(examples, found, bootstrap=50)
-    assert (report.whole, report.in_part) == ({"NAME": 0, "TIME": 0}, {"NAME": 1, "TIME": 0})
+    assert (report.complete, report.partial) == ({"NAME": 0, "TIME": 0}, {"NAME": 1, "TIME": 0})
     print_spans(report)
-    shown = capsys.readouterr().out
-    assert all(row in shown for row in ("all", "NAME", "TIME"))
+    output = capsys.readouterr().out
+    assert all(row in output for row in ("all", "NAME", "TIME"))
 
 
 @pytest.fixture(scope="module")
@@ -348,27 +358,27 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
     assert report.metrics["f1"].value > 0.9
     assert report.metrics["character_f1"].value > 0.9
     assert fitted.spans.metrics["character_f1"].value > 0.9
-    verdicts = [probe.verdict(own).labels for own in logits]
-    names = [tuple(sorted({span.label for span in own})) for own in examples.spans]
+    verdicts = [probe.verdict(text_logits).labels for text_logits in logits]
+    names = [tuple(sorted({span.label for span in spans})) for spans in examples.spans]
     assert np.mean([a == b for a, b in zip(verdicts, names, strict=True)]) > 0.9
     assert {*probe.card.training.lookaheads} == {"0", "1", "2", "4"}
     verdicts = Classifier(tiny, probe).predict(examples.items)
     assert [verdict.spans for verdict in verdicts] == [*map(tuple, found)]
     chat = tuple(Message("user", text) for text in ("a word", "WWXX"))
-    (_, (alone,)) = find_spans(tiny, probe, [Example(chat[1:])])
-    assert [(span.start, span.end, span.label) for span in alone] == [(0, 4, "SHOUT")]
+    (_, (single,)) = find_spans(tiny, probe, [Example(chat[1:])])
+    assert [(span.start, span.end, span.label) for span in single] == [(0, 4, "SHOUT")]
     with pytest.raises(SidelightError, match=wordings.HAS_MESSAGES.format(messages=2)):
         find_spans(tiny, probe, [Example(chat)])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Of the rarest class")
-def test_python_trains_and_measures_spans(tiny, fitted, own_cache):
+def test_python_trains_and_measures_spans(tiny, fitted, temporary_cache):
     texts = [{"letter": row["text"], "pii": row["spans"]} for row in span_rows(45, seed=1)]
     columns = {"text": "letter", "spans": "pii"}
-    made = train(tiny, texts[:30], validation=texts[30:], mechanism="spans", **columns)
-    assert made.probe.spans is not None
-    assert made.probe.task == fitted.probe.task
+    trained = train(tiny, texts[:30], validation=texts[30:], mechanism="spans", **columns)
+    assert trained.probe.spans is not None
+    assert trained.probe.task == fitted.probe.task
     classifier = Classifier(tiny, fitted.probe)
     report = classifier.evaluate(texts, **columns)
     examples = load_examples(texts, **columns)
@@ -386,11 +396,11 @@ def test_python_trains_and_measures_spans(tiny, fitted, own_cache):
         ({"positive": "SHOUT"}, r"Leave them out, or spans="),
     ],
 )
-def test_python_refuses_what_is_for_labels_of_whole_texts_beside_spans(tiny, options, says):
+def test_python_refuses_what_is_for_labels_of_texts_beside_spans(tiny, options, says):
     texts = span_rows(20)
-    for given in ({"data": texts, "spans": "spans"}, {"data": load_spans(texts)}):
+    for arguments in ({"data": texts, "spans": "spans"}, {"data": load_spans(texts)}):
         with pytest.raises(SidelightError, match=says):
-            train(tiny, **given, **options)
+            train(tiny, **arguments, **options)
     labelled = load_examples(planted_rows("binary", 20))
     with pytest.raises(SidelightError, match=wordings.LOAD_SPANS):
         train(tiny, labelled, spans="spans")
@@ -407,7 +417,7 @@ def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prom
     texts = [row["text"] for row in span_rows(12, seed=4)]
     examples = [Example((Message("user", text),)) for text in texts]
     logits, found = find_spans(tiny, fitted.probe, examples)
-    expected = [fitted.probe.verdict(own).probabilities for own in logits]
+    expected = [fitted.probe.verdict(text_logits).probabilities for text_logits in logits]
     for limits in (Limits(), Limits(prefill_tokens=3)):
         with in_process(TransformersEngine(tiny, [fitted.probe], limits=limits)) as http:
             results = http.post("/v1/moderations", json={"input": texts}).json()["results"]
@@ -417,20 +427,20 @@ def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prom
         served = [result["sidelight"]["verdicts"][0] for result in results]
         (verdict,) = chat["sidelight"]["verdicts"]
         pairs = zip([verdict, *served], [expected[0], *expected], [found[0], *found], strict=True)
-        for own, wanted, spans in pairs:
-            assert own["probabilities"] == pytest.approx(wanted, abs=SERVED)
-            assert [Span(**each) for each in own["spans"]] == spans
-            scores = [span["probability"] for span in own["spans"]]
+        for entry, wanted, spans in pairs:
+            assert entry["probabilities"] == pytest.approx(wanted, abs=SERVED)
+            assert [Span(**each) for each in entry["spans"]] == spans
+            scores = [span["probability"] for span in entry["spans"]]
             assert scores == pytest.approx([span.probability for span in spans], abs=SERVED)
 
 
-def test_spans_are_found_in_what_the_probe_reads_alone(tiny, fitted):
+def test_spans_are_found_only_in_what_the_probe_reads(tiny, fitted):
     answered = Example((Message("user", "12"),), response="XX")
     with pytest.raises(SidelightError, match=wordings.FINDS_IN_PROMPTS):
         find_spans(tiny, fitted.probe, [answered])
-    late = fitted.probe.changed(reads=replace(fitted.probe.reads, side="response"))
+    response_probe = fitted.probe.changed(reads=replace(fitted.probe.reads, side="response"))
     with pytest.raises(SidelightError, match=wordings.NO_RESPONSES.format(missing=1, texts=1)):
-        find_spans(tiny, late, [Example((Message("user", "12"),))])
+        find_spans(tiny, response_probe, [Example((Message("user", "12"),))])
     options = FitOptions(reads=Reads("response"))
     with pytest.raises(SidelightError, match=wordings.SPANS_OF_PROMPTS):
         fit(tiny, load_spans(span_rows(40)), None, name="pii", options=options)
@@ -442,9 +452,10 @@ def test_thresholds_follow_the_rule_over_words():
     places = [[(i, i + 1) for i in range(len(item.text))] for item in texts.items]
     pairs = zip(texts.items, places, texts.spans, strict=True)
     holds = [
-        token_labels(item.text, own, spans, texts.task.output_labels) for item, own, spans in pairs
+        token_labels(item.text, ranges, spans, texts.task.output_labels)
+        for item, ranges, spans in pairs
     ]
-    logits = [3.0 * own + draw.normal(size=own.shape) for own in holds]
+    logits = [3.0 * labels + draw.normal(size=labels.shape) for labels in holds]
     texts_of_words = [words(item.text) for item in texts.items]
     rates = {}
     for text in ("f1", "fpr=0.01", "recall=0.99"):
@@ -452,10 +463,10 @@ def test_thresholds_follow_the_rule_over_words():
             texts, places, logits, rule=ThresholdRule.parse(text), bootstrap=0
         )
         counts = np.zeros((2, 2))
-        for item, own, z, spans, of_words in zip(
+        for item, ranges, z, spans, of_words in zip(
             texts.items, places, logits, texts.spans, texts_of_words, strict=True
         ):
-            scores = character_scores(item.text, own, rule.calibration.apply(z))
+            scores = character_scores(item.text, ranges, rule.calibration.apply(z))
             found = rule.read(scores, texts.task.output_labels)
             actual, claimed = (
                 labelled_characters(item.text, each, texts.task.output_labels)[:, 0]
@@ -489,17 +500,17 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
         mechanism=mechanism_spec("spans", {"lookahead": 1}),
     )
     examples = load_spans(answers, response="answer")
-    made = fit(tiny, examples, None, name="pii", options=options)
-    assert made.probe.card.mechanism.options["lookahead"] == 1
-    assert {*made.probe.spans.margins} == {None}
-    _, found = find_spans(tiny, made.probe, examples.items[:40])
+    fitted_spans = fit(tiny, examples, None, name="pii", options=options)
+    assert fitted_spans.probe.card.mechanism.options["lookahead"] == 1
+    assert {*fitted_spans.probe.spans.margins} == {None}
+    _, found = find_spans(tiny, fitted_spans.probe, examples.items[:40])
     report = evaluate_spans(examples.select(range(40)), found, bootstrap=0)
     assert report.metrics["character_f1"].value > 0.9
 
 
 @pytest.mark.slow
 def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
-    tiny, own_cache, tmp_path, capsys
+    tiny, temporary_cache, tmp_path, capsys
 ):
     def write(name, count, seed):
         lines = [{"letter": row["text"], "pii": row["spans"]} for row in span_rows(count, seed)]
@@ -531,17 +542,17 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     report = json.loads(capsys.readouterr().out)
     assert report["character_f1"]["value"] > 0.9
     assert report["character_f1"]["ci"][0] <= report["character_f1"]["value"]
-    assert report["whole_texts"]["f1"]["value"] > 0.9
+    assert report["full_texts"]["f1"]["value"] > 0.9
     assert {*report["per_label"]} == {"NUMBER", "SHOUT"}
     assert cli("recalibrate", probe, "--threshold", "fpr=0.01") == 2
     assert "Train it again" in capsys.readouterr().err
     assert cli("predict", probe, *texts) == 0
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    given = [
-        {"text": row["text"], "spans": said["spans"]}
-        for row, said in zip(span_rows(30, 1), verdicts, strict=True)
+    found_rows = [
+        {"text": row["text"], "spans": verdict["spans"]}
+        for row, verdict in zip(span_rows(30, 1), verdicts, strict=True)
     ]
-    found = load_spans(given)
+    found = load_spans(found_rows)
     assert (
         evaluate_spans(load_spans(span_rows(30, 1)), found.spans).metrics["character_f1"].value
         > 0.9
@@ -572,14 +583,14 @@ def test_a_terminal_shows_labelled_words_in_colour_and_no_text_can_steer_it(
     with open(writer, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         assert cli(*command) == 0
-    pieces = []
-    # A terminal that nobody writes to any more ends with an error.
+    chunks = []
+    # A terminal without a writer ends with an error.
     with suppress(OSError):
-        while piece := os.read(reader, 10_000):
-            pieces.append(piece)
+        while chunk := os.read(reader, 10_000):
+            chunks.append(chunk)
     os.close(reader)
-    shown = b"".join(pieces).decode().replace("\r\n", "\n")
-    assert "\x1b[30;43m123\x1b[0m\x1b[1;33m[NUMBER]\x1b[0m" in shown
-    assert re.sub(r"\x1b\[[\d;]*m", "", shown) == plain
+    screen = b"".join(chunks).decode().replace("\r\n", "\n")
+    assert "\x1b[30;43m123\x1b[0m\x1b[1;33m[NUMBER]\x1b[0m" in screen
+    assert re.sub(r"\x1b\[[\d;]*m", "", screen) == plain
     for wrong in (("--explain",), ("--out", str(tmp_path / "out"))):
         assert cli(*command, "--spans", *wrong) == 2

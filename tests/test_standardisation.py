@@ -15,23 +15,23 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-MEAN, COLUMNS, SCALE = normal(3, 32), normal(3, 32, 5, seed=1), 0.1 + normal(3, 32, seed=2).abs()
+MEAN, WEIGHTS, SCALE = normal(3, 32), normal(3, 32, 5, seed=1), 0.1 + normal(3, 32, seed=2).abs()
 
 
 def test_standardisation_folds_away_even_where_means_dwarf_the_spread():
     mean = 100 * MEAN
     states = mean[:, None] + SCALE[:, None] * normal(3, 200, 32)
-    folded = Standardisation(mean, SCALE).fold(COLUMNS)
+    folded = Standardisation(mean, SCALE).fold(WEIGHTS)
     actual = states @ folded.weight + folded.shift[:, None]
-    expected = ((states - mean[:, None]) / SCALE[:, None]) @ COLUMNS
+    expected = ((states - mean[:, None]) / SCALE[:, None]) @ WEIGHTS
     torch.testing.assert_close(actual, expected, **CANCELLATION)
-    same = Standardisation.identity(Geometry(3, 32, 1)).fold(COLUMNS)
-    assert torch.equal(same.weight, COLUMNS)
+    same = Standardisation.identity(Geometry(3, 32, 1)).fold(WEIGHTS)
+    assert torch.equal(same.weight, WEIGHTS)
     assert not same.shift.any()
 
 
 def test_rounding_the_folded_weight_does_not_move_the_mean():
-    folded = Standardisation(100 * MEAN, torch.ones(3, 32)).fold(COLUMNS, dtype=torch.bfloat16)
+    folded = Standardisation(100 * MEAN, torch.ones(3, 32)).fold(WEIGHTS, dtype=torch.bfloat16)
     assert folded.weight.dtype == torch.bfloat16
     at_mean = 100 * MEAN[:, None] @ folded.weight.float() + folded.shift[:, None]
     torch.testing.assert_close(at_mean, torch.zeros_like(at_mean), **CANCELLATION)
@@ -50,10 +50,12 @@ def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants(
 
 def test_normalised_states_fold_away_and_ignore_the_norm():
     states = 40 * normal(3, 200, 32)
-    unit = states / states.square().mean(2, keepdim=True).sqrt()
-    folded = Standardisation(MEAN, SCALE, is_normalised=True).fold(COLUMNS)
-    expected = ((unit - MEAN[:, None]) / SCALE[:, None]) @ COLUMNS
-    by_layer = torch.stack([folded.layer(layer, own) for layer, own in enumerate(states)])
+    normalised = states / states.square().mean(2, keepdim=True).sqrt()
+    folded = Standardisation(MEAN, SCALE, is_normalised=True).fold(WEIGHTS)
+    expected = ((normalised - MEAN[:, None]) / SCALE[:, None]) @ WEIGHTS
+    by_layer = torch.stack(
+        [folded.layer(layer, layer_states) for layer, layer_states in enumerate(states)]
+    )
     for actual in (folded.layers(states), folded.layers(1000 * states), by_layer):
         torch.testing.assert_close(actual, expected, **ROUNDING)
 

@@ -115,14 +115,14 @@ def hub_cache(tmp_path, monkeypatch):
 def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
     folder, hub_cache, monkeypatch
 ):
-    held = hub_cache("some/model", folder)
+    snapshot = hub_cache("some/model", folder)
     assert load_backbone("some/model").fingerprint.name == "some/model"
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
     with pytest.raises(SidelightError, match=f"'some/model' {wordings.DOES_NOT_FIT}"):
         load_backbone("some/model")
-    (held / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").unlink()
     index = {"metadata": {"total_size": 140 * 10**9}, "weight_map": {}}
-    (held / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SidelightError, match=rf"{wordings.WEIGHTS_TAKE} 140\.0 GB"):
         load_backbone("some/model")
 
@@ -264,9 +264,9 @@ def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
     monkeypatch.setattr("sidelight.engines.transformers.backbone.AutoConfig.from_pretrained", None)
     places = {"model": folder, "probe": probe, "moved": moved, "keys": keys, "folder": tmp_path}
     assert cli(*command.format(**places).split()) == 2
-    shown = capsys.readouterr().err
-    assert remedy.format(**places) in shown
-    assert shown.count("\n") == 1
+    error = capsys.readouterr().err
+    assert remedy.format(**places) in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -283,11 +283,11 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_nam
     with ThreadPoolExecutor(1) as pool:
         pool.submit(stop)
         assert cli(*SERVE.format(model=folder, probe=probe).split()) == code
-    said = capfd.readouterr().err
-    assert f"Probes: {load_probe(probe).name} (score)\n" in said
-    assert "Stopping: running requests: 0" in said
+    log = capfd.readouterr().err
+    assert f"Probes: {load_probe(probe).name} (score)\n" in log
+    assert "Stopping: running requests: 0" in log
     # Its lines name neither what is served nor where.
-    assert "uvicorn" not in said
+    assert "uvicorn" not in log
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_nam
         ("score", {}, False),
     ],
 )
-def test_a_shadow_that_nobody_can_see_is_warned_of(tiny, caplog, mode, options, is_warned):
+def test_a_shadow_without_metrics_or_audit_log_is_warned_of(tiny, caplog, mode, options, is_warned):
     engine = TransformersEngine(tiny, [untrained_probe(tiny, "toxicity")])
     with in_process(engine, policy=Policy(input={"toxicity": Rule(mode)}), **options):
         warnings = [line for line in caplog.messages if "shadow" in line]
@@ -330,11 +330,11 @@ sys.meta_path.insert(0, Watch)
 from sidelight.cli import main
 main()
 """
-ALONE = ["unshare", "--pid", "--fork", "--kill-child"]
+NEW_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
 
 
 def can_unshare():
-    return shutil.which("unshare") and not subprocess.run([*ALONE, "true"]).returncode
+    return shutil.which("unshare") and not subprocess.run([*NEW_NAMESPACE, "true"]).returncode
 
 
 @pytest.mark.parametrize("is_first", [False, True], ids=["any process", "process 1"])
@@ -343,7 +343,7 @@ def test_sigterm_ends_a_server_that_is_still_starting(is_first, probe):
         pytest.skip("'unshare --pid' is not allowed here, so no process can be the first")
     command = [sys.executable, "-c", IMPORTING, "serve", "--port", "0", "--probe", str(probe)]
     with subprocess.Popen(
-        [*(ALONE if is_first else []), *command], stdout=subprocess.PIPE, text=True
+        [*(NEW_NAMESPACE if is_first else []), *command], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             assert process.stdout.readline() == "importing\n"

@@ -74,7 +74,7 @@ def test_checking_a_folder_leaves_none_and_refuses_one_below_a_file(tmp_path):
     check_folder(tmp_path / "old")
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(SidelightError, match=wordings.OTHER_FOLDER):
+    with pytest.raises(SidelightError, match=wordings.FOLDER_DIFFERS):
         check_folder(tmp_path / "file" / "folder")
 
 
@@ -90,8 +90,8 @@ def test_a_folder_is_removed_once_no_process_holds_it(tmp_path):
         assert not remove_unused(folder)
     with holding(folder):
         program = f"from sidelight.storage import *; print(remove_unused(Path({str(folder)!r})))"
-        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert other.stdout == "False\n"
+        process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert process.stdout == "False\n"
     assert (folder / "states").is_dir()
     assert remove_unused(folder)
     assert not [*tmp_path.iterdir()]
@@ -131,6 +131,6 @@ def test_who_waits_for_a_folder_that_is_being_removed_gets_a_new_one(tmp_path, m
     assert {path.name for path in folder.iterdir()} == {"new", "in-use.lock"}
 
 
-def test_an_error_in_a_held_folder_is_raised(tmp_path):
+def test_an_error_in_a_locked_folder_is_raised(tmp_path):
     with pytest.raises(FileNotFoundError), holding(tmp_path / "run"):
         (tmp_path / "absent").read_text()

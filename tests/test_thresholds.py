@@ -28,7 +28,7 @@ MULTICLASS = Task("multiclass", ("a", "b", "c", "d"))
 MULTILABEL = Task("multilabel", ("x", "y", "z"))
 RULES = ["f1", "fpr=0.1", "recall=0.8", "cost=10:1"]
 # So many texts that nothing but the calibration counts, or nothing but labels.
-CALIBRATION_ALONE, LABELS_ALONE = 1e12, 0.0
+CALIBRATION_ONLY, LABELS_ONLY = 1e12, 0.0
 
 
 def plain_f1(labels, flagged) -> float:
@@ -83,7 +83,7 @@ def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_
     f1 = [plain_f1(holds, scores >= rival) for rival in rivals]
 
     def chosen(rule):
-        flagged = scores >= curve.threshold(ThresholdRule.parse(rule), prior_texts=LABELS_ALONE)
+        flagged = scores >= curve.threshold(ThresholdRule.parse(rule), prior_texts=LABELS_ONLY)
         return flagged, flagged[holds].mean(), flagged[~holds].mean()
 
     assert plain_f1(holds, chosen("f1")[0]) == pytest.approx(max(f1))
@@ -116,15 +116,15 @@ def test_an_operating_point_finds_most_within_its_rate(rows):
     assert len(curve.operating_points()) <= 6
 
 
-def test_by_the_calibration_alone_thresholds_are_those_of_bayes():
+def test_thresholds_of_the_calibration_are_those_of_bayes():
     scores, holds = draw_calibrated(20_000, seed=0)
     curve = OperatingCurve.of(scores, holds, points=20_001)
     for miss, alarm in ((10, 1), (1, 1), (1, 4)):
         rule = ThresholdRule.parse(f"cost={miss}:{alarm}")
-        threshold = curve.threshold(rule, prior_texts=CALIBRATION_ALONE)
+        threshold = curve.threshold(rule, prior_texts=CALIBRATION_ONLY)
         assert threshold == pytest.approx(alarm / (miss + alarm), abs=2e-3)
     # F1 is highest at half its value.
-    threshold = curve.threshold(F1, prior_texts=CALIBRATION_ALONE)
+    threshold = curve.threshold(F1, prior_texts=CALIBRATION_ONLY)
     flagged = scores >= threshold
     expected = 2 * scores[flagged].sum() / (flagged.sum() + scores.sum())
     assert threshold == pytest.approx(expected / 2, abs=2e-3)
@@ -132,13 +132,13 @@ def test_by_the_calibration_alone_thresholds_are_those_of_bayes():
 
 def test_with_few_positives_a_smoothed_threshold_has_a_higher_f1_on_other_texts():
     scores, holds = draw_calibrated(100_000, seed=1)
-    found = {LABELS_ALONE: [], PRIOR_TEXTS: []}
+    found = {LABELS_ONLY: [], PRIOR_TEXTS: []}
     for seed in range(200):
         curve = OperatingCurve.of(*draw_calibrated(100, seed=seed))
         for prior, values in found.items():
             flagged = scores >= curve.threshold(F1, prior_texts=prior)
             values.append(plain_f1(holds, flagged))
-    gains = np.subtract(found[PRIOR_TEXTS], found[LABELS_ALONE])
+    gains = np.subtract(found[PRIOR_TEXTS], found[LABELS_ONLY])
     assert gains.mean() > 3 * gains.std() / np.sqrt(len(gains))
 
 
@@ -146,7 +146,7 @@ def test_many_texts_speak_for_themselves():
     scores, holds = draw_calibrated(40_000, seed=0)
     # A calibration that is far off.
     curve = OperatingCurve.of(scores**4, holds)
-    best = curve.threshold(F1, prior_texts=LABELS_ALONE)
+    best = curve.threshold(F1, prior_texts=LABELS_ONLY)
     flagged, ideal = scores**4 >= curve.threshold(F1), scores**4 >= best
     assert plain_f1(holds, flagged) == pytest.approx(plain_f1(holds, ideal), abs=2e-3)
 
@@ -159,7 +159,7 @@ def test_saturated_scores_still_get_a_threshold_within_reach(rule):
         assert 0 < threshold < 1
 
 
-def test_each_label_gets_its_own_threshold_midway_and_half_without_positives():
+def test_each_label_gets_a_threshold_midway_and_half_without_positives():
     scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.7], [0.9, 0.5, 0.3]])
     labels = np.array([[0, 0, 1], [1, 0, 0], [1, 0, 0]])
     many = np.tile(scores, (1000, 1)), np.tile(labels, (1000, 1))
@@ -174,16 +174,16 @@ def test_each_label_gets_its_own_threshold_midway_and_half_without_positives():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_curve_is_bounded_and_loses_little(texts, rule):
     scores, holds = draw_calibrated(texts, seed=2)
-    whole = OperatingCurve.of(scores, holds, points=texts + 1)
+    exact = OperatingCurve.of(scores, holds, points=texts + 1)
     bounded = OperatingCurve.of(scores, holds)
     assert len(bounded.thresholds) <= POINTS
     assert len(json.dumps(asdict(bounded))) < 10_000
-    assert bounded.thresholds[0] == whole.thresholds[0]
-    assert bounded.thresholds[-1] == whole.thresholds[-1]
+    assert bounded.thresholds[0] == exact.thresholds[0]
+    assert bounded.thresholds[-1] == exact.thresholds[-1]
     rule = ThresholdRule.parse(rule)
     rates = [
         [(scores >= curve.threshold(rule))[side].mean() for side in (holds, ~holds)]
-        for curve in (whole, bounded)
+        for curve in (exact, bounded)
     ]
     # The arcsine's step at a share of a half is 1.2 %.
     assert rates[0] == pytest.approx(rates[1], abs=0.025)
@@ -232,4 +232,4 @@ def test_a_threshold_that_rests_on_few_texts_is_warned_of(
     assert warn_of_few_texts(task, counts, texts, ThresholdRule.parse(rule)) == bool(doubts)
     found = warned()
     assert len(found) == len(doubts)
-    assert all(part in whole for part, whole in zip(doubts, found, strict=True))
+    assert all(expected in warning for expected, warning in zip(doubts, found, strict=True))

@@ -25,7 +25,7 @@ from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
     TrainingRun,
     make_loss,
-    random_beginnings,
+    random_prefixes,
     validation_score,
 )
 from sidelight.training.preparing import prepare
@@ -56,14 +56,14 @@ def candidate(mechanism="readout", *, seed=0, settings=QUICK, normalise=False, *
     return mechanism_spec(mechanism, options), settings
 
 
-def given(one):
+def candidate_of(one):
     return one.spec, one.settings
 
 
 def contents(one):
     """Every byte that training decided."""
     tensors = {key: value.numpy().tobytes() for key, value in one.mechanism.state_dict().items()}
-    return {**tensors, "logits": one.logits.tobytes(), "history": one.history}
+    return {**tensors, "logits": one.logits.tobytes(), "validation_scores": one.validation_scores}
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +77,33 @@ def together(corpora):
         "weighted": candidate("readout", settings=replace(BRIEF, layer_weights="predictive")),
     }
     torch.manual_seed(7)
-    made = dict(
+    runs_by_name = dict(
         zip(candidates, train_mechanisms([*candidates.values()], **corpora["binary"]), strict=True)
     )
     after = torch.rand(1)
     torch.manual_seed(7)
     # Training leaves the caller's random state alone.
     assert torch.equal(torch.rand(1), after)
-    return made
+    return runs_by_name
 
 
 @pytest.mark.slow
-def test_a_run_depends_on_its_seed_alone_to_the_byte(corpora, together):
+def test_a_run_depends_only_on_its_seed_to_the_byte(corpora, together):
     assert contents(together["gate"]) != contents(together["seed 1"])
     torch.manual_seed(1234)
     names = [*mechanism_names(), "normalised"]
     # Beside other neighbours than before, and then again.
-    for part in (names[::2], names[1::2]):
-        made = train_mechanisms([given(together[name]) for name in part], **corpora["binary"])
-        for name, one in zip(part, made, strict=True):
+    for subset in (names[::2], names[1::2]):
+        runs = train_mechanisms(
+            [candidate_of(together[name]) for name in subset], **corpora["binary"]
+        )
+        for name, one in zip(subset, runs, strict=True):
             before, now = contents(together[name]), contents(one)
             assert {**now, "logits": b""} == {**before, "logits": b""}, name
             # The width of a matmul, which neighbours share, decides the order of float32 sums.
             np.testing.assert_allclose(one.logits, together[name].logits, rtol=1e-4, err_msg=name)
-    again = train_mechanisms([given(one) for one in made], **corpora["binary"])
-    assert [contents(one) for one in again] == [contents(one) for one in made]
+    again = train_mechanisms([candidate_of(one) for one in runs], **corpora["binary"])
+    assert [contents(one) for one in again] == [contents(one) for one in runs]
 
 
 @pytest.mark.slow
@@ -119,7 +121,7 @@ def test_planted_signals_are_learned_and_told_apart(corpora, kind):
     target = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
     for one in train_mechanisms(candidates, **corpora[kind]):
         auprc = average_precision_score(target, one.logits, average="macro")
-        assert auprc > 0.95, given(one)
+        assert auprc > 0.95, candidate_of(one)
 
 
 @pytest.mark.slow
@@ -132,14 +134,14 @@ def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
         candidate("gate", settings=wild),
         candidate("gate", settings=still),
     ]
-    made = train_mechanisms(candidates, **corpora["binary"])
-    for one in made:
-        assert one.best_epoch == 1 + int(np.argmax(one.history))
+    runs = train_mechanisms(candidates, **corpora["binary"])
+    for one in runs:
+        assert one.best_epoch == 1 + int(np.argmax(one.validation_scores))
         labels = corpora["binary"]["validation"].labels
         score = validation_score(TASKS["binary"], one.logits, labels)
         # Epochs are scored in bf16, the result in float32.
-        assert score == pytest.approx(one.history[one.best_epoch - 1], abs=0.02)
-    assert [len(one.history) for one in made] == [6, 6, 3]
+        assert score == pytest.approx(one.validation_scores[one.best_epoch - 1], abs=0.02)
+    assert [len(one.validation_scores) for one in runs] == [6, 6, 3]
 
 
 @pytest.fixture
@@ -195,11 +197,15 @@ def test_a_balanced_loss_weighs_classes_by_their_inverse_frequency(kind, labels)
         weight = (len(labels) / 3 / torch.bincount(labels, minlength=3))[labels]
         total = weight.sum()
     else:
-        own, positives = logits[:, 0] if kind == "binary" else logits, labels.sum(0)
-        each = functional.binary_cross_entropy_with_logits(own, labels.float(), reduction="none")
+        output_logits, positives = logits[:, 0] if kind == "binary" else logits, labels.sum(0)
+        each = functional.binary_cross_entropy_with_logits(
+            output_logits, labels.float(), reduction="none"
+        )
         weight = torch.where(labels.bool(), (len(labels) - positives) / positives, 1.0)
         total = weight.numel()
-    plain, balanced = (make_loss(TASKS[kind], labels, balanced=own) for own in (False, True))
+    plain, balanced = (
+        make_loss(TASKS[kind], labels, balanced=is_balanced) for is_balanced in (False, True)
+    )
     torch.testing.assert_close(plain(logits, labels), each.mean())
     torch.testing.assert_close(balanced(logits, labels), (weight * each).sum() / total)
     # A class without examples does not break it.
@@ -228,9 +234,9 @@ def test_what_a_job_is_scaled_and_weighed_by_changes_what_it_learns(together):
     torch.testing.assert_close(weights, weights[:, :1].expand_as(weights))
     assert weights[:, 0].square().mean().item() == pytest.approx(1, rel=1e-4)
     assert weights.std() > 0.01
-    made = (balanced, gate, raw, normalised, plain)
-    different = [contents(one) for one in made]
-    assert all(one != other for one, other in combinations(different, 2))
+    runs = (balanced, gate, raw, normalised, plain)
+    different = [contents(one) for one in runs]
+    assert all(one != another for one, another in combinations(different, 2))
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -276,16 +282,16 @@ def test_layers_weigh_the_same_of_texts_there_twice(tiny, tmp_path, normalise):
     weighted = candidate(settings=replace(brief, layer_weights="predictive"), normalise=normalise)
     once = planted_rows("binary", 60)
     splits = [
-        make_split(tiny, load_examples(given), FitOptions(max_tokens=512, cache_root=tmp_path))
-        for given in (once, [*once, *once])
+        make_split(tiny, load_examples(texts), FitOptions(max_tokens=512, cache_root=tmp_path))
+        for texts in (once, [*once, *once])
     ]
 
     def scales(split, *candidates):
-        made = train_mechanisms(candidates, training=split, validation=None)
-        return [one.standardisation.scale for one in made]
+        runs = train_mechanisms(candidates, training=split, validation=None)
+        return [one.standardisation.scale for one in runs]
 
     found = [scales(split, plain, weighted) for split in splits]
-    first, second = (unweighted[:, 0] / own[:, 0] for unweighted, own in found)
+    first, second = (unweighted[:, 0] / weighted[:, 0] for unweighted, weighted in found)
     assert first.std() > 0.01
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
@@ -294,12 +300,12 @@ def test_layers_weigh_the_same_of_texts_there_twice(tiny, tmp_path, normalise):
 @pytest.mark.parametrize("standardise", [False, True])
 def test_layers_that_are_not_read_have_projections_of_zero(corpora, weights, standardise):
     settings = replace(BRIEF, epochs=1, layer_weights=weights, standardise=standardise, layers=2)
-    (made,) = train_mechanisms([candidate("readout", settings=settings)], **corpora["binary"])
-    projection = made.standardisation.fold(made.mechanism.columns())
+    (run,) = train_mechanisms([candidate("readout", settings=settings)], **corpora["binary"])
+    projection = run.standardisation.fold(run.mechanism.projections())
     assert projection.weight[:2].any()
     assert not projection.weight[2:].any()
     assert not projection.shift[2:].any()
-    assert np.isfinite(made.logits).all()
+    assert np.isfinite(run.logits).all()
     above = replace(settings, layers=99)
     with pytest.raises(SidelightError, match=wordings.TOO_MANY_LAYERS.format(layers=4)):
         train_mechanisms([candidate("readout", settings=above)], **corpora["binary"])
@@ -314,14 +320,16 @@ def test_settings_are_fitted_to_few_texts_and_to_the_task():
     for kind, task in TASKS.items():
         # Several classes lose accuracy by normalised states.
         assert settings.resolved_for(50, task).normalise == (kind != "multiclass")
-        for given in (False, True):
-            assert replace(settings, normalise=given).resolved_for(50, task).normalise == given
+        for normalise in (False, True):
+            assert (
+                replace(settings, normalise=normalise).resolved_for(50, task).normalise == normalise
+            )
     for name in mechanism_names():
         assert 0 < suggested_settings(name).patience <= suggested_settings(name).epochs
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_leaves_its_neighbours_alone(corpora):
+def test_a_run_that_diverges_does_not_affect_its_neighbours(corpora):
     diverging = candidate("pooling", settings=replace(BRIEF, weight_decay=1e38))
     candidates = [
         candidate("pooling", settings=BRIEF),
@@ -330,30 +338,30 @@ def test_a_run_that_diverges_leaves_its_neighbours_alone(corpora):
     ]
     found = train_mechanisms(candidates, **corpora["binary"])
     assert [one is None for one in found] == [False, True, False]
-    (alone,) = train_mechanisms(candidates[:1], **corpora["binary"])
-    np.testing.assert_allclose(found[0].logits, alone.logits, rtol=1e-3, atol=1e-4)
+    (separate,) = train_mechanisms(candidates[:1], **corpora["binary"])
+    np.testing.assert_allclose(found[0].logits, separate.logits, rtol=1e-3, atol=1e-4)
     without = {**corpora["binary"], "validation": None}
     assert train_mechanisms(candidates[1:2], **without) == [None]
 
 
 @pytest.mark.parametrize(("side", "differs"), [("response", True), ("prompt", False)])
-def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, differs):
+def test_only_a_probe_of_responses_learns_from_prefixes(tiny, tmp_path, side, differs):
     training = split_of(tiny, tmp_path, "binary", 40, seed=0)
     training.states.reads = Reads(side)
-    whole = replace(BRIEF, beginnings=False)
-    candidates = [candidate(settings=BRIEF), candidate(settings=whole)]
+    without_prefixes = replace(BRIEF, prefixes=False)
+    candidates = [candidate(settings=BRIEF), candidate(settings=without_prefixes)]
     both, one = train_mechanisms(candidates, training=training, validation=training)
     assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
 
 
-def test_a_beginning_is_the_first_tokens_of_its_text():
+def test_a_prefix_is_the_first_tokens_of_its_text():
     tokens = Ragged(torch.arange(43.0), torch.tensor([1, 2, 40]))
     torch.manual_seed(0)
     seen = []
     for _ in range(200):
-        begun = random_beginnings(tokens)
-        for own, text in zip(begun.split(), tokens.split(), strict=True):
-            assert torch.equal(own.values, text.values[: len(own.values)])
+        begun = random_prefixes(tokens)
+        for prefix, text in zip(begun.split(), tokens.split(), strict=True):
+            assert torch.equal(prefix.values, text.values[: len(prefix.values)])
         seen.append(begun.lengths)
     least, most = torch.stack(seen).aminmax(dim=0)
     assert (least.tolist(), most.tolist()) == ([1, 1, 1], [1, 2, 40])
@@ -368,7 +376,9 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     steps = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *given: (steps.append(1), step(self, *given))
+        torch.optim.AdamW,
+        "step",
+        lambda self, *arguments: (steps.append(1), step(self, *arguments)),
     )
     settings = replace(QUICK, batch_size=size)
     train_mechanisms([candidate("gate", settings=settings)], training=training, validation=None)
@@ -379,43 +389,46 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
 def test_training_and_validation_share_the_memory_and_what_fits_is_read_once(
     tiny, tmp_path, monkeypatch, share
 ):
-    given = load_examples(planted_rows("binary", 60))
-    training, validation = (given.select(range(*ends)) for ends in ((0, 40), (40, 60)))
+    examples = load_examples(planted_rows("binary", 60))
+    training, validation = (examples.select(range(*ends)) for ends in ((0, 40), (40, 60)))
     options = FitOptions(cache_root=tmp_path)
-    made = prepare(tiny, training, validation, options=options)
-    splits = {"training": made.training, "validation": made.measured}
+    dataset = prepare(tiny, training, validation, options=options)
+    splits = {"training": dataset.training, "validation": dataset.measured}
     sizes = {
         split.states.path(row): split.states.stored_bytes(row)
         for split in splits.values()
         for row in range(len(split))
     }
     options = replace(options, memory_bytes=round(share * sum(sizes.values())))
-    made = prepare(tiny, training, validation, options=options)
+    dataset = prepare(tiny, training, validation, options=options)
     reads, read = Counter(), cache.read_tensors
     monkeypatch.setattr(cache, "read_tensors", lambda path: (reads.update([path]), read(path))[1])
-    train_mechanisms([candidate("gate")], training=made.training, validation=made.measured)
+    train_mechanisms([candidate("gate")], training=dataset.training, validation=dataset.measured)
     assert {*reads} == {*sizes}
-    held = [path for path, times in reads.items() if times == 1]
+    in_memory = [path for path, times in reads.items() if times == 1]
     least, most = options.memory_bytes - max(sizes.values()), options.memory_bytes
-    assert least <= sum(map(sizes.get, held)) <= most
+    assert least <= sum(map(sizes.get, in_memory)) <= most
     # What trains comes first.
-    assert (made.measured.states.path(0) in held) == (share == 1)
+    assert (dataset.measured.states.path(0) in in_memory) == (share == 1)
 
 
 @pytest.mark.parametrize("is_normalised", [None, torch.tensor([True, False, True])])
-def test_products_of_states_in_another_dtype_have_the_columns_and_the_gradient(is_normalised):
+def test_products_of_states_in_another_dtype_have_the_projections_and_the_gradient(is_normalised):
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 7, 5, generator=random).to(torch.bfloat16)
-    columns: list[torch.Tensor] = []
+    products: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     shard = cache.Shard.joined({0: hidden})
-    for project in (loop.layer_products, lambda shard, own: own.layers(shard.hidden.float())):
+    for project in (
+        loop.layer_products,
+        lambda shard, projection: projection.layers(shard.hidden.float()),
+    ):
         weight = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
         shift = torch.ones(4, 3, requires_grad=True)
-        own = project(shard, Projection(weight, shift, is_normalised))
-        (own * torch.arange(3)).sum().backward()
+        product = project(shard, Projection(weight, shift, is_normalised))
+        (product * torch.arange(3)).sum().backward()
         assert weight.grad is not None
-        columns.append(own.detach())
+        products.append(product.detach())
         gradients.append(weight.grad)
-    torch.testing.assert_close(*columns)
+    torch.testing.assert_close(*products)
     torch.testing.assert_close(*gradients)

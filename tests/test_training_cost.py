@@ -42,15 +42,15 @@ def test_the_disk_is_what_a_training_writes(tiny, texts, tmp_path, monkeypatch):
 
 
 def test_a_wider_and_deeper_model_takes_more_of_both(tiny, texts):
-    own, blocks = tiny.fingerprint, tiny.fingerprint.layers - 1
-    larger = replace(own, width=4 * own.width, layers=2 * blocks + 1)
+    fingerprint, blocks = tiny.fingerprint, tiny.fingerprint.layers - 1
+    larger = replace(fingerprint, width=4 * fingerprint.width, layers=2 * blocks + 1)
     small, large = (
         estimate_training(texts, tiny.encoder, model, operations_per_s=SPEED)
-        for model in (own, larger)
+        for model in (fingerprint, larger)
     )
     assert small.tokens == large.tokens
     assert large.seconds == pytest.approx(2 * 4**2 * small.seconds)
-    assert large.disk_bytes == small.disk_bytes * 4 * larger.layers / own.layers
+    assert large.disk_bytes == small.disk_bytes * 4 * larger.layers / fingerprint.layers
 
 
 def test_over_10_gib_takes_a_quarter_of_the_disk(tiny, texts):
@@ -66,24 +66,26 @@ def test_time_is_measured_on_this_cpu(tiny, texts):
 
 
 def test_texts_with_responses_or_spans_are_trained_without_contexts(tiny, texts):
-    alone = sum(training_tokens(texts, tiny.encoder))
+    tokens_of_texts = sum(training_tokens(texts, tiny.encoder))
     spans = replace(texts, spans=((),) * len(texts))
     answers = replace(texts, items=tuple(replace(item, response="") for item in texts.items))
-    for others in (spans, answers):
-        estimate = estimate_training(others, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED)
-        assert estimate.tokens == pytest.approx(alone, rel=OF_CONTEXTS)
-    shown = estimate_training(texts, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED)
-    assert shown.tokens > 10 * alone
+    for examples_without in (spans, answers):
+        estimate = estimate_training(
+            examples_without, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED
+        )
+        assert estimate.tokens == pytest.approx(tokens_of_texts, rel=OF_CONTEXTS)
+    with_contexts = estimate_training(texts, tiny.encoder, tiny.fingerprint, operations_per_s=SPEED)
+    assert with_contexts.tokens > 10 * tokens_of_texts
 
 
 def test_an_estimate_says_minutes_or_hours_and_gigabytes():
-    said = [
+    lines = [
         str(TrainingEstimate(1, 14_300_000_000, seconds)) for seconds in (20.0, 840.0, 36_000.0)
     ]
-    assert [text.split(" on ")[0] for text in said] == [
+    assert [text.split(" on ")[0] for text in lines] == [
         "about 2 minutes", "about 14 minutes", "about 10 hours",
     ]  # fmt: skip
-    assert said[0].endswith("14.3 GB of disk")
+    assert lines[0].endswith("14.3 GB of disk")
 
 
 def test_the_documented_estimates_are_those_of_a_guard_on_a_cpu():

@@ -29,8 +29,8 @@ def test_no_test_pins_a_wording_beside_the_table():
         f"{path.relative_to(ROOT)}:{value.lineno}": prose[0]
         for path in TESTS
         for value in pinned(ast.parse(path.read_text()))
-        for part in ast.walk(value)
-        if isinstance(part, ast.Constant) and (prose := PROSE.search(str(part.value)))
+        for node in ast.walk(value)
+        if isinstance(node, ast.Constant) and (prose := PROSE.search(str(node.value)))
     }
     assert found == {}
 

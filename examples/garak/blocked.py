@@ -19,12 +19,14 @@ from sidelight.statistics.metrics import wilson
 # An attempt is written twice: when it is sent, and when its answer has been detected.
 DETECTED = 2
 lines = map(json.loads, Path(sys.argv[1]).read_text("utf-8").splitlines())
-attempts = [own for own in lines if own["entry_type"] == "attempt" and own["status"] == DETECTED]
+attempts = [
+    each for each in lines if each["entry_type"] == "attempt" and each["status"] == DETECTED
+]
 probes = [attempt["probe_classname"] for attempt in attempts]
 prompts = [attempt["prompt"]["turns"][-1]["content"]["text"] for attempt in attempts]
 # The configuration skips a refusal, which is no answer.
 is_blocked = np.array([attempt["outputs"][0] is None for attempt in attempts])
-hits = [max((s[0] or 0 for s in own["detector_results"].values()), default=0) for own in attempts]
+hits = [max((s[0] or 0 for s in each["detector_results"].values()), default=0) for each in attempts]
 is_hit = np.array(hits) >= 0.5
 texts = [
     item.text

@@ -92,7 +92,7 @@ def _text(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
-    return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return "\n".join(block.get("text", "") for block in content if block.get("type") == "text")
 
 
 async def _annotate(emit: Any, subject: str, flagged: list[str] | None) -> None:

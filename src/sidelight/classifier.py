@@ -24,7 +24,7 @@ from sidelight.probes.bank import Bank
 from sidelight.probes.explanation import Explanation, explain
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
-from sidelight.scoring import assess, find_spans, judge, probe_logits
+from sidelight.scoring import assess, classify, find_spans, probe_logits
 from sidelight.states.reader import Backbone
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.background import load_background
@@ -80,8 +80,8 @@ class Classifier:
             pairs = zip(*find_spans(self.backbone, self.probe, examples), strict=True)
             verdict, labelled = self.probe.verdict, self.probe.labelled_verdict
             return [labelled(verdict(row), spans) for row, spans in pairs]
-        judged = judge(self.backbone, self.probe, examples)
-        return [self.probe.verdict(text.logits, turn=text.turn) for text in judged]
+        outputs = classify(self.backbone, self.probe, examples)
+        return [self.probe.verdict(text.logits, turn=text.turn) for text in outputs]
 
     def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
         """The verdict on one text, and how its logit divides among tokens and layers.
@@ -220,11 +220,11 @@ def train(
         validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
         seed: Decides initial parameters and the order of the data.
-        background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
+        background: Background traffic, as ``load_background`` takes it: a file of texts or chats,
             ``packaged``, or ``none``.
-        context_tokens: The fewest tokens of ordinary traffic that texts are shown in; None: 40,000,
-            and 400,000 on a GPU.
-        none: Whether a probe of several classes says ``none`` to ordinary traffic.
+        context_tokens: The fewest tokens of background traffic that texts are shown in; None:
+            40,000, and 400,000 on a GPU.
+        none: Whether a probe of several classes says ``none`` to background traffic.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
             ``cost=10:1``, as ``ThresholdRule`` describes them.
@@ -292,11 +292,11 @@ def load(
             (``SIDELIGHT_QUANTISED``).
         SidelightError: The artifact or the backbone cannot be loaded.
     """
-    given, digest = None, None
+    model_name, digest = None, None
     if model is not None:
-        given = model.fingerprint.name if isinstance(model, Backbone) else str(model)
+        model_name = model.fingerprint.name if isinstance(model, Backbone) else str(model)
         digest = partial(_digest, model)
-    probe = load_probe(probe_folder(directory, given, digest))
+    probe = load_probe(probe_folder(directory, model_name, digest))
     card, loading = probe.card, EngineOptions(dtype=dtype, device=device)
     named = card.backbone.name if model is None else model
     backbone = (

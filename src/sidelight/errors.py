@@ -80,13 +80,13 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return tuple(import_module(name).HTTPError for name in installed)
 
 
-def how_to_install(part: str) -> str:
+def how_to_install(package: str) -> str:
     """The sentence on installing a part of Sidelight, none of which is on PyPI yet.
 
     Args:
-        part: An extra, such as ``.[serve]``, or a package's folder, such as ``./packages/lab``.
+        package: An extra, such as ``.[serve]``, or a package's folder, such as ``./packages/lab``.
     """
-    return f"In a clone of Sidelight, run `pip install '{part}'`."
+    return f"In a clone of Sidelight, run `pip install '{package}'`."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

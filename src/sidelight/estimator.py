@@ -48,12 +48,12 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         weight_decay: Of the optimiser.
         epochs: The most.
         batch_size: Texts per step.
-        background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
+        background: Background traffic, as ``load_background`` takes it: a file of texts or chats,
             ``packaged``, or ``none``, which shows texts alone.
         context_tokens: The fewest tokens of it that texts are shown in; None: 40,000, and 400,000
             on a GPU.
-        none: Whether a probe of several classes says ``none`` to ordinary traffic once it is saved
-            and served; here, it always chooses among ``classes_``.
+        none: Whether a probe of several classes says ``none`` to background traffic once it is
+            saved and served; here, it always chooses among ``classes_``.
         class_weight: ``balanced`` weighs classes by inverse frequency.
         calibration: How logits become probabilities; None: a temperature for several classes, else
             Platt scaling.
@@ -161,8 +161,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         probabilities = self.probe_.calibration.apply(logits)
         if self.probe_.task.kind == "binary":
             return np.column_stack([1 - probabilities, probabilities])
-        given = probabilities[:, : len(self.classes_)]
-        return given / given.sum(1, keepdims=True)
+        known = probabilities[:, : len(self.classes_)]
+        return known / known.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """The most probable class of each text, whatever the probe's threshold."""
@@ -216,7 +216,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 @lru_cache(maxsize=1)
 def _backbone(model: str) -> TransformersBackbone:
     """A model, which all classifiers of this process share."""
-    return load_backbone(model, for_reading=True)
+    return load_backbone(model, for_probing=True)
 
 
 def _texts(values: Any) -> Sequence[str]:

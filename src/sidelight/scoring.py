@@ -25,11 +25,11 @@ from sidelight.statistics.thresholds import OperatingPoint, operating_curves
 from sidelight.training.dataset import span_places
 from sidelight.training.measuring import trained_texts, warn_of_trained_texts
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.training.traffic import beginning
+from sidelight.training.traffic import excerpt
 from sidelight.training.validation import require_side
 from sidelight.types import Span
 
-_SHOWN_MISTAKES = 5
+_LISTED_MISTAKES = 5
 
 
 def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedPrompt]:
@@ -46,7 +46,7 @@ def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedP
     return prompts
 
 
-def judge(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list[ProbeOutput]:
+def classify(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list[ProbeOutput]:
     """A probe's output for each text.
 
     Raises:
@@ -57,19 +57,19 @@ def judge(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list
     """
     require_side(probe.card, examples)
     bank = Bank([probe], device=backbone.device)
-    (judged,) = text_logits(backbone, bank, encode(backbone.encoder, examples))
-    for index, text in enumerate(judged):
+    (outputs,) = text_logits(backbone, bank, encode(backbone.encoder, examples))
+    for index, text in enumerate(outputs):
         with located(examples[index], index):
             probe.require_finite(text.logits)
-    return judged
+    return outputs
 
 
 def probe_logits(
     backbone: Backbone, probe: Probe, examples: Sequence[Example]
 ) -> Float[np.ndarray, "text output"]:
-    """A probe's logits of each text; the errors are those of ``judge``."""
-    judged = judge(backbone, probe, examples)
-    return np.reshape([text.logits for text in judged], (len(judged), probe.task.outputs))
+    """A probe's logits of each text; the errors are those of ``classify``."""
+    outputs = classify(backbone, probe, examples)
+    return np.reshape([text.logits for text in outputs], (len(outputs), probe.task.outputs))
 
 
 def find_spans(
@@ -83,12 +83,12 @@ def find_spans(
         SidelightError: The probe reads responses and a text has none, or the reverse.
     """
     assert probe.spans is not None
-    judged = judge_characters(backbone, probe, examples)
-    logits = np.reshape([text.logits for text, _ in judged], (len(examples), probe.task.outputs))
-    return logits, [probe.spans.read(scores, probe.task.output_labels) for _, scores in judged]
+    scored = score_characters(backbone, probe, examples)
+    logits = np.reshape([text.logits for text, _ in scored], (len(examples), probe.task.outputs))
+    return logits, [probe.spans.read(scores, probe.task.output_labels) for _, scores in scored]
 
 
-def judge_characters(
+def score_characters(
     backbone: Backbone, probe: Probe, examples: Sequence[Example]
 ) -> list[tuple[ProbeOutput, Float[np.ndarray, "character label"]]]:
     """The output of a probe of spans for each text, and its characters' probabilities."""
@@ -97,12 +97,12 @@ def judge_characters(
     for index, example in enumerate(examples):
         with located(example, index):
             texts.append(example.span_text)
-    judged = judge(backbone, probe, examples)
+    outputs = classify(backbone, probe, examples)
     calibration = probe.spans.calibration
-    tokens = [calibration.apply(text.tokens) for text in judged if text.tokens is not None]
+    tokens = [calibration.apply(text.tokens) for text in outputs if text.tokens is not None]
     places = span_places(backbone.encoder, examples, [*map(len, tokens)])
     scores = map(character_scores, texts, places, tokens)
-    return list(zip(judged, scores, strict=True))
+    return list(zip(outputs, scores, strict=True))
 
 
 class Mistake(NamedTuple):
@@ -145,15 +145,15 @@ class Assessment:
         """The metrics at the top level, as JSON values."""
         flagged, conversations = self.probe.card.training.flagged
         traffic = {"flagged": flagged, "conversations": conversations}
-        figures = (
+        metrics = (
             {**self.report.to_dict(), "traffic": traffic}
             if self.spans is None
-            else {**self.spans.to_dict(), "whole_texts": self.report.to_dict()}
+            else {**self.spans.to_dict(), "full_texts": self.report.to_dict()}
         )
         return {
             "probe": self.probe.name,
             "mechanism": self.probe.card.mechanism.name,
-            **figures,
+            **metrics,
             "operating_points": [point._asdict() for point in self.operating_points],
         }
 
@@ -179,7 +179,7 @@ class Assessment:
             # Two of its labels are wrong: the one that it names counts.
             is_wrong &= ~holds
         distances = np.where(is_wrong, np.abs(probabilities - np.array(thresholds or 0)), 0)
-        order = np.argsort(-distances, axis=None, kind="stable")[:_SHOWN_MISTAKES].tolist()
+        order = np.argsort(-distances, axis=None, kind="stable")[:_LISTED_MISTAKES].tolist()
         worst = [divmod(place, task.outputs) for place in order if distances.flat[place]]
         names = task.output_labels
         return [
@@ -187,7 +187,7 @@ class Assessment:
                 names[output],
                 bool(holds[row, output]),
                 float(probabilities[row, output]),
-                beginning(self.examples.items[row].text),
+                excerpt(self.examples.items[row].text),
             )
             for row, output in worst
         ]
@@ -228,9 +228,11 @@ def assess_logits(
     if found is not None:
         spans = evaluate_spans(examples, found)
         # What a span has holds for its text, whatever the text's own probability.
-        names = [{span.label for span in own} for own in found]
+        names = [{span.label for span in found_spans} for found_spans in found]
         limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
-        row_thresholds = np.array([[0.0 if x in own else t for x, t in limits] for own in names])
+        row_thresholds = np.array(
+            [[0.0 if x in text_labels else t for x, t in limits] for text_labels in names]
+        )
     probabilities = probe.calibration.apply(logits)
     predictions = decide(
         probe.task,
@@ -256,16 +258,16 @@ class GuardTests:
 
     @cached_property
     def _tfidf(self) -> Any:
-        return fit_tfidf(self.texts.whole_texts, self.texts.labels, self.texts.task)
+        return fit_tfidf(self.texts.full_texts, self.texts.labels, self.texts.task)
 
     def measure(self, backbone: Backbone, probe: Probe, test: str) -> dict[str, Any]:
         """The figures on a test, beside those of TF-IDF at as many false positives."""
-        return self.figures(assess(backbone, probe, self.tests[test]), test)
+        return self.results(assess(backbone, probe, self.tests[test]), test)
 
-    def figures(self, assessment: Assessment, test: str) -> dict[str, Any]:
+    def results(self, assessment: Assessment, test: str) -> dict[str, Any]:
         """As ``measure``, from an assessment."""
         probe, examples = assessment.probe, assessment.examples
-        figures: dict[str, Any] = {
+        results: dict[str, Any] = {
             "title": find_guard(probe.name).card.tests[test].title,
             "rows": len(examples),
             "trained": trained_texts(probe.card.training, examples),
@@ -274,14 +276,14 @@ class GuardTests:
             "texts_sha256": examples.content_hash,
         }
         if assessment.spans is not None:
-            return figures | assessment.spans.to_dict()
+            return results | assessment.spans.to_dict()
         positive = examples.labels == 1
         flags = assessment.probabilities[:, 0] >= probe.thresholds[0]
-        scores = self._tfidf.logits(examples.whole_texts)[:, 0]
-        alarms, others = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
-        highest = [*others, -np.inf][alarms]
+        scores = self._tfidf.logits(examples.full_texts)[:, 0]
+        alarms, negatives = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
+        highest = [*negatives, -np.inf][alarms]
         has_both = 0 < positive.sum() < len(positive)
-        return figures | {
+        return results | {
             "positives": int(positive.sum()),
             "found": int(flags[positive].sum()),
             "false_positives": alarms,

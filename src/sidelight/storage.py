@@ -44,7 +44,7 @@ def replacing(path: Path, *, is_one_of_many: bool = False) -> Generator[Path]:
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
-    """Removes what killed processes left: nobody has written to it for an hour."""
+    """Removes what killed processes left: it was not written to for an hour."""
     for path in folder.glob(pattern):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_S:

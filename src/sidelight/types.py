@@ -1,4 +1,4 @@
-"""A probe's mechanism by name, its task, its verdict on a text; the judgement of several probes."""
+"""A probe's mechanism by name, its task, its verdict on a text; the verdicts of several probes."""
 
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -42,7 +42,7 @@ TaskKind = Literal["binary", "multiclass", "multilabel"]
 StatesChoice = Literal["auto", "disk", "stream", "whole"]
 """How a user wants the hidden states of a training kept."""
 OptionValue = int | str
-# The class that training adds for ordinary traffic, which is of no class of the file.
+# The class that training adds for background traffic, which is of no class of the file.
 NONE = "none"
 
 
@@ -126,7 +126,7 @@ class Task:
         probabilities: Mapping[str, float],
         thresholds: Mapping[str, float],
         spans: "Sequence[Span] | None" = None,
-        marked: Iterable[str] = (),
+        annotated: Iterable[str] = (),
         *,
         turn: int | None = None,
         version: str = "",
@@ -139,25 +139,25 @@ class Task:
             thresholds: The probability from which each label holds; a label without one never does.
             spans: The labelled words: what they have holds too, since tokens and texts are
                 calibrated apart; those of labels without a threshold are left out.
-            marked: Labels that hold too where nobody knows the spans.
+            annotated: Labels that also hold where the spans are unknown.
             turn: The turn that decided, as ``Verdict.turn``.
             version: Of the probe, as ``Verdict.version``.
         """
         best = max(probabilities, key=probabilities.__getitem__)
         if spans is not None:
             spans = tuple(span for span in spans if span.label in thresholds)
-            marked = (span.label for span in spans)
-        marked = {*marked}
-        held = tuple(
+            annotated = (span.label for span in spans)
+        annotated = {*annotated}
+        reached = tuple(
             name
             for name, least in thresholds.items()
-            if probabilities[name] >= least or name in marked
+            if probabilities[name] >= least or name in annotated
         )
         if self.kind == "binary":
-            best = held[0] if held else self.labels[0]
-        labels = held if held or self.kind == "multilabel" else (best,)
+            best = reached[0] if reached else self.labels[0]
+        labels = reached if reached or self.kind == "multilabel" else (best,)
         return Verdict(
-            probe, best, labels, dict(probabilities), bool(held), turn, spans, version=version
+            probe, best, labels, dict(probabilities), bool(reached), turn, spans, version=version
         )
 
 
@@ -169,7 +169,7 @@ class Span:
         start: The first, in Unicode code points.
         end: The one after the last.
         label: What they are.
-        probability: Of their surest token, calibrated; None if somebody has labelled them.
+        probability: Calibrated probability of the most confident token; None for ground truth.
         message: The message that they are part of, from 0, if a conversation has several.
         words: The text between them, which leaves neither the process nor ``repr``.
     """
@@ -206,7 +206,7 @@ class Verdict:
         turn: The turn that decided, counted from 0 without leading system turns (the first, if
             several were judged together); None if the whole did.
         spans: The words that have a label, in order, of the prompt or the response; None if the
-            probe labels none, or if nobody knows where in the text its tokens stand.
+            probe labels none, or if the places of its tokens are unknown.
         ignored: Words that have a label and do not count, since the rule ignores them.
         version: ``Probe.version`` of the probe that gave it; "" for a probe that was not loaded
             from an artifact. Equal statements of two versions are equal.
@@ -244,7 +244,7 @@ TokenLabel = tuple[int, str, float]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Verdicts:
     """The statements of several probes about one text, or about a part of it.
 
     Attributes:
@@ -260,15 +260,15 @@ class Judgement:
     token_labels: Mapping[str, Sequence[TokenLabel]] = field(
         default_factory=dict[str, Sequence[TokenLabel]], compare=False
     )
-    tools: "Judgement | None" = field(default=None, compare=False)
+    tools: "Verdicts | None" = field(default=None, compare=False)
 
-    def __or__(self, newer: "Judgement") -> "Judgement":
+    def __or__(self, newer: "Verdicts") -> "Verdicts":
         """Both together; where a probe is in both, the newer verdict or failure counts."""
-        said = {*(verdict.probe for verdict in newer.verdicts), *newer.failed}
-        return Judgement(
-            tuple(verdict for verdict in self.verdicts if verdict.probe not in said)
+        renewed = {*(verdict.probe for verdict in newer.verdicts), *newer.failed}
+        return Verdicts(
+            tuple(verdict for verdict in self.verdicts if verdict.probe not in renewed)
             + newer.verdicts,
-            tuple(name for name in self.failed if name not in said) + newer.failed,
+            tuple(name for name in self.failed if name not in renewed) + newer.failed,
             {**self.token_labels, **newer.token_labels},
             newer.tools or self.tools,
         )
@@ -277,9 +277,9 @@ class Judgement:
         """The verdict of the probe of this name; None if it gave none."""
         return next((verdict for verdict in self.verdicts if verdict.probe == probe), None)
 
-    def of(self, names: Collection[str]) -> "Judgement":
+    def of(self, names: Collection[str]) -> "Verdicts":
         """The part of it that comes from these probes."""
-        return Judgement(
+        return Verdicts(
             tuple(verdict for verdict in self.verdicts if verdict.probe in names),
             tuple(name for name in self.failed if name in names),
             {name: labels for name, labels in self.token_labels.items() if name in names},

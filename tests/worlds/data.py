@@ -111,7 +111,7 @@ def split_of(
 def span_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Words, of which numbers and shouts are labelled."""
     draw = random.Random(seed)
-    made: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for _ in range(count):
         text, spans = "", []
         for _ in range(draw.randint(2, 6)):
@@ -120,8 +120,8 @@ def span_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
             if label:
                 spans.append({"start": len(text), "end": len(text) + len(word), "label": label})
             text += word + draw.choice([" and ", ", or "])
-        made.append({"text": text, "spans": spans})
-    return made
+        rows.append({"text": text, "spans": spans})
+    return rows
 
 
 def with_curves(probe: Probe) -> Probe:
@@ -246,7 +246,7 @@ def install_guards(
 ) -> Path:
     """Installs the guards ``shouts``, ``replies`` and ``letters``; returns the package's folder."""
     home, names = folder / package, ""
-    for name, reads, labels, made in (
+    for name, reads, labels, rows_of in (
         ("shouts", "prompt", GUARD_LABELS, guard_texts),
         ("replies", "response", GUARD_LABELS, guard_answers),
         ("letters", "prompt", "", guard_spans),
@@ -256,8 +256,8 @@ def install_guards(
         (home / name).mkdir(parents=True)
         card = GUARD_CARD.format(name=name, reads=reads, labels=labels)
         (home / f"{name}.toml").write_text(card)
-        write(home / name / "train.jsonl.gz", made(60))
-        write(home / name / "test_unseen.jsonl.gz", made(24, 1))
+        write(home / name / "train.jsonl.gz", rows_of(60))
+        write(home / name / "test_unseen.jsonl.gz", rows_of(24, 1))
     (home / "__init__.py").touch()
     about = folder / f"{package}-1.0.dist-info"
     about.mkdir()
@@ -290,7 +290,7 @@ def little_traffic(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def brief_trainings(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Little ordinary traffic, and one epoch."""
+    """Little background traffic, and one epoch."""
     for mechanism in ("readout", "spans"):
         patch.setitem(SUGGESTED, mechanism, TrainingSettings(epochs=1, least_steps=0))
     with little_traffic(folder, patch):

@@ -92,7 +92,7 @@ def states(
         lambda layer, hidden: seen.setdefault(layer, []).append(hidden[0].clone())
     ):
         backbone.run([text], after=after)
-    return torch.stack([torch.cat(parts) for parts in seen.values()]).float().numpy()
+    return torch.stack([torch.cat(chunks) for chunks in seen.values()]).float().numpy()
 
 
 def write_gguf(model: Any, path: Path, architecture: str, tokenizer: Any, **changes: Any) -> Path:
@@ -145,9 +145,9 @@ def write_gguf(model: Any, path: Path, architecture: str, tokenizer: Any, **chan
     unused = config.vocab_size - len(tokens) - 1
     # llama.cpp wants a merge; this one is of bytes that no text has.
     first = len(SPECIAL_TOKENS)
-    ordinary = len(tokens) - first
+    normal = len(tokens) - first
     writer.add_token_list([*tokens, "ĀĀ", *(f"[PAD{i}]" for i in range(unused))])
-    kinds = [TokenType.CONTROL] * first + [TokenType.NORMAL] * (ordinary + 1)
+    kinds = [TokenType.CONTROL] * first + [TokenType.NORMAL] * (normal + 1)
     writer.add_token_types([*kinds, *[TokenType.UNUSED] * unused])
     writer.add_token_merges(["Ā Ā"])
     names = get_tensor_name_map(

@@ -88,11 +88,11 @@ def started(model, is_together, **options):
     from sidelight_vllm.settings import ProbeSet
     from worlds.vllm import WARM_UP, together
 
-    given = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "max_model_len": 1088}
+    defaults = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "max_model_len": 1088}
     with asyncio.Runner() as runner:
 
         async def start():
-            fields = {**given, **WARM_UP, **options}
+            fields = {**defaults, **WARM_UP, **options}
             with together() if is_together else nullcontext():
                 engine = load_vllm_engine(model.path, model.probes, dtype="float32", options=fields)
             await engine.start()
@@ -101,7 +101,7 @@ def started(model, is_together, **options):
         engine = runner.run(start())
         unstarted = VllmEngine(
             engine._llm,
-            ProbeSet(tuple(model.probes), identity=""),
+            ProbeSet(tuple(model.probes), revision=""),
             name="unstarted",
             encoder=model.backbone.encoder,
             fingerprint=model.backbone.fingerprint,

@@ -22,7 +22,7 @@ CRITERION = "The text asks for a secret number."
 
 def chat_answer(*tokens: Token, content: str | None = None) -> dict[str, Any]:
     """A chat completion with log-probabilities, as vLLM, llama.cpp and Ollama give them."""
-    said = "".join(token for token, _ in tokens) if content is None else content
+    text = "".join(token for token, _ in tokens) if content is None else content
     scored = [
         {
             "token": token,
@@ -43,7 +43,7 @@ def chat_answer(*tokens: Token, content: str | None = None) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": said},
+                "message": {"role": "assistant", "content": text},
                 "logprobs": {"content": scored} if scored else None,
                 "finish_reason": "stop",
             }

@@ -85,7 +85,7 @@ FAMILIES = tuple(_CONFIGS)
 TOXICITY = Task("binary", ("fine", "toxic"))
 INTENT = Task("multiclass", ("billing", "refund", "other"))
 TOPICS = Task("multilabel", ("violence", "sexual"))
-PIECES = Task("multilabel", ("NAME", "PLACE"))
+NAMES_AND_PLACES = Task("multilabel", ("NAME", "PLACE"))
 
 
 def byte_level(
@@ -196,7 +196,7 @@ def spans_probe(
 ) -> Probe:
     """A probe of random weights that labels the tokens which reach the threshold."""
     probe = untrained_probe(
-        backbone, name, task=PIECES, reads=Reads(side, template=False), mechanism="spans"
+        backbone, name, task=NAMES_AND_PLACES, reads=Reads(side, template=False), mechanism="spans"
     )
     outputs = probe.task.outputs
     rule = SpanRule(probe.calibration, (threshold,) * outputs, (None,) * outputs)
@@ -281,15 +281,15 @@ WITHOUT_TOOLS = {"gemma-3", "phi-3", "phi-4"}
 
 
 @cache
-def family_tokenizer(family: str, *, pieces: bool = False) -> PreTrainedTokenizerFast:
+def family_tokenizer(family: str, *, is_split: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer with the family's template and control tokens.
 
     Args:
         family: One of ``FAMILIES``.
-        pieces: Words with a blank before them, as in SentencePiece, in place of GPT-2's bytes.
+        is_split: Words with a blank before them, as in SentencePiece, in place of GPT-2's bytes.
     """
     template = CHAT_FAMILIES[family]
-    tokenizer = _pieces(template) if pieces else merging_tokenizer(template)
+    tokenizer = _split_tokenizer(template) if is_split else merging_tokenizer(template)
     names = {*_CONTROLS.findall(template), "</s>"}
     names |= {"<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"} if family == "phi-3" else set()
     names |= {"<｜begin▁of▁sentence｜>"} if family == "deepseek" else set()
@@ -302,7 +302,7 @@ def family_tokenizer(family: str, *, pieces: bool = False) -> PreTrainedTokenize
     return tokenizer
 
 
-def _pieces(template: str) -> PreTrainedTokenizerFast:
+def _split_tokenizer(template: str) -> PreTrainedTokenizerFast:
     words = ["▁", "\n", "\n\n", "▁a", "us", "er", "user", "▁user", "\nu"]
     merges = [("\n", "\n"), ("▁", "a"), ("u", "s"), ("e", "r"), ("us", "er"), ("▁", "user")]
     plain = _with_byte_fallback([*_LETTERS, *words], merges)

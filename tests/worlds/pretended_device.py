@@ -74,7 +74,7 @@ class Elsewhere(torch.Tensor):
     def __new__(cls, numbers: Tensor, device: torch.device) -> "Elsewhere":
         # A view of a tensor that is none of inference mode must not be one either.
         with torch.inference_mode(mode=False):
-            made = torch.Tensor._make_wrapper_subclass(
+            tensor = torch.Tensor._make_wrapper_subclass(
                 cls,
                 numbers.shape,
                 strides=numbers.stride(),
@@ -83,8 +83,8 @@ class Elsewhere(torch.Tensor):
                 device=device,
                 requires_grad=numbers.requires_grad,
             )
-        made.numbers = numbers.detach()
-        return made
+        tensor.numbers = numbers.detach()
+        return tensor
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         if not force:
@@ -173,8 +173,8 @@ _LIBRARIES = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", 
 _LIBRARIES[0].fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
 for _name in _KERNELS:
     _function = torch.ops.aten
-    for _part in _name.split("."):
-        _function = getattr(_function, _part)
+    for _attribute in _name.split("."):
+        _function = getattr(_function, _attribute)
     _LIBRARIES[1].impl(
         _name.removesuffix(".default"),
         lambda *args, _function=_function, **kwargs: _run(_function, args, kwargs),

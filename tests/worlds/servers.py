@@ -22,7 +22,7 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from sidelight.cli import main
-from sidelight.engines.base import Engine, Finished, PromptJudged, Sampling, TextDelta
+from sidelight.engines.base import Engine, Finished, PromptClassified, Sampling, TextDelta
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message
@@ -50,7 +50,7 @@ ENGINE_ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Answer:
-    judged: PromptJudged
+    classified: PromptClassified
     text: str
     finished: Finished
 
@@ -73,7 +73,7 @@ async def ask(engine, text, sampling=GREEDY, delay_s=0.0):
     """The answer to a text, of which no probe is watched."""
     await asyncio.sleep(delay_s)
     events = await events_of(engine, text, sampling)
-    assert isinstance(events[0], PromptJudged)
+    assert isinstance(events[0], PromptClassified)
     assert isinstance(events[-1], Finished)
     assert all(isinstance(event, TextDelta) for event in events[1:-1])
     return Answer(events[0], "".join(event.text for event in events[1:-1]), events[-1])
@@ -101,7 +101,7 @@ def count_passes(backbone):
     return shapes
 
 
-def written_alone(backbone, text, *, max_tokens=GREEDY.max_tokens):
+def written_singly(backbone, text, *, max_tokens=GREEDY.max_tokens):
     """The prompt, and the tokens that follow it when the model alone writes."""
     prompt = backbone.encoder.encode([Message("user", text)])
     ids = torch.tensor([prompt.token_ids])
@@ -117,7 +117,7 @@ def written_alone(backbone, text, *, max_tokens=GREEDY.max_tokens):
 
 def reference(backbone, text):
     """The text that the model alone writes, and how many tokens it has."""
-    _, written = written_alone(backbone, text)
+    _, written = written_singly(backbone, text)
     # An unfinished character at the end is not sent.
     text = backbone.tokenizer.decode(written, skip_special_tokens=True).rstrip("\ufffd")
     return text, len(written)
@@ -126,7 +126,8 @@ def reference(backbone, text):
 def require_alike(verdicts, wanted):
     """Verdicts of the same probabilities, but for rounding."""
     actual, expected = (
-        [p for verdict in own for p in verdict.probabilities.values()] for own in (verdicts, wanted)
+        [p for verdict in side for p in verdict.probabilities.values()]
+        for side in (verdicts, wanted)
     )
     np.testing.assert_allclose(actual, expected, rtol=0, atol=ENGINE_ROUNDING)
 
@@ -254,7 +255,7 @@ def raw_connection(address: str, *, timeout: float = 10) -> Iterator[socket.sock
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as opened:
         return opened.getsockname()[1]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 
-from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
+from policy_contract import ADMIN, Asked, Subjects, chat, chunks_of
 from sidelight.probes.card import read_card
-from sidelight_vllm.settings import identity_of
+from sidelight_vllm.settings import revision_of
 from worlds.servers import free_port
 from worlds.vllm import IS_INTERPRETED
 
@@ -232,9 +232,9 @@ def replace_probe(address: str, name: str, folder: str) -> httpx.Response:
 @contextmanager
 def unjudged(address: str, folders: Sequence[str]) -> Iterator[None]:
     """Has other probes in the workers; the server takes no verdict of theirs."""
-    others = folders[::-1]
-    identity = identity_of(read_card(folder).version for folder in others)
-    for method, argument in (("check", others), ("load", identity)):
+    reversed_folders = folders[::-1]
+    revision = revision_of(read_card(folder).version for folder in reversed_folders)
+    for method, argument in (("check", reversed_folders), ("load", revision)):
         body = {"method": f"sidelight_{method}", "args": [argument]}
         answer = httpx.post(f"{address}/collective_rpc", json=body, timeout=60)
         assert answer.json()["results"] == [None]
@@ -253,24 +253,24 @@ _WRITTEN = {
 _ASKED = {"sidelight", "moderation", "usage", "format", "tools", "tool_choice", "stop_reason"}
 
 
-def written_in(part: Any, *, name: str = ""):
+def written_in(item: Any, *, name: str = ""):
     """Every text and token id in fields of the model's text, but for what the request says."""
-    if isinstance(part, dict):
-        for key, own in part.items():
+    if isinstance(item, dict):
+        for key, value in item.items():
             if not key.startswith("prompt") and key not in _ASKED:
-                yield from written_in(own, name=key if key in _WRITTEN else name)
-    elif isinstance(part, list):
-        for own in part:
-            yield from written_in(own, name=name)
-    elif name and part not in ("", None, "text", "output_text", "assistant", "message"):
-        yield part
+                yield from written_in(value, name=key if key in _WRITTEN else name)
+    elif isinstance(item, list):
+        for value in item:
+            yield from written_in(value, name=name)
+    elif name and item not in ("", None, "text", "output_text", "assistant", "message"):
+        yield item
 
 
 def token_ids(response: httpx.Response) -> tuple[list[int], str]:
     """Those of the only choice, and why it ends."""
     ids, reason = [], ""
-    for part in parts_of(response):
-        for choice in part.get("choices", ()):
+    for chunk in chunks_of(response):
+        for choice in chunk.get("choices", ()):
             ids += choice.get("token_ids") or []
             reason = choice.get("finish_reason") or reason
     return ids, reason

@@ -28,7 +28,7 @@ from transformers import (
 
 from sidelight.data.spans import SpanRule
 from sidelight.engines.transformers.backbone import TransformersBackbone
-from sidelight.models.conversation import EncodedPrompt, Part, Reads, Side
+from sidelight.models.conversation import EncodedPrompt, Reads, Side, TokenRole
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.bank import Bank
 from sidelight.probes.mechanisms.base import (
@@ -45,7 +45,7 @@ from sidelight.types import Task
 from sidelight_llama.backbone import LlamaBackbone
 from sidelight_vllm import KEY
 from sidelight_vllm.requests import read_report, request_params
-from sidelight_vllm.settings import DESCRIBED
+from sidelight_vllm.settings import ANNOTATED
 from worlds.models import (
     INTENT,
     SIZES,
@@ -123,7 +123,7 @@ def with_probes(backbone, path, folder) -> Model:
     return Model(backbone, path, probes, _on_disk(backbone, probes, folder))
 
 
-def judging_any_text(backbone, names_and_reads, folder) -> tuple[list, list[str]]:
+def probes_of_any_text(backbone, names_and_reads, folder) -> tuple[list, list[str]]:
     """Probes of chats and plain text, and their folders."""
     scaling = replace(measured(backbone), is_normalised=False)
     plain = [
@@ -173,15 +173,15 @@ def random_prompt(backbone, length, *, seed, prefix=()) -> EncodedPrompt:
     vocabulary = model.vocabulary_size if is_gguf else model.config.get_text_config().vocab_size
     fresh = max(0, length - len(prefix))
     token_ids = (*prefix, *(int(t) for t in random.integers(5, vocabulary, fresh)))
-    parts = [Part(int(part)) for part in random.integers(0, 4, length)]
-    parts[-2:] = [Part.PROMPT, Part.RESPONSE][-min(2, length) :]
-    return EncodedPrompt(token_ids[:length], tuple(parts))
+    token_roles = [TokenRole(int(role)) for role in random.integers(0, 4, length)]
+    token_roles[-2:] = [TokenRole.PROMPT, TokenRole.RESPONSE][-min(2, length) :]
+    return EncodedPrompt(token_ids[:length], tuple(token_roles))
 
 
 def followed(prompt: EncodedPrompt, token_ids: Sequence[int]) -> EncodedPrompt:
     """The prompt and what was read of the response."""
-    parts = prompt.parts + (Part.RESPONSE,) * len(token_ids)
-    return replace(prompt, token_ids=(*prompt.token_ids, *token_ids), parts=parts)
+    token_roles = prompt.token_roles + (TokenRole.RESPONSE,) * len(token_ids)
+    return replace(prompt, token_ids=(*prompt.token_ids, *token_ids), token_roles=token_roles)
 
 
 def mixed_prompts(backbone, count, *, longest=LONGEST) -> list[EncodedPrompt]:
@@ -217,7 +217,7 @@ def _probabilities(probe, logits) -> np.ndarray:
 def reported(output) -> dict[str, np.ndarray]:
     """The same from an output of vLLM."""
     report = read_report(output.kv_transfer_params)
-    report.require_judged()
+    report.require_verdicts()
     values = {v.probe: np.array(list(v.probabilities.values())) for v in report.verdicts}
     return values | dict.fromkeys(report.failed, np.nan)
 
@@ -267,7 +267,7 @@ def llm_of(model: Model, *, is_apart: bool = True, **options) -> Iterator:
     """vLLM's offline engine with the plugin in it, in this process or in others."""
     from vllm import LLM
 
-    given = {
+    defaults = {
         "dtype": "float32",
         "block_size": 32,
         "enforce_eager": True,
@@ -279,8 +279,8 @@ def llm_of(model: Model, *, is_apart: bool = True, **options) -> Iterator:
     with nullcontext() if is_apart else in_this_process():
         llm = LLM(
             model=model.path,
-            additional_config={KEY: {"probes": model.folders, DESCRIBED: True}},
-            **{**given, **options},
+            additional_config={KEY: {"probes": model.folders, ANNOTATED: True}},
+            **{**defaults, **options},
         )
         try:
             yield llm
@@ -292,8 +292,8 @@ def sampling_of(prompt: EncodedPrompt, **sampling):
     """Greedy, one token unless ``sampling`` says otherwise, with what the tokens belong to."""
     from vllm import SamplingParams
 
-    given = {"max_tokens": 1, "temperature": 0, **sampling}
-    return SamplingParams(**given, extra_args={"kv_transfer_params": request_params(prompt)})
+    defaults = {"max_tokens": 1, "temperature": 0, **sampling}
+    return SamplingParams(**defaults, extra_args={"kv_transfer_params": request_params(prompt)})
 
 
 def run_llm(llm, prompts, **sampling) -> list:
@@ -490,5 +490,7 @@ def _labelling_probe(backbone: TransformersBackbone, name: str, side: Side) -> P
         replace(calibration, scale=(0.3,) * task.outputs), (0.5,) * task.outputs, (None,) * 2
     )
     plain = untrained_probe(backbone, name, task=task, reads=Reads(side, template=False))
-    own = plain.changed(prompt_format="both", mechanism=spec, calibration=calibration, spans=rule)
-    return replace(own, mechanism=built)
+    changed = plain.changed(
+        prompt_format="both", mechanism=spec, calibration=calibration, spans=rule
+    )
+    return replace(changed, mechanism=built)

@@ -17,7 +17,7 @@ from sidelight.data.guards import find_guard
 from sidelight.data.loading import load_examples
 from sidelight.data.near_duplicates import NearDuplicates, are_alike
 from sidelight.guards import packaged_folders, probe_folder
-from sidelight.models.conversation import Part
+from sidelight.models.conversation import TokenRole
 from sidelight.probes.artifact import load_probe
 from sidelight.probes.bank import Bank
 from sidelight.probes.card import read_card
@@ -47,8 +47,8 @@ def test_a_guard_is_installed_from_here_with_texts_of_both_classes(name):
     assert guard.folder == PACKAGE / name
     assert (guard.card.reads == "response") == (name == "refusal")
     assert len(examples(name)) > 1500
-    held = examples(name).labels.reshape(len(examples(name)), -1).any(1)
-    assert 500 < held.sum() < len(held) - 500
+    is_positive = examples(name).labels.reshape(len(examples(name)), -1).any(1)
+    assert 500 < is_positive.sum() < len(is_positive) - 500
     assert not examples(name).skipped.empty_text
 
 
@@ -96,10 +96,10 @@ def test_the_page_counts_the_texts_and_names_the_tests():
     page = (PACKAGE.parents[3] / "docs" / "guards.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) / ([\d,]+) \| (.+) \|$", page, re.MULTILINE)
     assert [name for name, *_ in rows] == sorted(NAMES, key=[row[0] for row in rows].index)
-    for name, positive, other, tests in rows:
-        held = examples(name).labels.reshape(len(examples(name)), -1).any(1)
-        told = (int(positive.replace(",", "")), int(other.replace(",", "")))
-        assert told == (held.sum(), (~held).sum())
+    for name, positive, negative, tests in rows:
+        is_positive = examples(name).labels.reshape(len(examples(name)), -1).any(1)
+        told = (int(positive.replace(",", "")), int(negative.replace(",", "")))
+        assert told == (is_positive.sum(), (~is_positive).sum())
         assert re.findall(r"`(\w+)`", tests) == [*find_guard(name).card.tests]
 
 
@@ -127,11 +127,11 @@ def test_the_packaged_probe_was_trained_on_the_packaged_texts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_packaged_figures_are_those_of_the_packaged_probe_on_the_packaged_tests(name):
-    figures, version = packaged(name, "figures.json"), load_probe(PACKAGE / name).version
+def test_the_packaged_results_are_those_of_the_packaged_probe_on_the_packaged_tests(name):
+    results, version = packaged(name, "figures.json"), load_probe(PACKAGE / name).version
     tests = {test: examples(name, test).content_hash for test in find_guard(name).card.tests}
-    assert {test: own["texts_sha256"] for test, own in figures.items()} == tests
-    assert {own["probe"] for own in figures.values()} == {version}
+    assert {test: result["texts_sha256"] for test, result in results.items()} == tests
+    assert {result["probe"] for result in results.values()} == {version}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,20 +145,22 @@ def test_a_guard_is_found_by_its_name_and_by_the_model(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
-    probe, copy = (load_probe(PACKAGE / name / part) for part in ("", "smollm2.gguf"))
+    probe, copy = (load_probe(PACKAGE / name / folder) for folder in ("", "smollm2.gguf"))
     assert copy.card.training.copy_of == probe.version
     build = packaged(name, "build.json")["gguf"]
     assert build["probe"] == probe.version
     assert build["agreeing"] >= 0.99 * build["texts"] > 900
     hidden = torch.randn(31, 40, 576, generator=torch.Generator().manual_seed(0)) * 5
-    parts = [bytes([Part.RESPONSE if probe.reads.includes_response else Part.PROMPT] * 40)]
+    token_roles = [
+        bytes([TokenRole.RESPONSE if probe.reads.includes_response else TokenRole.PROMPT] * 40)
+    ]
     logits: list[np.ndarray] = []
-    for own in (probe, copy):
-        bank = Bank([own])
+    for probe_or_copy in (probe, copy):
+        bank = Bank([probe_or_copy])
         tap = bank.tap()
-        for layer in range(own.card.backbone.layers):
+        for layer in range(probe_or_copy.card.backbone.layers):
             tap(layer, hidden[layer, None])
-        logits += bank.logits(bank.summarise(tap.projected().flatten(0, 1), parts))
+        logits += bank.logits(bank.summarise(tap.projected().flatten(0, 1), token_roles))
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
 
 
@@ -177,7 +179,7 @@ def test_no_packaged_probe_holds_a_text(name):
 def test_no_training_text_is_a_near_duplicate_of_a_test(name):
     training = examples(name)
     tests = [examples(name, test) for test in find_guard(name).card.tests]
-    keys = [item.text_key for part in (training, *tests) for item in part.items]
+    keys = [item.text_key for dataset in (training, *tests) for item in dataset.items]
     alike = NearDuplicates.among(keys)
     is_training = np.zeros(alike.texts.max() + 1, dtype=bool)
     is_training[alike.texts[: len(training)]] = True
@@ -224,8 +226,12 @@ def test_no_conversation_of_the_background_holds_a_near_duplicate_of_a_test():
     """It would train as a text without the label."""
     tests = [examples(name, test) for name in NAMES for test in find_guard(name).card.tests]
     keys = sorted({item.text_key for test in tests for item in test.items})
-    said = {turn for turns in load_background("packaged").conversations for turn in turns}
-    asked = sorted({Example((turn,)).text_key for turn in said if turn.role != "assistant"})
+    turns_of_background = {
+        turn for turns in load_background("packaged").conversations for turn in turns
+    }
+    asked = sorted(
+        {Example((turn,)).text_key for turn in turns_of_background if turn.role != "assistant"}
+    )
     alike = are_alike(asked, keys, cosine=0.75)
     assert not alike.any(), [asked[row] for row in np.flatnonzero(alike)]
 

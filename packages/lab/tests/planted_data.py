@@ -103,7 +103,7 @@ class Data(DataSet):
         training: LabelledExamples | None = None,
         validation: LabelledExamples | None = None,
         tested: LabelledExamples | None = None,
-        parts: Mapping[str, np.ndarray] | None = None,
+        splits: Mapping[str, np.ndarray] | None = None,
         on_test: Callable[[], None] = lambda: None,
     ):
         self.__dict__.update(
@@ -113,7 +113,7 @@ class Data(DataSet):
             notes=("Made up for tests.", "3 test rows have a cold."),
         )
         self._tested = tested or examples(kind, 70, 3)
-        self._parts = parts or {}
+        self._splits = splits or {}
         self._on_test = on_test
 
     @property
@@ -124,7 +124,7 @@ class Data(DataSet):
     @property
     def subsets(self) -> Mapping[str, np.ndarray]:
         self._on_test()
-        return self._parts
+        return self._splits
 
 
 def context_of(
@@ -134,12 +134,12 @@ def context_of(
     *,
     text: str = TABLE,
     data: DataSet | None = None,
-    **given: object,
+    **options: object,
 ) -> RecipeContext:
     """A recipe with the planted data, or other data; what is given replaces the rest."""
     usual = {"recipe": recipe(text), "load": lambda _name: data or Data()}
     return RecipeContext(
-        text=text, directory=directory, backbone=backbone, cache_root=cache, **(usual | given)
+        text=text, directory=directory, backbone=backbone, cache_root=cache, **(usual | options)
     )
 
 

@@ -13,7 +13,7 @@ import wordings
 from sidelight.classifier import Classifier
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import Part
+from sidelight.models.conversation import TokenRole
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.mechanisms.base import (
     Geometry,
@@ -26,9 +26,9 @@ from sidelight.types import Span
 from sidelight_lab.anatomy import (
     ablated,
     examine,
-    read_columns,
+    read_projections,
     token_groups,
-    token_views,
+    token_masks,
     write_anatomy,
 )
 from sidelight_lab.cli.anatomy import anatomy as command
@@ -60,47 +60,52 @@ def make(tiny):
     return build
 
 
-def all_columns(classifier, texts):
+def all_projections(classifier, texts):
     prompts = encode(classifier.backbone.encoder, texts.items)
-    (batch,) = read_columns(classifier, prompts)
+    (batch,) = read_projections(classifier, prompts)
     return prompts, *batch
 
 
 @pytest.mark.parametrize(("mechanism", "options"), EVERY)
 def test_what_is_left_out_is_at_its_mean_or_not_read(tiny, make, mechanism, options):
     classifier, texts = make(mechanism, options), examples("binary", 12, 3)
-    prompts, rows, tokens = all_columns(classifier, texts)
+    prompts, rows, tokens = all_projections(classifier, texts)
     groups = [token_groups(prompts[row], classifier.probe.reads) for row in rows]
-    views = ablated(tokens, torch.cat(groups))
-    found = {view: classifier.probe.mechanism.logits(own) for view, own in views.items()}
-    whole = torch.from_numpy(classifier.logits(texts.items)[rows]).float()
-    torch.testing.assert_close(found["everything"], whole, **CLOSE)
+    ablations = ablated(tokens, torch.cat(groups))
+    found = {
+        ablation: classifier.probe.mechanism.logits(states)
+        for ablation, states in ablations.items()
+    }
+    full = torch.from_numpy(classifier.logits(texts.items)[rows]).float()
+    torch.testing.assert_close(found["everything"], full, **CLOSE)
     # The mechanism's equation, on states that are standardised as its probe says.
     copies = [[] for _ in rows]
 
     def keep(_layer, hidden):
-        for copy, own, row in zip(copies, hidden, rows, strict=True):
-            copy.append(own[: len(prompts[row])][prompts[row].mask(classifier.probe.reads)])
+        for copy, states, row in zip(copies, hidden, rows, strict=True):
+            copy.append(states[: len(prompts[row])][prompts[row].mask(classifier.probe.reads)])
 
     with tiny.tapped(keep):
         tiny.run([prompts[row] for row in rows])
-    own = classifier.probe.standardisation
-    for place, (copy, marks) in enumerate(zip(copies, groups, strict=True)):
-        hidden = (torch.stack(copy) - own.mean[:, None]) / own.scale[:, None]
+    standardisation = classifier.probe.standardisation
+    for place, (copy, groups_of_text) in enumerate(zip(copies, groups, strict=True)):
+        hidden = (torch.stack(copy) - standardisation.mean[:, None]) / standardisation.scale[
+            :, None
+        ]
         for layer in range(len(copy)):
-            kept = torch.arange(len(copy)) != layer
-            for view, mask in (("drop", kept), ("only", ~kept)):
+            is_included = torch.arange(len(copy)) != layer
+            for ablation, mask in (("drop", is_included), ("only", ~is_included)):
                 dense = (hidden * mask[:, None, None])[None]
                 logits = classifier.probe.mechanism(dense, torch.ones(1, dense.shape[2]).bool())
-                torch.testing.assert_close(found[f"{view} {layer}"][place], logits[0], **CLOSE)
-        for view, shown in token_views(marks).items():
-            logits = classifier.probe.mechanism(hidden[None], shown[None])
-            torch.testing.assert_close(found[view][place], logits[0], **CLOSE)
+                torch.testing.assert_close(found[f"{ablation} {layer}"][place], logits[0], **CLOSE)
+        for ablation, is_read in token_masks(groups_of_text).items():
+            logits = classifier.probe.mechanism(hidden[None], is_read[None])
+            torch.testing.assert_close(found[ablation][place], logits[0], **CLOSE)
 
 
-def test_a_text_left_without_tokens_is_judged_as_one_mean_token(make):
+def test_a_text_left_without_tokens_is_scored_as_one_mean_token(make):
     classifier = make("readout")
-    _, _, tokens = all_columns(classifier, examples("binary", 5, 3))
+    _, _, tokens = all_projections(classifier, examples("binary", 5, 3))
     template = torch.tensor([[False, False, True, False]]).expand(len(tokens.values), -1)
     left = ablated(tokens, template)["without template tokens"]
     bias = classifier.probe.mechanism.bias.expand(5, 1)
@@ -108,14 +113,14 @@ def test_a_text_left_without_tokens_is_judged_as_one_mean_token(make):
 
 
 def test_a_probe_that_reads_one_layer_is_attributed_to_it(make):
-    classifier, others = make("readout"), torch.arange(4) != 2
+    classifier, is_unread = make("readout"), torch.arange(4) != 2
     for parameter in (classifier.probe.mechanism.value, classifier.probe.mechanism.last):
-        parameter[others] = 0
+        parameter[is_unread] = 0
     found = examine(classifier, examples("binary", 40, 0))
     for use in found.use.values():
         np.testing.assert_allclose(use.layer_shares, np.eye(4)[2], atol=1e-5)
-    scores = {view: np.array(by_layer) for view, by_layer in found.layer_ablation.items()}
-    np.testing.assert_allclose(scores["drop"][others], found.score)
+    scores = {ablation: np.array(by_layer) for ablation, by_layer in found.layer_ablation.items()}
+    np.testing.assert_allclose(scores["drop"][is_unread], found.score)
     assert scores["only"][2] == pytest.approx(found.score)
     assert scores["drop"][2] != pytest.approx(found.score)
 
@@ -124,12 +129,12 @@ def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt
     prompts = encode(tiny.encoder, examples("binary", 9, 0).items)
     groups = torch.cat([token_groups(prompt, make().probe.reads) for prompt in prompts])
     assert bool((groups.sum(1) == 1).all())
-    parts = np.concatenate([np.array(prompt.parts) for prompt in prompts])
+    token_roles = np.concatenate([np.array(prompt.token_roles) for prompt in prompts])
     # What stands before a prompt's text is not read, so its first token is of the text.
     first, last, template, content = groups.sum(0).tolist()
     assert first == last == len(prompts)
-    assert first + content == (parts == Part.PROMPT).sum()
-    assert last + template == (parts == Part.TEMPLATE).sum()
+    assert first + content == (token_roles == TokenRole.PROMPT).sum()
+    assert last + template == (token_roles == TokenRole.TEMPLATE).sum()
 
 
 @pytest.mark.parametrize(
@@ -143,9 +148,9 @@ def test_all_files_are_written_for_every_task(make, tmp_path, mechanism, kind):
     assert imread(tmp_path / "new" / "anatomy.png").shape[0] > 500
     stored = json.loads((tmp_path / "new" / "anatomy.json").read_text())
     assert stored["score"] == found.score
-    for own in stored["use"].values():
-        assert sum(own["token_shares"]) == pytest.approx(1)
-        assert sum(own["layer_shares"]) == pytest.approx(1)
+    for use in stored["use"].values():
+        assert sum(use["token_shares"]) == pytest.approx(1)
+        assert sum(use["layer_shares"]) == pytest.approx(1)
     report = (tmp_path / "new" / "report.md").read_text()
     assert all(f"| {name}" in report for name in found.use)
 
@@ -175,7 +180,7 @@ def test_every_label_of_spans_is_drawn_over_its_thresholds(tmp_path):
     assert imread(path).std() > 0.01
 
 
-def test_a_page_has_the_worst_texts_first_and_marks_what_is_found_missed_and_wrong():
+def test_a_page_has_the_worst_texts_first_and_annotates_what_is_found_missed_and_wrong():
     rows = [("all <b> right", 0, 3), ("Call Ann Lee, now", 5, 12), ("Ann and Lee", 0, 3)]
     texts = load_examples(
         [

@@ -28,7 +28,7 @@ from sidelight_lab.baselines.fine_tuning import (
 
 # Whole models run in bf16: 8 bits of mantissa, a few roundings deep.
 BF16 = 0.05
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 QUICK = {"epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
 BRIEF = {**QUICK, "epochs": 2}
 
@@ -62,7 +62,7 @@ def test_lora_learns_counts_adapters_and_head_and_leaves_the_backbone_as_it_was(
     assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
-def part_of(dataset, count):
+def subset_of(dataset, count):
     return ProbeDataset(dataset.reader, dataset.training.select(range(count)), dataset.validation)
 
 
@@ -73,30 +73,30 @@ def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
     tuning = Lora(learning_rate=0.5, epochs=6)
     fitted = tuning.tune(model, dataset, prompt_items, folder=tmp_path, seed=0)
     log = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
-    history = [entry["eval_score"] for entry in log if "eval_score" in entry]
-    assert len(history) == 6 > 1 + history.index(max(history))
+    scores = [entry["eval_score"] for entry in log if "eval_score" in entry]
+    assert len(scores) == 6 > 1 + scores.index(max(scores))
     logits = fitted.logits(dataset.validation)
     found = validation_score(dataset.task, logits, dataset.validation.labels)
     # Batches differ, and the body runs in bf16.
-    assert found == pytest.approx(max(history), abs=0.01)
+    assert found == pytest.approx(max(scores), abs=0.01)
 
 
 def test_a_batch_in_several_passes_is_one_step_from_where_the_seed_begins(
     dataset, tmp_path, monkeypatch
 ):
-    part = part_of(dataset, 32)
+    subset = subset_of(dataset, 32)
     lora = Lora(epochs=1, batch_size=16, dropout=0.0)
-    untrained, other = (
-        np.stack(score_items(lora.adapted(part, seed=seed), prompt_items(part.validation)))
+    untrained, another = (
+        np.stack(score_items(lora.adapted(subset, seed=seed), prompt_items(subset.validation)))
         for seed in (0, 1)
     )
-    assert not np.array_equal(untrained, other)
+    assert not np.array_equal(untrained, another)
     found = []
     for tokens in (10_000, 100):
         monkeypatch.setattr(fine_tuning, "_PASS_TOKENS", tokens)
-        model, folder = lora.adapted(part, seed=0), tmp_path / str(tokens)
-        fitted = lora.tune(model, part, prompt_items, seed=0, folder=folder)
-        found.append(fitted.logits(part.validation))
+        model, folder = lora.adapted(subset, seed=0), tmp_path / str(tokens)
+        fitted = lora.tune(model, subset, prompt_items, seed=0, folder=folder)
+        found.append(fitted.logits(subset.validation))
         assert [*folder.glob("checkpoint-2")]
     # Sums of gradients in another order, of bf16 products.
     assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0] - untrained).max()
@@ -105,7 +105,7 @@ def test_a_batch_in_several_passes_is_one_step_from_where_the_seed_begins(
 def test_a_fine_tuning_that_diverges_names_its_rate(dataset):
     lora = Lora(learning_rate=1e30, batch_size=4)
     with pytest.raises(SidelightError, match=wordings.BASELINE_DIVERGED.format(rate=r"1e\+30")):
-        lora.fit(part_of(dataset, 16), seed=0)
+        lora.fit(subset_of(dataset, 16), seed=0)
 
 
 def test_batches_have_no_influence(dataset):
@@ -116,8 +116,8 @@ def test_batches_have_no_influence(dataset):
         with torch.inference_mode():
             hidden = body(input_ids=torch.tensor([prompt.token_ids])).last_hidden_state[0]
             read = hidden[prompt.mask(Reads())]
-            alone = model.head(read.mean(0))
-        np.testing.assert_allclose(together[row], alone, atol=BF16)
+            single = model.head(read.mean(0))
+        np.testing.assert_allclose(together[row], single, atol=BF16)
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
@@ -148,8 +148,8 @@ def test_a_fine_tuned_encoder_and_its_embeddings_learn_a_separable_task(dataset,
 def test_an_embedding_does_not_depend_on_the_texts_beside_it(dataset, encoder_folder):
     encoder = Encoder(encoder_folder, max_tokens=32)
     together = encoder.embeddings(dataset.validation)
-    alone = encoder.embeddings(dataset.validation.select(np.array([3])))
-    np.testing.assert_allclose(alone[0], together[3], atol=1e-6)
+    single = encoder.embeddings(dataset.validation.select(np.array([3])))
+    np.testing.assert_allclose(single[0], together[3], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-6)
 
 

@@ -158,12 +158,12 @@ def test_logistic_regression_minimises_the_stated_loss(kind, penalty):
     if kind == "multiclass":
         labels = np.where(np.arange(300) % 7 == 0, labels, 0)  # classes of unequal size
     mine = fit_logistic(inputs, labels, TASKS[kind], penalty=penalty, iterations=1000)
-    columns = labels.reshape(300, -1).T
+    outputs = labels.reshape(300, -1).T
     reference = LogisticRegression(
         C=1 / (300 * penalty), class_weight="balanced", tol=1e-8, max_iter=1000
     )
     scaled = standardised(inputs)
-    found = [reference.fit(scaled, column).decision_function(scaled) for column in columns]
+    found = [reference.fit(scaled, output).decision_function(scaled) for output in outputs]
     expected = np.stack(found, 1).reshape(300, -1)
     # Default and tight tolerance of L-BFGS, and weights that are kept in float32.
     assert mine(inputs) == pytest.approx(expected, abs=1e-2)
@@ -194,8 +194,8 @@ def test_sparse_regression_satisfies_its_optimality_conditions(kind):
         """Of the weighted cross-entropy, bias last."""
         odds = np.exp(logits)
         chance = odds / (odds.sum(1, keepdims=True) if kind == "multiclass" else 1 + odds)
-        terms = 300 * (outputs if kind == "multilabel" else 1)
-        return np.c_[inputs, np.ones(300)].T @ (weights * (chance - target)) / terms
+        count = 300 * (outputs if kind == "multilabel" else 1)
+        return np.c_[inputs, np.ones(300)].T @ (weights * (chance - target)) / count
 
     penalty = 0.3 * np.abs(gradient(np.zeros((300, outputs)))[:-1]).max()
     weight = weight.double().numpy()
@@ -204,8 +204,10 @@ def test_sparse_regression_satisfies_its_optimality_conditions(kind):
     assert 0 < (weight == 0).sum() < weight.size
     assert slope[-1] == pytest.approx(0, abs=tolerance)
     assert (np.abs(slope[:-1]) <= penalty + tolerance).all()
-    kept = weight != 0
-    assert slope[:-1][kept] == pytest.approx(-penalty * np.sign(weight[kept]), abs=tolerance)
+    is_nonzero = weight != 0
+    assert slope[:-1][is_nonzero] == pytest.approx(
+        -penalty * np.sign(weight[is_nonzero]), abs=tolerance
+    )
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
@@ -220,7 +222,7 @@ def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kin
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
-def test_muli_reads_the_models_own_first_token(name, tmp_path):
+def test_muli_reads_the_models_first_token(name, tmp_path):
     backbone = family_backbone(name)
     split = split_of(backbone, tmp_path, "binary", 6, 7)
     first = FirstToken.of(backbone)
@@ -251,7 +253,7 @@ def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
     read, read_before = [], []
     from_disk, pool = states_cache.read_tensors, Shard.pooled
 
-    def reading(path):
+    def counted_read(path):
         read.append(path)
         return from_disk(path)
 
@@ -259,7 +261,7 @@ def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):
         read_before.append(len(read))
         return pool(shard, **options)
 
-    monkeypatch.setattr(states_cache, "read_tensors", reading)
+    monkeypatch.setattr(states_cache, "read_tensors", counted_read)
     monkeypatch.setattr(Shard, "pooled", pooling)
     assert pooled_states(texts).shape[:2] == (2, 12)
     assert read_before == [*range(1, 13)]

@@ -94,10 +94,10 @@ def test_the_seed_decides_every_byte_and_logits_follow_the_texts(tiny, splits, b
     torch.manual_seed(2)
     expected = torch.rand(1)
     torch.manual_seed(2)
-    again, other = (quick.fit(dataset, seed=seed).logits(test) for seed in (0, 1))
+    again, another = (quick.fit(dataset, seed=seed).logits(test) for seed in (0, 1))
     assert torch.equal(torch.rand(1), expected), "the caller's random state is left alone"
     assert again.tobytes() == first.tobytes()
-    assert other.tobytes() != first.tobytes()
+    assert another.tobytes() != first.tobytes()
     some = [70, 3, 11, 99]
     # Batches differ, and states are bf16 in one of the baselines.
     np.testing.assert_allclose(fitted.logits(test.select(some)), first[some], rtol=1e-3, atol=1e-3)
@@ -117,7 +117,7 @@ def shaken(module):
 def test_attention_equals_a_padded_dense_computation():
     torch.manual_seed(0)
     tokens, heads = random_tokens(), shaken(TokenHeads(6, 2, heads=3))
-    padded = torch.nn.utils.rnn.pad_sequence([part.values for part in tokens.split()], True, 1e3)
+    padded = torch.nn.utils.rnn.pad_sequence([text.values for text in tokens.split()], True, 1e3)
     mask = torch.arange(padded.shape[1]) < LENGTHS[:, None]
     scores = (padded @ heads.query).masked_fill(~mask[..., None], -torch.inf)
     values = torch.einsum("btd,dko->btko", padded, heads.value)
@@ -166,8 +166,8 @@ def test_smoothed_probe_and_its_loss_equal_a_literal_loop(kind):
     logits = torch.einsum("ltd,ldo->to", inputs, model.weight.double()) + model.bias
     # For each text the mean of every run of 16 tokens, or of all if there are fewer.
     texts = [
-        torch.stack([part[i : i + 16].mean(0) for i in range(max(1, len(part) - 15))])
-        for part in logits.split(LENGTHS.tolist())
+        torch.stack([text[i : i + 16].mean(0) for i in range(max(1, len(text) - 15))])
+        for text in logits.split(LENGTHS.tolist())
     ]
     # float32's rounding of hundreds; bf16's would be about one.
     close = {"rtol": 0, "atol": 1e-3}
@@ -188,11 +188,11 @@ def test_layers_are_ranked_by_what_they_tell_of_the_classes(tiny, tmp_path, kind
     targets = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(400, -1)
     layers = [targets + noise * random.normal(size=targets.shape) for noise in (3.0, 0.3, 1.0)]
     means = torch.from_numpy(np.stack(layers, 1)).float()
-    whole = split_of(tiny, tmp_path, kind, 400, seed=0, is_extracted=False)
-    training, validation = (whole.select(rows) for rows in (range(200), range(200, 400)))
-    for split, own in zip((training, validation), means.split(200), strict=True):
+    full = split_of(tiny, tmp_path, kind, 400, seed=0, is_extracted=False)
+    training, validation = (full.select(rows) for rows in (range(200), range(200, 400)))
+    for split, split_means in zip((training, validation), means.split(200), strict=True):
         path = split.states.directory / f"{split.states.key}-pooled.safetensors"
-        write_tensors({"means": own.clone(), "lasts": own.bfloat16()}, path)
+        write_tensors({"means": split_means.clone(), "lasts": split_means.bfloat16()}, path)
     assert ranked_layers(ProbeDataset(tiny, training, validation)) == [1, 2, 0]
 
 
@@ -208,7 +208,7 @@ class Blind(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class Given(BestLayer):
+class FixedLayer(BestLayer):
     """Trains these networks, one on each layer."""
 
     networks: Iterator[torch.nn.Module]
@@ -220,11 +220,11 @@ class Given(BestLayer):
 
 
 @pytest.mark.parametrize("seeing", [0, 2])
-def test_the_best_of_the_tried_layers_is_kept_and_read(tiny, splits, seeing):
+def test_the_best_of_the_tried_layers_is_chosen_and_read(tiny, splits, seeing):
     dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
     networks = [TokenHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)]
     left = iter(networks)
-    fitted = Given(left).fit(dataset, seed=0)
+    fitted = FixedLayer(left).fit(dataset, seed=0)
     assert next(left, None) is None, "as many layers are tried as were asked for"
     assert fitted.parameters == 2 * 32 * 2 + 1
     layer = ranked_layers(dataset)[seeing]

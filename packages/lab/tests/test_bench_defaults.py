@@ -7,8 +7,8 @@ from sidelight.models.conversation import Message
 from sidelight.training.background import Background
 from sidelight.training.settings import SUGGESTED, TrainingSettings
 from sidelight_lab.bench.defaults import (
-    ALONE,
     DEFAULT,
+    WITHOUT_CONTEXT,
     compare_defaults,
     defaults_table,
 )
@@ -20,11 +20,11 @@ from worlds.data import planted_rows
     ("kind", "figure"),
     [("binary", "auprc in contexts"), ("multiclass", "accuracy in contexts")],
 )
-def test_the_default_and_every_rival_have_figures(tiny, tmp_path, monkeypatch, kind, figure):
+def test_the_default_and_every_rival_have_metrics(tiny, tmp_path, monkeypatch, kind, figure):
     monkeypatch.setitem(SUGGESTED, "readout", TrainingSettings(epochs=2, least_steps=0))
     turns = (Message("assistant", "Yes."), Message("user", "Thanks."))
     conversations = tuple((Message("user", f"Hello {i}."), *turns) for i in range(10))
-    judged = compare_defaults(
+    evaluated = compare_defaults(
         tiny,
         load_examples(planted_rows(kind, 100)),
         sizes=(8,),
@@ -35,18 +35,20 @@ def test_the_default_and_every_rival_have_figures(tiny, tmp_path, monkeypatch, k
         background=Background(conversations),
         cache_root=tmp_path,
     )
-    rows_of = {(one.size, one.draw, one.row): one for one in judged}
-    assert len(rows_of) == len(judged)
+    rows_of = {(one.size, one.draw, one.row): one for one in evaluated}
+    assert len(rows_of) == len(evaluated)
     for size in ("8 a class", "16 texts"):
         regressions = [
-            own + end for own in ("last_layer", "means_all_layers") for end in ("", " in contexts")
+            name + end
+            for name in ("last_layer", "means_all_layers")
+            for end in ("", " in contexts")
         ]
-        for row in (DEFAULT, ALONE, "tfidf", *regressions, "attention_probe"):
+        for row in (DEFAULT, WITHOUT_CONTEXT, "tfidf", *regressions, "attention_probe"):
             one = rows_of[size, 0, row]
             assert one.right.shape == one.losses.shape == (40,)
-            assert one.figures["accuracy"] == one.right.mean()
-            assert 0 <= one.figures[figure] <= 1
-    # Ordinary traffic is flagged where there are thresholds and background to measure it by.
-    has_traffic = {one.row for one in judged if "traffic flagged" in one.figures}
+            assert one.metrics["accuracy"] == one.right.mean()
+            assert 0 <= one.metrics[figure] <= 1
+    # Background traffic is flagged where there are thresholds and background to measure it by.
+    has_traffic = {one.row for one in evaluated if "traffic flagged" in one.metrics}
     assert has_traffic == ({DEFAULT} if kind == "binary" else set())
-    assert defaults_table(judged).count("attention_probe") == 2
+    assert defaults_table(evaluated).count("attention_probe") == 2

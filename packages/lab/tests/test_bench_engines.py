@@ -19,32 +19,32 @@ pytestmark = [pytest.mark.slow, needs_llama]
 def models(tmp_path_factory):
     """The same weights for both engines."""
     folder = tmp_path_factory.mktemp("models")
-    made = gguf_model(folder, "llama")
-    return saved(made.reference, folder / "model"), str(made.backbone.path)
+    model = gguf_model(folder, "llama")
+    return saved(model.reference, folder / "model"), str(model.backbone.path)
 
 
 def test_the_command_compares_a_file_with_the_same_model_in_transformers(models, tmp_path, capsys):
     # Two processes begin, which takes seconds.
     options = ("--tokens", "4,8", "--written", "4", "--rounds", "2", "--out", str(tmp_path))
     assert cli("bench", "engines", *models, *options) == 0
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "engines.md").read_text()
-    assert shown.startswith(f"model {models[0]} and {models[1]}, ")
-    assert ", engine transformers and llama.cpp " in shown
-    made = json.loads((tmp_path / "engines.json").read_text())
+    output = capsys.readouterr().out
+    assert output == (tmp_path / "engines.md").read_text()
+    assert output.startswith(f"model {models[0]} and {models[1]}, ")
+    assert ", engine transformers and llama.cpp " in output
+    results = json.loads((tmp_path / "engines.json").read_text())
     works = ["reading 4", "reading 8", "writing, 1 at once", "writing, 8 at once"]
-    assert made["works"] == works
-    pairs = {(one["model"], one["probes"]): np.array(one["cpu"]) for one in made["seconds"]}
+    assert results["works"] == works
+    pairs = {(one["model"], one["probes"]): np.array(one["cpu"]) for one in results["seconds"]}
     assert [*pairs] == [(model, probes) for model in models for probes in (0, PROBES)]
-    assert all(own.shape == (len(works), 2) for own in pairs.values())
-    assert all(made["memory_mb"][model] > 1 for model in models)
+    assert all(seconds.shape == (len(works), 2) for seconds in pairs.values())
+    assert all(results["memory_mb"][model] > 1 for model in models)
     cost = (pairs[models[1], PROBES] / pairs[models[1], 0])[0]
-    assert f" {np.median(cost):.3f} ({cost.min():.3f} to {cost.max():.3f}) |" in shown
+    assert f" {np.median(cost):.3f} ({cost.min():.3f} to {cost.max():.3f}) |" in output
     ratio = (pairs[models[0], 0] / pairs[models[1], 0])[-1]
-    assert f" {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |" in shown
+    assert f" {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |" in output
 
 
-def test_rounds_that_were_measured_before_a_kill_are_kept(models, tmp_path):
+def test_rounds_that_were_measured_before_a_kill_are_reused(models, tmp_path):
     options = ("--tokens", "4", "--written", "2", "--out", str(tmp_path))
     spent = []
     for rounds in ("1", "2"):

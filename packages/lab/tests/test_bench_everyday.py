@@ -1,4 +1,4 @@
-"""Ordinary traffic: what its rows hold, and what probes that know nothing get."""
+"""Background traffic: what its rows hold, and what probes that know nothing get."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def words(text):
     return len(text.split())
 
 
-def test_paddings_have_the_stated_words_and_attacks_stand_whole_where_the_row_says():
+def test_paddings_have_the_stated_words_and_attacks_stand_intact_where_the_row_says():
     paddings = long_texts(PROMPTS, 3, words=max(PADDING_WORDS))
     for count in PADDING_WORDS:
         assert [words(first_words(text, count)) for text in paddings] == [count] * 3
@@ -89,13 +89,13 @@ def backbone():
     return backbone
 
 
-def figures(backbone, threshold, prompts):
+def metrics_of(backbone, threshold, prompts):
     probe = untrained_probe(backbone, "toxicity", threshold=threshold)
     record = measure_everyday(
         ProbeTarget(backbone=backbone, thresholds=flagging_thresholds(probe), probe=probe),
         load_examples(TEXTS, task=TOXICITY),
         prompts=prompts,
-        own={"mine": [ATTACK]},
+        user_texts={"mine": [ATTACK]},
         attacks=2,
     )
     assert f"{record.results['alone']['flagged']} of 2" in record.to_markdown()
@@ -106,7 +106,7 @@ def figures(backbone, threshold, prompts):
 def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_has_no_attacks(
     backbone,
 ):
-    everything = figures(backbone, 0.0, PROMPTS)
+    everything = metrics_of(backbone, 0.0, PROMPTS)
     shares = {name: row["value"] for name, row in everything["harmless"].items()}
     assert {*shares.values()} <= {1.0, None}
     assert shares["small talk"] == shares["mine"] == 1
@@ -124,7 +124,7 @@ def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_
     in_short_turns = next(name for name in aurocs if name.startswith("turns of"))
     # Too long for the model, so nothing is said.
     assert everything["attacks"]["600 words after"]["recall"]["left_out"] == 2
-    nothing = figures(backbone, 1.0, [])
+    nothing = metrics_of(backbone, 1.0, [])
     assert nothing["alone"]["flagged"] == 0
     assert {row["value"] for row in nothing["harmless"].values()} <= {0.0, None}
     assert {row["recall"]["texts"] for row in nothing["attacks"].values()} == {0}

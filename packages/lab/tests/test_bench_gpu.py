@@ -17,8 +17,10 @@ from sidelight_lab.bench.gpu_engine import Setting
 
 def test_a_report_names_no_folder_machine_or_key(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
-    said = f"Cannot read {tmp_path}/model\nwith hf_secret_value on {socket.gethostname()}:8000/v1/x"
-    assert public(said) == "Cannot read model with *** on HOST:8000/v1/x"
+    output = (
+        f"Cannot read {tmp_path}/model\nwith hf_secret_value on {socket.gethostname()}:8000/v1/x"
+    )
+    assert public(output) == "Cannot read model with *** on HOST:8000/v1/x"
     assert public("POST /v1/chat/completions answered 500") == (
         "POST /v1/chat/completions answered 500"
     )
@@ -31,13 +33,13 @@ def test_a_report_names_no_folder_machine_or_key(monkeypatch, tmp_path):
 def test_vllm_that_cannot_be_installed_leaves_our_engine_and_a_reason(monkeypatch, tmp_path):
     root = Path(__file__).parents[3]
     order = ["make", "-n", "-B", ".venv-gpu/.ready"]
-    said = subprocess.run(order, cwd=root, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(order, cwd=root, capture_output=True, text=True, check=True).stdout
     ours, theirs = (
-        said.index("install --quiet --disable-pip-version-check -e"),
-        said.index("vllm=="),
+        output.index("install --quiet --disable-pip-version-check -e"),
+        output.index("vllm=="),
     )
     assert ours < theirs
-    assert "> .venv-gpu/vllm.log 2>&1 ||" in said[theirs:]
+    assert "> .venv-gpu/vllm.log 2>&1 ||" in output[theirs:]
     if find_spec("vllm") is None:
         write_text(
             tmp_path / "vllm.log", "Collecting vllm\nERROR: No matching distribution found\n"

@@ -16,20 +16,20 @@ from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Task
 from sidelight_lab.baselines import encoders
 from sidelight_lab.bench.guards import (
-    FIGURES,
+    METRICS,
     OURS,
     Row,
     Texts,
     guard_sections,
     measure_guards,
     measure_rows,
-    published_figures,
+    published_results,
 )
 from worlds.data import install_guards
 from worlds.models import saved
 from worlds.servers import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache", "letters")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache", "letters")]
 NAMES = ("shouts", "replies")
 # Little of everything: the signal is plain.
 BRIEF = FitOptions(settings=suggested_settings("readout").changed(epochs=6), context_tokens=400)
@@ -46,8 +46,10 @@ def letters(tmp_path_factory):
 @pytest.fixture(scope="module")
 def background() -> Background:
     """Short chats of eight sources, each of five."""
-    said = [(Message("user", f"Hello {n}."), Message("assistant", f"Yes {n}.")) for n in range(40)]
-    chats = tuple((*turns, Message("user", f"Thanks {n}.")) for n, turns in enumerate(said))
+    exchanges = [
+        (Message("user", f"Hello {n}."), Message("assistant", f"Yes {n}.")) for n in range(40)
+    ]
+    chats = tuple((*turns, Message("user", f"Thanks {n}.")) for n, turns in enumerate(exchanges))
     return Background(chats, tuple(f"source {n % 8}" for n in range(40)))
 
 
@@ -55,7 +57,7 @@ def background() -> Background:
 def measure(tiny, background, tmp_path_factory):
     """Runs the benchmark, into the same folder each time."""
     out = tmp_path_factory.mktemp("out")
-    return lambda **given: measure_guards(
+    return lambda **changed: measure_guards(
         tiny,
         **{
             "names": NAMES,
@@ -66,7 +68,7 @@ def measure(tiny, background, tmp_path_factory):
             "options": BRIEF,
             "out": out,
         }
-        | given,
+        | changed,
     )
 
 
@@ -82,16 +84,16 @@ def test_every_row_has_every_figure_on_every_test_and_their_mean(record):
         assert set(measured["traffic flagged"]) == {OURS, *ROWS}
         for rows in (measured["mean"], measured["tests"]["unseen"]["rows"]):
             assert [*rows] == [OURS, *ROWS]
-            for figures in rows.values():
-                assert [*figures] == [*FIGURES]
-                assert all(0 <= figure["value"] <= 1 for figure in figures.values())
-                low, high = figures["auroc"]["ci"]
-                assert low <= figures["auroc"]["value"] <= high
-    shown = record.to_markdown()
-    for name in (*FIGURES, "traffic flagged", "95 % bootstrap"):
-        assert name in shown
+            for row_metrics in rows.values():
+                assert [*row_metrics] == [*METRICS]
+                assert all(0 <= figure["value"] <= 1 for figure in row_metrics.values())
+                low, high = row_metrics["auroc"]["ci"]
+                assert low <= row_metrics["auroc"]["value"] <= high
+    output = record.to_markdown()
+    for name in (*METRICS, "traffic flagged", "95 % bootstrap"):
+        assert name in output
     # Of each guard, one table for its test and one for the mean over tests.
-    assert all(shown.count(f"| {row} ") == 2 * len(NAMES) for row in (OURS, *ROWS))
+    assert all(output.count(f"| {row} ") == 2 * len(NAMES) for row in (OURS, *ROWS))
     assert json.loads(record.to_json())["guards"].keys() == {*NAMES}
 
 
@@ -111,9 +113,11 @@ def test_a_finished_guard_is_not_measured_again_and_other_settings_are(measure, 
 
 def test_a_row_whose_model_is_not_installed_is_left_out_by_name(measure, record, monkeypatch):
     monkeypatch.setattr(encoders, "_PACKAGE", "not_installed")
-    others = measure(rivals=(*ROWS, "encoder"))
-    assert others.results == record.results
-    assert "'encoder' is left out: The small encoder is not installed." in others.to_markdown()
+    record_without = measure(rivals=(*ROWS, "encoder"))
+    assert record_without.results == record.results
+    assert (
+        "'encoder' is left out: The small encoder is not installed." in record_without.to_markdown()
+    )
 
 
 def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, ran, tmp_path):
@@ -126,15 +130,15 @@ def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, r
     assert not (tmp_path / "states").exists()
 
 
-def test_each_draw_trains_on_other_texts_and_figures_are_means_over_draws(
+def test_each_draw_trains_on_other_texts_and_metrics_are_means_over_draws(
     measure, background, tmp_path
 ):
     first, second = (Texts.of("shouts", background, 20, draw) for draw in range(2))
     assert {*first.training.items} != {*second.training.items}
     assert first.traffic.items == second.traffic.items
-    given = {"names": ["shouts"], "rivals": ["tfidf"], "rows": 20}
-    one = measure(**given, out=tmp_path / "one").results["guards"]["shouts"]["mean"]["tfidf"]
-    two = measure(**given, draws=2, out=tmp_path / "two").results["guards"]["shouts"]["mean"][
+    options = {"names": ["shouts"], "rivals": ["tfidf"], "rows": 20}
+    one = measure(**options, out=tmp_path / "one").results["guards"]["shouts"]["mean"]["tfidf"]
+    two = measure(**options, draws=2, out=tmp_path / "two").results["guards"]["shouts"]["mean"][
         "tfidf"
     ]
     assert one != two
@@ -147,8 +151,8 @@ def test_recall_is_counted_where_so_much_traffic_is_flagged():
     row = Row("one", Calibration("none", "binary", (1.0,), (0.0,)), (0.9,), lambda split: split)
     scores, labels = np.array([0.5, 0.955, 0.985, 0.999, 0.1, 0.95]), np.array([1, 1, 1, 1, 0, 0])
     traffic = np.arange(100) / 100
-    figures = measure_rows([row], [scores], labels, [traffic], task)["one"]
-    values = {name: draws[0] for name, draws in figures.items()}
+    metrics = measure_rows([row], [scores], labels, [traffic], task)["one"]
+    values = {name: draws[0] for name, draws in metrics.items()}
     assert values == {
         "auroc": 7 / 8,
         "recall": 3 / 4,
@@ -171,8 +175,8 @@ def test_traffic_is_of_sources_that_no_row_is_trained_on(background):
     assert answers.items[0].response is not None
 
 
-def test_published_figures_are_of_packaged_tests_and_stand_below_them(record):
-    published = published_figures()
+def test_published_results_are_of_packaged_tests_and_stand_below_them(record):
+    published = published_results()
     assert {name: {*tests} for name, tests in published.items()} == {
         "harmful": {"simplesafetytests", "xstest"},
         "injection": {"bipia_attacks", "spikee"},
@@ -180,15 +184,15 @@ def test_published_figures_are_of_packaged_tests_and_stand_below_them(record):
     for name, tests in published.items():
         assert tests.keys() <= find_guard(name).card.tests.keys()
         measured = dict(record.results["guards"]["shouts"])
-        for test, others in tests.items():
+        for test, results in tests.items():
             measured["tests"] = {test: record.results["guards"]["shouts"]["tests"]["unseen"]}
-            shown = "\n".join(guard_sections(name, measured))
-            for one in others.figures:
-                line = next(line for line in shown.splitlines() if f"| {one.guard} " in line)
+            output = "\n".join(guard_sections(name, measured))
+            for one in results.results:
+                line = next(line for line in output.splitlines() if f"| {one.guard} " in line)
                 assert one.source in line
                 assert ("second hand" in line) == one.second_hand
-            for sentence in (others.computed, *others.cautions):
-                assert sentence in shown
+            for sentence in (results.computed, *results.cautions):
+                assert sentence in output
     assert "No comparable figure" in record.to_markdown()
 
 

@@ -45,9 +45,7 @@ def named(subjects, name) -> Subject:
     return next(subject for subject in subjects if subject.name == name)
 
 
-def test_every_row_writes_the_token_of_the_llm_alone_and_the_bank_gives_ten_verdicts(
-    tiny, subjects
-):
+def test_every_row_writes_the_token_of_the_bare_llm_and_the_bank_gives_ten_verdicts(tiny, subjects):
     prompts = encoded(tiny, RAGGED)
     expected = subjects[0].run(prompts).tokens
     assert len(set(expected)) > 1
@@ -66,7 +64,7 @@ def test_every_mechanism_is_served_and_naive(tiny, subjects):
     # Kept states are not read at a size that fills the memory.
     naive = named(subjects, "+ attention, naive")
     prompt = encoded(tiny, RAGGED)[0]
-    long = prompt.__class__((5,) * 2048, (prompt.parts[-1],) * 2048)
+    long = prompt.__class__((5,) * 2048, (prompt.token_roles[-1],) * 2048)
     assert naive.accepts([long])
     assert not naive.accepts([long, prompt])
 
@@ -78,7 +76,10 @@ def test_served_and_naive_give_the_same_verdicts():
     subjects, prompts = all_subjects(without_norm), encoded(without_norm, RAGGED)
     for mechanism in mechanism_names():
         served, naive = (
-            [own.probabilities["yes"] for (own,) in named(subjects, name).run(prompts).verdicts]
+            [
+                verdict.probabilities["yes"]
+                for (verdict,) in named(subjects, name).run(prompts).verdicts
+            ]
             for name in (f"+ {mechanism}", f"+ {mechanism}, naive")
         )
         assert served == pytest.approx(naive, abs=ROUNDING), mechanism
@@ -88,8 +89,8 @@ def test_served_and_naive_give_the_same_verdicts():
 
 def test_ratios_are_paired_with_the_first_row_where_its_subject_accepts_the_batch(tiny, subjects):
     batches = random_batches(tiny, [4, 8], batch_sizes=[2])
-    other = Subject("other", lambda batch: Answer((0,) * len(batch), ()), most_pairs=2 * 4**2)
-    rows = compare_latency([subjects[0], other], batches, rounds=3)
+    another = Subject("other", lambda batch: Answer((0,) * len(batch), ()), most_pairs=2 * 4**2)
+    rows = compare_latency([subjects[0], another], batches, rounds=3)
     assert [(row.subject, row.tokens) for row in rows] == [("LLM", 4), ("other", 4), ("LLM", 8)]
     base, second, _ = rows
     assert (base.ratio.low, base.ratio.median, base.ratio.high) == (1, 1, 1)
@@ -115,9 +116,9 @@ def test_the_command_writes_a_row_for_each_subject_size_and_length(
     options = ["--tokens", "4,8", "--batch-sizes", "1,2", "--rounds", "1"]
     model = saved(tiny, tmp_path / "model")
     assert cli("bench", "latency", "--model", model, *options, "--out", str(tmp_path)) == 0
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "latency.md").read_text()
-    assert shown.count("| guard of its size, then LLM ") == 4
+    output = capsys.readouterr().out
+    assert output == (tmp_path / "latency.md").read_text()
+    assert output.count("| guard of its size, then LLM ") == 4
     rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
     assert len(rows) == 4 * len(subjects)
 
@@ -145,8 +146,8 @@ def test_the_command_times_a_check_by_probes_at_full_depth_and_less(tiny, tmp_pa
     assert wordings.FEWER_LAYERS.format(most=4) in capsys.readouterr().err
     assert cli("bench", "latency", "--model", model, "--probe", probe, *options, "2") == 0
     probes = [probe, f"{probe}, 2 layers"]
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "checks.md").read_text()
+    output = capsys.readouterr().out
+    assert output == (tmp_path / "checks.md").read_text()
     record = json.loads((tmp_path / "checks.json").read_text())
     # Of the servers, not of the model that counts tokens.
     assert record["conditions"]["dtype"] == "auto"

@@ -54,13 +54,13 @@ def test_sound_answers_and_refusals_have_no_fault():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spans", [False, True])
-def test_questions_have_verdicts_of_their_own_and_one_of_eight_is_blocked(tmp_path, spans):
+def test_questions_have_separate_verdicts_and_one_of_eight_is_blocked(tmp_path, spans):
     backbone = tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 640}))
     backbone.encoder.max_tokens = 640
     folders, policy, questions = prepare(backbone, tmp_path, spans=spans)
     assert len({question.text for question in questions}) > 100
-    said = [question.probabilities["telling"] for question in questions]
-    assert len({round(probability / TOLERANCE) for probability in said}) > 8
+    probabilities = [question.probabilities["telling"] for question in questions]
+    assert len({round(probability / TOLERANCE) for probability in probabilities}) > 8
     threshold = read_policy(policy).input["blocking"].threshold
     for question in questions:
         assert question.is_blocked == (question.probabilities["blocking"] >= threshold)

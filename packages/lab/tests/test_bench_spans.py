@@ -21,7 +21,7 @@ from worlds.data import ALPHABETS, span_rows
 from worlds.models import saved
 from worlds.servers import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 
 
 def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tmp_path, capsys):
@@ -49,8 +49,8 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     assert record["rows"]["window"]["per_label"]["SHOUT"]["f1"]["value"] > 0.9
     assert capsys.readouterr().out.count("| window") == 1
     # Hidden states of a run that keeps none are gone.
-    kept = {path.name for path in tmp_path.rglob("*.safetensors")}
-    assert kept == {PROBE, "model.safetensors"}
+    names = {path.name for path in tmp_path.rglob("*.safetensors")}
+    assert names == {PROBE, "model.safetensors"}
     assert cli(*command, "--rivals=lexikon") == 2
     assert "Did you mean 'lexicon'" in capsys.readouterr().err
 
@@ -59,7 +59,7 @@ def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
     path = tiny_bert(tmp_path / "bert", sorted({*"".join(ALPHABETS.values())} | {*"andor,"}))
     options = FitOptions(reads=Reads("prompt", template=False), cache_root=tmp_path)
     texts = [load_examples(span_rows(80, seed), spans="spans") for seed in (0, 1)]
-    splits = [make_split(tiny, own, options) for own in texts]
+    splits = [make_split(tiny, split_texts, options) for split_texts in texts]
     tuning = FineTunedEncoder(path=path, epochs=8, batch_size=8, learning_rate=1e-2)
     (score,) = baselines.encoder(ProbeDataset(tiny, *splits), tuning)
     rule, _ = calibrate_spans(texts[1], *score(texts[1]), rule=F1, bootstrap=0)
@@ -68,8 +68,8 @@ def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
     assert all(map(len, places))
     labels = test.task.output_labels
     found = [
-        rule.read(character_scores(item.text, own, rule.calibration.apply(z)), labels)
-        for item, own, z in zip(test.items, places, logits, strict=True)
+        rule.read(character_scores(item.text, token_places, rule.calibration.apply(z)), labels)
+        for item, token_places, z in zip(test.items, places, logits, strict=True)
     ]
     report = evaluate_spans(test, found, bootstrap=0)
     assert report.metrics["f1"].value > 0.9

@@ -11,7 +11,7 @@ from worlds.data import planted_rows, span_rows
 from worlds.models import saved
 from worlds.servers import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 
 
 @pytest.mark.parametrize("of_spans", [False, True])

@@ -30,7 +30,7 @@ def probe_of(backbone, threshold=0.5, task=TOXICITY):
     return untrained_probe(backbone, "toxicity", task=task, reads=reads, threshold=threshold)
 
 
-def figures(backbone, threshold):
+def metrics(backbone, threshold):
     record = measure_tools(
         backbone, probe_of(backbone, threshold), load_examples(ROWS, task=TOXICITY)
     )
@@ -48,21 +48,21 @@ def counts(of_rule):
 def test_each_kind_counts_its_harmless_and_its_poisoned_results(tiny, threshold, share):
     kind = ((2 * share, 2), (share, 1))
     expected = {"all": ((4 * share, 4), (2 * share, 2)), "logs": kind, "mails": kind}
-    own = figures(tiny, threshold)
-    assert counts(own[ALL]) == counts(own[TOOL]) == expected
+    each = metrics(tiny, threshold)
+    assert counts(each[ALL]) == counts(each[TOOL]) == expected
 
 
-def test_a_flagged_request_counts_for_the_rule_of_all_turns_alone(tiny):
+def test_a_flagged_request_counts_only_for_the_rule_of_all_turns(tiny):
     # As the first turn of a longer chat: its states do not depend on later turns.
     probe, prompt = probe_of(tiny), tiny.encoder.encode([REQUEST])
     ((logits,),) = score(tiny, Bank([probe]), [prompt])
-    own = float(probe.calibration.apply(logits[None])[0, 0])
-    found = figures(tiny, own - ROUNDING)
+    each = float(probe.calibration.apply(logits[None])[0, 0])
+    found = metrics(tiny, each - ROUNDING)
     assert counts(found[ALL])["all"] == ((4, 4), (2, 2))
     assert sum(flagged for flagged, _ in counts(found[TOOL])["all"]) < 6
 
 
-def test_a_probe_that_judges_no_turns_is_refused(tiny):
+def test_a_probe_that_classifies_no_turns_is_refused(tiny):
     with pytest.raises(SidelightError, match=wordings.JUDGES_NO_TURNS):
         measure_tools(tiny, untrained_probe(tiny, "p"), load_examples(ROWS, task=TOXICITY))
 
@@ -74,8 +74,8 @@ def test_the_command_writes_the_table_of_a_file(tiny, tmp_path, capsys):
     data = tmp_path / "results.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in ROWS))
     assert cli("bench", "tools", str(probe), "--data", str(data), "--out", str(tmp_path)) == 0
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "tools.md").read_text()
+    output = capsys.readouterr().out
+    assert output == (tmp_path / "tools.md").read_text()
     assert {"all", "logs", "mails"} <= {
-        line.split("|")[1].strip() for line in shown.split("\n") if "|" in line
+        line.split("|")[1].strip() for line in output.split("\n") if "|" in line
     }

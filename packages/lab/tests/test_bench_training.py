@@ -10,7 +10,7 @@ from sidelight_lab.bench.training import short_texts
 from worlds.models import saved
 from worlds.servers import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 
 
 def test_texts_are_distinct_and_of_both_labels():
@@ -23,12 +23,12 @@ def test_texts_are_distinct_and_of_both_labels():
         short_texts(10**7, 5)
 
 
-def test_streaming_takes_no_disk_and_more_passes_and_trainings_are_kept(tiny, tmp_path, capsys):
+def test_streaming_takes_no_disk_and_more_passes_and_trainings_are_stored(tiny, tmp_path, capsys):
     model = saved(tiny, tmp_path / "model")
     options = ["--texts", "200", "--epochs", "3", "--model", model, "--out", str(tmp_path)]
     assert cli("bench", "training", *options) == 0
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "training.md").read_text()
+    output = capsys.readouterr().out
+    assert output == (tmp_path / "training.md").read_text()
     record = json.loads((tmp_path / "training.json").read_text())
     disk, stream = record["trainings"]
     assert (disk["states"], stream["states"]) == ("disk", "stream")
@@ -37,7 +37,7 @@ def test_streaming_takes_no_disk_and_more_passes_and_trainings_are_kept(tiny, tm
     # Each of three epochs reads all texts.
     assert stream["passes"] >= 3 > disk["passes"]
     assert min(disk["seconds"], disk["memory_gb"]) > 0
-    assert "Estimate, not measured" in shown
+    assert "Estimate, not measured" in output
     assert (tmp_path / "training.svg").read_text("utf-8").startswith("<?xml")
     # What was measured is not measured again.
     assert cli("bench", "training", *options) == 0

@@ -15,11 +15,11 @@ from worlds.data import WRITERS, HubTable, stand_in_for_datasets, write
 Rows = list[dict[str, object]]
 
 EMOTIONS = ("sadness", "joy", "love", "anger", "fear", "surprise")
-PARTS = ("training", "validation", "test")
+SPLITS = ("training", "validation", "test")
 
 
 @dataclass(frozen=True)
-class MadeUp:
+class Invented:
     """Twenty rows a split in the form of a set, locally and on the hub (by split and config)."""
 
     folder: str
@@ -29,7 +29,7 @@ class MadeUp:
     class_names: tuple[str, ...] = ()
 
 
-def made(split: str, text: str, /, **cells: Sequence[object]) -> Rows:
+def rows_for(split: str, text: str, /, **cells: Sequence[object]) -> Rows:
     """Twenty rows of texts that no other split has; the cells of each column take turns."""
     return [
         {text: f"{split} text {n}", **{key: of[n % len(of)] for key, of in cells.items()}}
@@ -37,7 +37,7 @@ def made(split: str, text: str, /, **cells: Sequence[object]) -> Rows:
     ]
 
 
-def made_up(
+def invented(
     folder: str,
     source: str,
     task: Task,
@@ -47,15 +47,15 @@ def made_up(
     training_file: str = "train",
     class_names: tuple[str, ...] = (),
     **cells: Sequence[object],
-) -> MadeUp:
+) -> Invented:
     """``source`` is the hub's name and configuration; ``texts`` the column here and there."""
     name, _, config = source.partition(":")
     files = {split: training_file if split == "train" else split for split in splits}
-    return MadeUp(
+    return Invented(
         folder,
-        {file: made(split, texts[0], **cells) for split, file in files.items()},
+        {file: rows_for(split, texts[0], **cells) for split, file in files.items()},
         {
-            (name, config.format(split=split) or None, split): made(split, texts[1], **cells)
+            (name, config.format(split=split) or None, split): rows_for(split, texts[1], **cells)
             for split in splits
         },
         task,
@@ -64,24 +64,24 @@ def made_up(
 
 
 BINARY = Task("binary", ("0", "1"))
-MADE_UP = {
-    "toxicchat": made_up(
+INVENTED = {
+    "toxicchat": invented(
         "toxicchat0124", "lmsys/toxic-chat:toxicchat0124", BINARY, texts=("text", "user_input"),
         toxicity=[0, 1], human_annotation=[True, True, False],
     ),
-    "sst2": made_up(
+    "sst2": invented(
         "sst2", "SetFit/sst2", BINARY, splits=("train", "validation", "test"),
         training_file="train_sentences", class_names=("negative", "positive"), label=[1, 0],
     ),
-    "emotion": made_up(
+    "emotion": invented(
         "emotion", "dair-ai/emotion:split", Task("multiclass", tuple(sorted(EMOTIONS))),
         splits=("train", "validation", "test"), class_names=EMOTIONS, label=range(6),
         label_name=EMOTIONS,
     ),
-    "imdb": made_up(
+    "imdb": invented(
         "imdb", "stanfordnlp/imdb", BINARY, class_names=("neg", "pos"), label=[0, 1]
     ),
-    "wildguardmix": made_up(
+    "wildguardmix": invented(
         "wildguardmix", "allenai/wildguardmix:wildguard{split}",
         Task("binary", ("unharmful", "harmful")), texts=("prompt", "prompt"),
         prompt_harm_label=["harmful", "unharmful", "harmful", None],
@@ -92,9 +92,9 @@ MADE_UP = {
 
 def write_set(root: Path, name: str, *, ending: str = ".jsonl", **changed: Rows) -> Path:
     """The made-up set as local files; `changed` replaces some splits."""
-    folder = root / MADE_UP[name].folder
+    folder = root / INVENTED[name].folder
     folder.mkdir(parents=True)
-    for split, content in {**MADE_UP[name].local, **changed}.items():
+    for split, content in {**INVENTED[name].local, **changed}.items():
         write(folder / f"{split}{ending}", content)
     return folder
 
@@ -104,7 +104,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The hub has the made-up sets, and no local folder has any."""
 
     def load_dataset(name: str, config: str | None, *, split: str) -> HubTable:
-        known = next(one for one in MADE_UP.values() if (name, config, split) in one.hub)
+        known = next(one for one in INVENTED.values() if (name, config, split) in one.hub)
         names = {"label": known.class_names} if known.class_names else {}
         return HubTable(known.hub[name, config, split], **names)
 
@@ -116,21 +116,21 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_local_format_and_the_hub_give_the_same_set(name, tmp_path, hub):
     for ending in WRITERS:
         write_set(tmp_path / ending, name, ending=ending)
-    lines, *others = (load_data_set(name, root=tmp_path / ending) for ending in WRITERS)
-    for other in (*others, load_data_set(name)):
-        for part in PARTS:
-            ours, theirs = getattr(lines, part), getattr(other, part)
-            assert ours.task == theirs.task == MADE_UP[name].task
+    lines, *rest = (load_data_set(name, root=tmp_path / ending) for ending in WRITERS)
+    for another in (*rest, load_data_set(name)):
+        for split in SPLITS:
+            ours, theirs = getattr(lines, split), getattr(another, split)
+            assert ours.task == theirs.task == INVENTED[name].task
             assert ours.content_hash == theirs.content_hash
         assert {key: [*rows] for key, rows in lines.subsets.items()} == {
-            key: [*rows] for key, rows in other.subsets.items()
+            key: [*rows] for key, rows in another.subsets.items()
         }
-        assert lines.notes == other.notes
+        assert lines.notes == another.notes
 
 
 def test_a_folder_under_the_variable_comes_before_the_hub(hub, tmp_path, monkeypatch):
-    own = [{**row, "text": f"own {row['text']}"} for row in MADE_UP["imdb"].local["test"]]
-    write_set(tmp_path, "imdb", test=own)
+    rows = [{**row, "text": f"own {row['text']}"} for row in INVENTED["imdb"].local["test"]]
+    write_set(tmp_path, "imdb", test=rows)
     assert load_data_set("imdb").test.items[0].text == "own test text 0"
     monkeypatch.setenv("SIDELIGHT_DATA", str(tmp_path / "absent"))
     with pytest.raises(SidelightError, match=r"SIDELIGHT_DATA is '.*absent'"):
@@ -143,7 +143,7 @@ def test_validation_is_the_official_split_or_a_share_of_training(tmp_path):
     assert all(item.text.startswith("validation") for item in official.validation.items)
     write_set(tmp_path, "imdb")
     shared = load_data_set("imdb", root=tmp_path)
-    texts = {item.text for part in (shared.training, shared.validation) for item in part.items}
+    texts = {item.text for split in (shared.training, shared.validation) for item in split.items}
     assert (len(shared.training), len(shared.validation), len(texts)) == (14, 6, 20)
     assert "There is no validation split: 30 % of the training rows are held out." in shared.notes
 
@@ -174,7 +174,7 @@ def test_subsets_are_positions_of_test_rows_and_absent_ones_are_noted(
     for subset, value in subsets.items():
         rows = [row.get(column) for row in loaded.test.rows]
         assert list(loaded.subsets[subset]) == [i for i, cell in enumerate(rows) if cell == value]
-    plain = [{k: v for k, v in row.items() if k != column} for row in MADE_UP[name].local["test"]]
+    plain = [{k: v for k, v in row.items() if k != column} for row in INVENTED[name].local["test"]]
     write_set(tmp_path / "plain", name, test=plain)
     loaded = load_data_set(name, root=tmp_path / "plain")
     assert not loaded.subsets
@@ -190,8 +190,8 @@ def test_a_partial_split_is_told_by_its_count(tmp_path):
 def test_test_texts_that_training_has_are_counted_though_a_file_has_the_columns_of_the_hub(
     tmp_path,
 ):
-    remote = MADE_UP["toxicchat"].hub["lmsys/toxic-chat", "toxicchat0124", "train"]
-    test = [*MADE_UP["toxicchat"].local["test"], {"text": " TRAIN  text 3", "toxicity": 1}]
+    remote = INVENTED["toxicchat"].hub["lmsys/toxic-chat", "toxicchat0124", "train"]
+    test = [*INVENTED["toxicchat"].local["test"], {"text": " TRAIN  text 3", "toxicity": 1}]
     write_set(tmp_path, "toxicchat", train=remote, test=test)
     loaded = load_data_set("toxicchat", root=tmp_path)
     assert {item.text for item in loaded.training.items} <= {f"train text {n}" for n in range(20)}
@@ -208,7 +208,7 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monk
     folder = write_set(tmp_path, "imdb")
     (folder / "test.jsonl").rename(folder / "tests.jsonl")
     refused("imdb", r"lacks the split 'test': it has tests\.jsonl, train")
-    write(folder / "train.csv", MADE_UP["imdb"].local["train"])
+    write(folder / "train.csv", INVENTED["imdb"].local["train"])
     refused("imdb", r"several files for 'train': train\.csv, train\.js")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setenv("SIDELIGHT_DATA", str(tmp_path))
@@ -218,10 +218,10 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monk
 def test_any_files_make_a_data_set(tmp_path):
     cells = {"urgent": ["no", "yes"]}
     train, held_out, test = (
-        write(tmp_path / f"{split}.jsonl", made(split, "words", **cells))
+        write(tmp_path / f"{split}.jsonl", rows_for(split, "words", **cells))
         for split in ("urgent_train", "urgent_dev", "urgent_test")
     )
     loaded = from_files(train, str(test), held_out, text="words", label="urgent")
     assert loaded.title == "urgent_train, tested on urgent_test"
-    assert [len(getattr(loaded, part)) for part in PARTS] == [20, 20, 20]
+    assert [len(getattr(loaded, split)) for split in SPLITS] == [20, 20, 20]
     assert loaded.test.task == Task("binary", ("no", "yes"))

@@ -15,9 +15,9 @@ from mechanism_contract import (
     built,
     drawn,
     gated,
-    part_of,
     projected,
     shares_of,
+    weights_under,
 )
 from sidelight.errors import SidelightError
 from sidelight.probes.artifact import load_probe, save_probe
@@ -51,16 +51,16 @@ def without_dropout(monkeypatch):
     monkeypatch.setattr(fusion, "DROPOUT", 0.0)
 
 
-def fusion_logits(own, states, **_options):
-    inner = np.einsum("ltd,ldr->tr", states, own["features"]) / math.sqrt(LAYERS)
+def fusion_logits(weights, states, **_options):
+    inner = np.einsum("ltd,ldr->tr", states, weights["features"]) / math.sqrt(LAYERS)
     centred = inner - inner.mean(1, keepdims=True)
     normed = centred / np.sqrt(inner.var(1, keepdims=True) + 1e-5)
-    features = normed * own["norm.weight"] + own["norm.bias"]
-    return own["bias"] + gated(features * ndtr(features), own)
+    features = normed * weights["norm.weight"] + weights["norm.bias"]
+    return weights["bias"] + gated(features * ndtr(features), weights)
 
 
-def blend_logits(own, states, fusions, **_options):
-    first, *rest = [part_of(own, f"members.{i}.") for i in range(fusions + 1)]
+def blend_logits(weights, states, fusions, **_options):
+    first, *rest = [weights_under(weights, f"members.{i}.") for i in range(fusions + 1)]
     logits = [readout_logits(first, states), *(fusion_logits(member, states) for member in rest)]
     return np.mean(logits, 0)
 
@@ -91,7 +91,7 @@ def test_integrated_gradients_are_those_of_the_dense_form():
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("fusion", 6), ("blend", 6)])
-def test_probes_of_them_load_where_the_laboratory_is_installed_alone(
+def test_probes_of_them_load_only_where_the_laboratory_is_installed(
     name, epochs, tiny, tmp_path, monkeypatch
 ):
     assert name not in base.mechanism_names()

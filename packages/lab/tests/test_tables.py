@@ -46,7 +46,7 @@ def finished(tiny, cache, tmp_path_factory):
     """The table with two subsets; tests that change the folder copy it."""
     folder = tmp_path_factory.mktemp("finished")
     negative = np.flatnonzero(examples("binary", 70, 3).labels == 0)
-    data = Data(parts={"odd": np.arange(1, 70, 2), "no, positives": negative})
+    data = Data(splits={"odd": np.arange(1, 70, 2), "no, positives": negative})
     return Finished(folder, reproduce(context_of(tiny, folder, cache, data=data)))
 
 
@@ -54,24 +54,24 @@ def finished(tiny, cache, tmp_path_factory):
 def make(tiny, cache, tmp_path):
     """Makes a table in ``tmp_path`` from a recipe's TOML."""
 
-    def run(text: str = TABLE, **given: object) -> FinishedTable:
-        return reproduce(context_of(tiny, tmp_path, cache, text=text, **given))
+    def run(text: str = TABLE, **options: object) -> FinishedTable:
+        return reproduce(context_of(tiny, tmp_path, cache, text=text, **options))
 
     return run
 
 
-def test_a_comparison_is_made_end_to_end(finished):
-    made, folder = finished.table, finished.folder
-    assert [table.title for table in made.tables] == [
+def test_a_comparison_runs_end_to_end(finished):
+    table, folder = finished.table, finished.folder
+    assert [table.title for table in table.tables] == [
         "Planted, all", "Planted, odd", "Planted, no, positives",
     ]  # fmt: skip
-    rows = rows_of(made)
+    rows = rows_of(table)
     assert [len(row["seeds"]) for row in rows.values()] == [2, 2, 1]
     assert rows["readout"]["metrics"]["auprc"]["mean"] > 0.9
     assert rows["readout"]["ours_minus_this"] is None
     assert rows["pooling"]["ours_minus_this"]["p"] is not None
     # Without a positive text, ranking is undefined.
-    row = rows_of(made, 2)["tfidf"]
+    row = rows_of(table, 2)["tfidf"]
     assert row["metrics"]["auprc"]["mean"] is None
     assert row["ours_minus_this"] == {"value": None, "ci": [None, None], "p": None}
     written = {path.name for path in folder.iterdir() if path.is_file()}
@@ -85,15 +85,17 @@ def test_a_comparison_is_made_end_to_end(finished):
         assert words in page
 
 
-def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, cache):
+def test_metrics_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, cache):
     folders = sorted((finished.folder / "runs").glob("*/probe"))
     probes = [load_probe(path).changed(name=path.parent.name) for path in folders]
     split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
     expected = score(tiny, Bank(probes), split.states.prompts)
-    for probe, other in zip(probes, expected, strict=True):
-        own = cached_logits(probe, split.states)
+    for probe, expected_logits in zip(probes, expected, strict=True):
+        actual_logits = cached_logits(probe, split.states)
         # Cached states are bfloat16: 8 bits of mantissa.
-        np.testing.assert_allclose(own, other, atol=0.02 * np.abs(other).max())
+        np.testing.assert_allclose(
+            actual_logits, expected_logits, atol=0.02 * np.abs(expected_logits).max()
+        )
     reports = [
         evaluate(
             decide(
@@ -108,25 +110,25 @@ def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, c
     ]
     # Of the float32 states, which moves metrics of ranks little.
     for metric in ("auprc", "f1", "ece"):
-        shown = rows_of(finished.table)["readout"]["metrics"][metric]["values"]
+        values_in_table = rows_of(finished.table)["readout"]["metrics"][metric]["values"]
         values = [report.metrics[metric].value for report in reports]
-        assert shown == pytest.approx(values, abs=0.02)
+        assert values_in_table == pytest.approx(values, abs=0.02)
 
 
-def test_table_cells_hold_the_figures(finished):
-    made, folder = finished.table, finished.folder
-    row = rows_of(made)["readout"]
+def test_table_cells_hold_the_metrics(finished):
+    table, folder = finished.table, finished.folder
+    row = rows_of(table)["readout"]
     f1 = row["metrics"]["f1"]
     cell = f"{f1['mean']:.3f} ± {f1['sd']:.3f}"
     assert f1["sd"] == pytest.approx(np.std(f1["values"], ddof=1))
     page = (folder / "table.md").read_text().split("##")[1]
     (line,) = [line for line in page.splitlines() if line.startswith("| readout")]
-    for shown in (cell, f"{row['parameters']:,}"):
-        assert shown in line
+    for cell_text in (cell, f"{row['parameters']:,}"):
+        assert cell_text in line
     chosen = row["chosen"]
     assert chosen["seed"] == row["seeds"][int(np.argmax(row["validation"]["values"]))]
     assert cell in (folder / "table.tex").read_text()
-    assert (folder / "table.json").read_text() == json.dumps(made.to_dict(), indent=2) + "\n"
+    assert (folder / "table.json").read_text() == json.dumps(table.to_dict(), indent=2) + "\n"
 
 
 def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
@@ -191,15 +193,15 @@ def test_a_killed_run_goes_on_from_its_finished_rows_and_the_test_is_opened_afte
 
 def test_rows_can_be_chosen_and_data_cut(make):
     chosen = recipe().only(["pooling", "tfidf"])
-    data = Data(parts={"odd": np.arange(1, 70, 2)})
-    made = make(data=data, recipe=chosen, limit=40)
-    assert list(rows_of(made)) == ["pooling", "tfidf"]
-    assert made.tables[0].texts == 40
-    assert 0 < made.tables[1].texts < 35
-    assert any("At most 40 rows" in note for note in made.notes)
-    assert all(row.difference is None for row in made.tables[0].rows)
-    assert cells(made.tables[0])[0][-3:] == ["validation AUPRC", "parameters", "single pass"]
-    assert not any("Ours is" in note for note in made.notes)
+    data = Data(splits={"odd": np.arange(1, 70, 2)})
+    table = make(data=data, recipe=chosen, limit=40)
+    assert list(rows_of(table)) == ["pooling", "tfidf"]
+    assert table.tables[0].texts == 40
+    assert 0 < table.tables[1].texts < 35
+    assert any("At most 40 rows" in note for note in table.notes)
+    assert all(row.difference is None for row in table.tables[0].rows)
+    assert cells(table.tables[0])[0][-3:] == ["validation AUPRC", "parameters", "single pass"]
+    assert not any("Ours is" in note for note in table.notes)
 
 
 def test_a_transfer_is_tested_on_the_other_data_set(make):
@@ -213,39 +215,39 @@ def test_a_transfer_is_tested_on_the_other_data_set(make):
         "other": Data(title="Other", tested=tested),
     }
     text = ONE_SEED.replace('"comparison"', '"transfer"\ntest_data = "other"')
-    made = make(text, load=sets.__getitem__)
-    assert made.tables[0].title == "Other, all"
-    assert "70 of 70 test texts are among the training texts too." in made.notes
-    assert rows_of(made)["readout"]["metrics"]["auprc"]["mean"] > 0.9
+    table = make(text, load=sets.__getitem__)
+    assert table.tables[0].title == "Other, all"
+    assert "70 of 70 test texts are among the training texts too." in table.notes
+    assert rows_of(table)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
 def test_a_few_shot_draw_has_as_many_texts_of_each_class(make, tmp_path):
-    made = make(TABLE.replace('"comparison"', '"few-shot"\nlabels_per_class = 8\ndraws = 3'))
-    rows = rows_of(made)
+    table = make(TABLE.replace('"comparison"', '"few-shot"\nlabels_per_class = 8\ndraws = 3'))
+    rows = rows_of(table)
     assert [len(row["seeds"]) for row in rows.values()] == [3, 3, 3]
     hashes = set()
     for folder in (tmp_path / "runs").glob("pooling-*/probe"):
         record = load_probe(folder).card.training
-        for part in (record.training, record.validation):
-            assert part.classes == {"fine": 8, "toxic": 8}
+        for texts in (record.training, record.validation):
+            assert texts.classes == {"fine": 8, "toxic": 8}
         hashes.add(record.training.sha256)
     assert len(hashes) == 3
-    assert "draws" in made.how
+    assert "draws" in table.how
 
 
 def test_a_sweep_trains_every_probe_with_every_value(make):
     text = ONE_SEED.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
     text = text.replace('ours = ["readout"]', "")
-    made = make(text + '[sweep]\nparameter = "learning_rate"\nvalues = [1e-3, 1e-2]\n')
-    assert list(rows_of(made)) == [
+    table = make(text + '[sweep]\nparameter = "learning_rate"\nvalues = [1e-3, 1e-2]\n')
+    assert list(rows_of(table)) == [
         f"{name}, learning_rate {rate}" for name in ("pooling", "readout") for rate in (0.001, 0.01)
     ]
 
 
 def test_a_run_that_diverges_is_left_out_and_told(make):
-    made = make(ONE_SEED.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
-    assert list(rows_of(made)) == ["readout", "tfidf"]
-    assert sum("'pooling' with seed" in note and "diverged" in note for note in made.notes) == 1
+    table = make(ONE_SEED.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
+    assert list(rows_of(table)) == ["readout", "tfidf"]
+    assert sum("'pooling' with seed" in note and "diverged" in note for note in table.notes) == 1
 
 
 def test_other_test_texts_are_another_opening(make, tmp_path):

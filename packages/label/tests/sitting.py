@@ -26,9 +26,12 @@ def texts_of(kind, count):
     """Texts as rows of a file, and the labels that their capitals stand for."""
     texts, numbers = planted(kind, count, seed=0)
     labels = np.array(TASKS[kind].labels)
-    positions = [np.flatnonzero(own) if kind == "multilabel" else [int(own)] for own in numbers]
+    positions = [
+        np.flatnonzero(row_labels) if kind == "multilabel" else [int(row_labels)]
+        for row_labels in numbers
+    ]
     rows = [{"text": f"{text} {number}", "id": number} for number, text in enumerate(texts)]
-    return rows, [tuple(labels[own].tolist()) for own in positions]
+    return rows, [tuple(labels[row_labels].tolist()) for row_labels in positions]
 
 
 class Sitting:
@@ -54,12 +57,12 @@ class Sitting:
 
     def label(self, count):
         """Labels the next texts truly, and says which they were."""
-        shown = []
+        rows = []
         for _ in range(count):
             row = self.queue.next()
             self.queue.label(row, self.truth[row])
-            shown.append(row)
-        return shown
+            rows.append(row)
+        return rows
 
     def probabilities(self, rows):
         """Probabilities of each text under the newest probe: `[text, output]`."""
@@ -79,16 +82,16 @@ def saved_labels(sitting):
     return [json.loads(line)["label"] for line in sitting.out.read_text().splitlines()]
 
 
-def shown_text(body):
+def displayed_text(body):
     """The text that a judge is asked about."""
     return json.loads(body["messages"][-1]["content"].split("\n")[0])["turns"][-1]["text"]
 
 
 def truthful(body):
-    return JSONResponse(yes_no(0.97 if "X" in shown_text(body) else 0.02))
+    return JSONResponse(yes_no(0.97 if "X" in displayed_text(body) else 0.02))
 
 
-class JudgedSitting(Sitting):
+class ReviewSitting(Sitting):
     """A sitting with a judge, which labels texts by a criterion in a file."""
 
     def __init__(self, tiny, folder, judge, count):
@@ -100,7 +103,7 @@ class JudgedSitting(Sitting):
     def begin(self, **settings):
         task = TASKS["binary"]
 
-        def is_judged(row):
+        def is_classified(row):
             return JudgeLabel.of(row, is_positive=row.get("label") == "toxic") is not None
 
         super().begin(**settings)
@@ -108,14 +111,14 @@ class JudgedSitting(Sitting):
         labelled = load_examples(self.out, task=task) if self.out.stat().st_size else None
         decided = {}
         if labelled is not None:
-            own = {row["id"]: n for n, row in enumerate(self.pool.examples.rows)}
+            each = {row["id"]: n for n, row in enumerate(self.pool.examples.rows)}
             decided = {
-                own[row["id"]]: int(row["label"] == "toxic")
+                each[row["id"]]: int(row["label"] == "toxic")
                 for row in labelled.rows
-                if not is_judged(row)
+                if not is_classified(row)
             }
         self.answers = AnswerFile(self.folder / "labels-judge.jsonl")
-        self.file = LabelFile(self.out, is_judged)
+        self.file = LabelFile(self.out, is_classified)
         self.review = Review(
             self.pool,
             self.judge.settings(criterion=self.criterion.text),
@@ -137,14 +140,14 @@ class JudgedSitting(Sitting):
 
     @property
     def state(self):
-        return self.review.described(self.queue.people)["state"]
+        return self.review.summarise(self.queue.people)["state"]
 
     def check(self):
         """A person labels the blind sample truly."""
-        shown = []
+        output = []
         while (gate := self.review.gate(self.queue.people)) and gate.state == "open":
-            shown += self.label(len(gate.left))
-        return shown
+            output += self.label(len(gate.left))
+        return output
 
     def rows_of_judge(self):
         lines = [json.loads(line) for line in self.out.read_text().splitlines()]

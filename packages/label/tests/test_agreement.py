@@ -30,7 +30,7 @@ def population(random, prevalence, sensitivity, specificity):
     return truth, judge, 1 / (1 + np.exp(-skill * evidence - prior))
 
 
-def outcome(random, *errors):
+def status(random, *errors):
     truth, judge, scores = population(random, *errors)
     rows = range(FIRST)
     sample = BlindSample.draw(rows, scores, seed=int(random.integers(1 << 30)))
@@ -53,7 +53,7 @@ def outcome(random, *errors):
 )
 def test_the_gate_is_right_in_19_of_20_draws(prevalence, sensitivity, specificity, passes):
     random = np.random.default_rng(7)
-    states = [outcome(random, prevalence, sensitivity, specificity).state for _ in range(DRAWS)]
+    states = [status(random, prevalence, sensitivity, specificity).state for _ in range(DRAWS)]
     right = states.count("passed") if passes else DRAWS - states.count("passed")
     assert right >= 0.95 * DRAWS
 
@@ -71,11 +71,11 @@ def test_the_interval_covers_the_agreement_of_all_texts():
     hits = 0
     for _ in range(DRAWS):
         truth, judge, scores = population(random, 0.2, 0.85, 0.9)
-        whole = measure_agreement(truth, judge, np.ones(FIRST)).value
+        full = measure_agreement(truth, judge, np.ones(FIRST)).value
         sample = BlindSample.draw(range(FIRST), scores, seed=int(random.integers(1 << 30)))
-        person, said = dict(enumerate(truth.tolist())), dict(enumerate(judge.tolist()))
-        agreement = decide_gate(sample, person, said).agreement
-        hits += agreement.low <= whole <= agreement.high
+        person, output = dict(enumerate(truth.tolist())), dict(enumerate(judge.tolist()))
+        agreement = decide_gate(sample, person, output).agreement
+        hits += agreement.low <= full <= agreement.high
     assert hits >= 0.93 * DRAWS
 
 
@@ -113,7 +113,7 @@ def test_a_sample_takes_the_same_of_each_stratum_and_grows_until_it_has_enough_o
 def test_the_sample_grows_while_its_interval_includes_the_least_agreement():
     person = {row: row % 2 == 0 for row in range(500)}
     # Wrong on one of five texts.
-    judge = {row: own != (row % 10 in (0, 1)) for row, own in person.items()}
+    judge = {row: each != (row % 10 in (0, 1)) for row, each in person.items()}
     gate = decide_gate(BlindSample.draw(range(500), None), person, judge)
     assert len(gate.sample) == MOST
     assert decide_gate(BlindSample.draw(range(500), None), person, person).agreement.texts == SAMPLE

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def untouched(tiny, tmp_path_factory):
-    """A sitting in which nobody is allowed to decide anything."""
+    """A sitting without the right to decide anything."""
     return Sitting(tiny, tmp_path_factory.mktemp("untouched"))
 
 
@@ -70,8 +70,8 @@ def test_other_hosts_and_origins_are_refused_even_with_the_token(http):
             http.post("/api/label", json=body, headers=headers),
         ):
             assert asked.status_code == 403, headers
-    own = {"Origin": f"http://127.0.0.1:{port}"}
-    assert http.get("/api/state", headers=own).status_code == 200
+    same_origin = {"Origin": f"http://127.0.0.1:{port}"}
+    assert http.get("/api/state", headers=same_origin).status_code == 200
 
 
 def test_no_path_leads_to_another_file(http):
@@ -112,9 +112,9 @@ def test_decisions_at_the_same_time_are_each_saved_once(tiny, tmp_path):
     codes = []
 
     def label_all():
-        with httpx.Client(base_url=http.base_url, headers=HEADERS, timeout=30) as own:
+        with httpx.Client(base_url=http.base_url, headers=HEADERS, timeout=30) as client:
             for row in range(60):
-                told = own.post("/api/label", json={"row": row, "labels": ["fine"]})
+                told = client.post("/api/label", json={"row": row, "labels": ["fine"]})
                 codes.append(told.status_code)
 
     with client_of(sitting) as http:
@@ -162,7 +162,7 @@ def test_the_command_ends_without_waiting_for_a_training(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("seen", ["The rule.", "an older rule"])
-def test_the_criterion_is_shown_and_edited_by_the_tab_that_saw_it(tiny, tmp_path, seen):
+def test_the_criterion_is_displayed_and_edited_only_by_a_current_tab(tiny, tmp_path, seen):
     rule = tmp_path / "rule.md"
     rule.write_text("The rule.\n")
     sitting = Sitting(tiny, tmp_path)

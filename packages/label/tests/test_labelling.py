@@ -17,7 +17,7 @@ from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.scoring import judge
+from sidelight.scoring import classify
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_label.file import LabelFile
@@ -34,8 +34,8 @@ ROUNDING_TO_BF16 = 0.03
 
 def logits_of(backbone, probes, examples):
     """By each probe."""
-    judged = [judge(backbone, probe, examples) for probe in probes]
-    return [np.stack([text.logits for text in texts]) for texts in judged]
+    outputs = [classify(backbone, probe, examples) for probe in probes]
+    return [np.stack([text.logits for text in texts]) for texts in outputs]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def sitting(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def first_sitting(tiny, tmp_path_factory):
-    """A sitting of 40 labels and a probe; nobody goes on with it."""
+    """A sitting of 40 labels and a probe, which stays as it is."""
     sitting = Sitting(tiny, tmp_path_factory.mktemp("first"), count=120)
     sitting.label(40)
     sitting.queue.train()
@@ -65,15 +65,15 @@ def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
     sitting = Sitting(tiny, tmp_path, kind, count=90)
     with pytest.raises(SidelightError, match=wordings.TOO_FEW_OF_LABEL.format(count=5)):
         sitting.queue.train()
-    shown = []
+    labelled = []
     while sitting.queue.obstacle:
-        shown += sitting.label(1)
-    shown += sitting.label(20)
+        labelled += sitting.label(1)
+    labelled += sitting.label(20)
     # The labels are a training file with the cells of their rows.
     read = sitting.read()
-    assert [row["id"] for row in read.rows] == shown
+    assert [row["id"] for row in read.rows] == labelled
     assert [sorted(names) for names in read.label_names()] == [
-        sorted(sitting.truth[row]) for row in shown
+        sorted(sitting.truth[row]) for row in labelled
     ]
     before = sitting.queue.order
     sitting.queue.train()
@@ -88,9 +88,11 @@ def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_sitting, trained):
-    (whole,) = first_sitting.queue.figures
-    (report,) = whole["rows"].values()
+def test_the_comparisons_are_of_texts_that_the_probe_did_not_learn_from(
+    tiny, first_sitting, trained
+):
+    (overall,) = first_sitting.queue.comparisons
+    (report,) = overall["rows"].values()
     assert report["rows"] == 40
     first = load_probe(trained.folder / "probe")
     assert report == first.card.training.validation.report.to_dict()
@@ -98,7 +100,7 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_
     known = [*trained.queue.decided]
     batch = trained.label(20)
     trained.queue.train()
-    at_random, whole = trained.queue.figures
+    at_random, overall = trained.queue.comparisons
     count = len(trained.at_random())
     assert [row["rows"] for row in at_random["rows"].values()] == [count, count]
     # New texts are judged by the earlier probe itself, those that it learned from by its folds.
@@ -108,7 +110,7 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, first_
     rows = known + batch
     positives = np.array([trained.truth[row] == ("toxic",) for row in rows])
     flagged = earlier[rows, 0] >= first.thresholds[0]
-    before, after = whole["rows"].values()
+    before, after = overall["rows"].values()
     assert before["accuracy"]["value"] == pytest.approx((positives == flagged).mean())
     assert before["rows"] == after["rows"] == 60
     assert after == load_probe(trained.folder / "probe").card.training.validation.report.to_dict()
@@ -125,10 +127,10 @@ def test_a_folder_of_any_name_gets_a_probe_that_can_be_loaded(trained, tmp_path)
 def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
     chances = trained.probabilities(range(len(trained.rows)))[:, 0]
     order = [row for row in shuffled(trained.pool.examples) if row not in trained.queue.decided]
-    shown = trained.label(12)
-    at_random = shown[3::4]
-    assert at_random == [row for row in order if row not in set(shown) - set(at_random)][:3]
-    chosen = [row for row in shown if row not in at_random]
+    rows = trained.label(12)
+    at_random = rows[3::4]
+    assert at_random == [row for row in order if row not in set(rows) - set(at_random)][:3]
+    chosen = [row for row in rows if row not in at_random]
     left = [row for row in range(120) if row not in trained.queue.decided]
     assert max(abs(chances[chosen] - 0.5)) <= min(abs(chances[left] - 0.5))
 
@@ -140,7 +142,9 @@ def test_the_random_texts_lack_no_kind_of_text(trained):
     at_random = trained.at_random()
     assert 50 <= len(at_random) < 80
     trained.queue.train()
-    assert trained.queue.figures[0]["title"] == f"The {len(at_random)} texts that came at random"
+    assert (
+        trained.queue.comparisons[0]["title"] == f"The {len(at_random)} texts that came at random"
+    )
 
 
 def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():
@@ -157,17 +161,18 @@ def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():
 
 
 @pytest.mark.slow
-def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
+def test_the_users_probes_order_the_texts_from_the_start(tiny, tmp_path):
     save_probe(untrained_probe(tiny, "one"), tmp_path / "one")
     save_probe(untrained_probe(tiny, "two", mechanism="gate"), tmp_path / "two")
     probes = [load_probe(tmp_path / name) for name in ("one", "two")]
     sitting = Sitting(tiny, tmp_path, probes=probes)
     logits = logits_of(tiny, probes, sitting.pool.examples.items)
-    mean = np.mean([1 / (1 + np.exp(-own[:, 0])) for own in logits], 0)
-    said = sitting.queue.opinions(3)
-    assert list(said) == ["one", "two"]
-    assert [own["toxic"] for own in said.values()] == pytest.approx(
-        [float(1 / (1 + np.exp(-own[3, 0]))) for own in logits], abs=ROUNDING_TO_BF16
+    mean = np.mean([1 / (1 + np.exp(-probe_logits[:, 0])) for probe_logits in logits], 0)
+    opinions = sitting.queue.opinions(3)
+    assert list(opinions) == ["one", "two"]
+    assert [probabilities["toxic"] for probabilities in opinions.values()] == pytest.approx(
+        [float(1 / (1 + np.exp(-probe_logits[3, 0]))) for probe_logits in logits],
+        abs=ROUNDING_TO_BF16,
     )
     first = sitting.queue.next()
     assert abs(mean[first] - 0.5) <= np.sort(abs(mean - 0.5))[5]
@@ -176,7 +181,7 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
 
 @needs_llama
 @pytest.mark.slow
-def test_texts_are_labelled_on_a_gguf_file(tmp_path, own_cache):
+def test_texts_are_labelled_on_a_gguf_file(tmp_path, temporary_cache):
     backbone = gguf_model(tmp_path, "llama").backbone
     sitting = Sitting(backbone, tmp_path)
     sitting.label(40)
@@ -190,10 +195,10 @@ def test_texts_are_labelled_on_a_gguf_file(tmp_path, own_cache):
 
 
 def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced(tiny, tmp_path):
-    with pytest.raises(SidelightError, match=wordings.JUDGE_DECIDES.format(labels="billing")):
+    with pytest.raises(SidelightError, match=wordings.PROBE_DECIDES.format(labels="billing")):
         Sitting(tiny, tmp_path, probes=[untrained_probe(tiny, "a", task=task_of(["billing", "x"]))])
     probe = untrained_probe(tiny, "b", reads=Reads("response"))
-    with pytest.raises(SidelightError, match=wordings.JUDGE_READS.format(side="response")):
+    with pytest.raises(SidelightError, match=wordings.PROBE_READS.format(side="response")):
         Sitting(tiny, tmp_path / "other", probes=[probe])
     save_probe(untrained_probe(tiny, "mine", task=TOXICITY), tmp_path / "probe")
     with pytest.raises(SidelightError, match=wordings.NO_CROSS_FIT):
@@ -210,7 +215,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothin
     assert trained.queue.next() not in trained.queue.decided
     trained.label(5)
     trained.queue.train()
-    assert trained.queue.figures[-1]["title"] == "All 45 labelled texts"
+    assert trained.queue.comparisons[-1]["title"] == "All 45 labelled texts"
     assert not ran
 
 
@@ -241,10 +246,10 @@ def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
         sitting.queue.label(row, ["fine"])
     with pytest.raises(SidelightError, match=wordings.ALREADY_DECIDED):
         sitting.queue.skip(row)
-    (other,) = sitting.label(1)
-    with pytest.raises(SidelightError, match=wordings.OTHER_TAB):
+    (another,) = sitting.label(1)
+    with pytest.raises(SidelightError, match=wordings.TAB_DIFFERS):
         sitting.queue.undo(row)
-    sitting.queue.undo(other)
+    sitting.queue.undo(another)
     assert len(sitting.read()) == 1
 
 
@@ -258,7 +263,7 @@ def test_labels_that_the_task_does_not_have_are_refused(sitting):
 
 
 @pytest.mark.slow
-def test_each_text_is_shown_once_and_labelled_ones_train_although_their_rows_are_gone(trained):
+def test_each_text_is_displayed_once_and_labelled_ones_train_although_their_rows_are_gone(trained):
     trained.rows = trained.rows[:10] * 2
     trained.begin()
     gone = [row for row in trained.read().rows if row["id"] >= 10]
@@ -294,7 +299,7 @@ def test_of_two_sittings_at_one_file_the_one_that_is_behind_writes_nothing(tmp_p
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
-def test_a_full_disk_leaves_the_file_whole(sitting, monkeypatch):
+def test_a_full_disk_leaves_the_file_intact(sitting, monkeypatch):
     import resource
 
     sitting.label(2)
@@ -314,14 +319,14 @@ def test_a_full_disk_leaves_the_file_whole(sitting, monkeypatch):
     assert sitting.label(1) == [row]
 
 
-def test_a_row_without_a_line_break_is_kept(tmp_path):
+def test_a_row_without_a_line_break_is_read(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"text": "a", "label": "x"}')
     LabelFile(path).append({"text": "c", "label": "y"})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
-def test_a_new_file_of_labels_is_its_owners_alone_and_an_existing_one_keeps_its_mode(tmp_path):
+def test_a_new_file_of_labels_is_private_and_an_existing_one_keeps_its_mode(tmp_path):
     """Its texts may be what users wrote."""
     path = tmp_path / "labels.jsonl"
     before = os.umask(0o022)

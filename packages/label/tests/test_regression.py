@@ -38,19 +38,21 @@ def test_the_solution_is_that_of_a_regression_on_all_features(kind, monkeypatch)
     monkeypatch.setattr(regression, "STRENGTHS", (10.0,))
     pooled, labels, folds = drawn(kind)
     solution = fit_regression(pooled, labels, TASKS[kind], folds)
-    views = torch.cat([*pooled], 1).double()
-    spread, center = torch.std_mean(views, 0, correction=0)
+    poolings = torch.cat([*pooled], 1).double()
+    spread, center = torch.std_mean(poolings, 0, correction=0)
     # The view that is the same for all texts says nothing.
-    parts = ((views - center) / (spread + 1e-2 * spread.mean(1, keepdim=True)))[:, spread.any(1)]
-    parts /= parts.square().sum(2).mean(0)[:, None].sqrt()
-    features = parts.flatten(1).numpy() / np.sqrt(2 * LAYERS)
-    columns = labels.T if kind == "multilabel" else labels[None]
+    scaled = ((poolings - center) / (spread + 1e-2 * spread.mean(1, keepdim=True)))[
+        :, spread.any(1)
+    ]
+    scaled /= scaled.square().sum(2).mean(0)[:, None].sqrt()
+    features = scaled.flatten(1).numpy() / np.sqrt(2 * LAYERS)
+    outputs = labels.T if kind == "multilabel" else labels[None]
     expected = [
         LogisticRegression(C=10.0, tol=1e-8, max_iter=5000)
-        .fit(features, own)
+        .fit(features, targets)
         .decision_function(features)
         .reshape(TEXTS, -1)
-        for own in columns
+        for targets in outputs
     ]
     np.testing.assert_allclose(solution.logits(pooled), np.hstack(expected), atol=OPTIMISER)
 
@@ -68,7 +70,7 @@ def test_the_readout_gives_the_logits_of_the_regression(kind):
 
 
 @every_task
-def test_the_labels_of_a_fold_have_no_part_in_its_own_logits(kind, monkeypatch):
+def test_the_labels_of_a_fold_do_not_affect_its_logits(kind, monkeypatch):
     """Not by the weights of the views either, which follow the labels."""
     monkeypatch.setattr(regression, "STRENGTHS", (1.0,))
     pooled, labels, folds = drawn(kind)
@@ -78,7 +80,8 @@ def test_the_labels_of_a_fold_have_no_part_in_its_own_logits(kind, monkeypatch):
     changed = labels.copy()
     changed[folds[2]] = 0
     before, after = (
-        fit_regression(pooled, own, TASKS[kind], folds).left_out for own in (labels, changed)
+        fit_regression(pooled, fold_labels, TASKS[kind], folds).left_out
+        for fold_labels in (labels, changed)
     )
     np.testing.assert_array_equal(before[folds[2]], after[folds[2]])
     assert not np.allclose(before[folds[1]], after[folds[1]])
@@ -91,8 +94,8 @@ def test_the_strength_has_the_lowest_loss_on_texts_left_out(kind, monkeypatch):
     assert min(regression.STRENGTHS) < chosen < max(regression.STRENGTHS)
     # Whatever else could have been chosen.
     near = regression.STRENGTHS.index(chosen)
-    for others in (regression.STRENGTHS[near:], regression.STRENGTHS[: near + 1]):
-        monkeypatch.setattr(regression, "STRENGTHS", others)
+    for strengths in (regression.STRENGTHS[near:], regression.STRENGTHS[: near + 1]):
+        monkeypatch.setattr(regression, "STRENGTHS", strengths)
         assert fit_regression(pooled, labels, TASKS[kind], folds).strength == chosen
         monkeypatch.undo()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from sitting import JudgedSitting, shown_text, texts_of, truthful
+from sitting import ReviewSitting, displayed_text, texts_of, truthful
 from starlette.responses import JSONResponse
 
 import sidelight_label.review
@@ -41,7 +41,7 @@ def judge():
 
 @pytest.fixture
 def sitting(tiny, tmp_path, judge):
-    return JudgedSitting(tiny, tmp_path, judge, count=COUNT)
+    return ReviewSitting(tiny, tmp_path, judge, count=COUNT)
 
 
 @pytest.mark.slow
@@ -50,8 +50,8 @@ def test_from_a_rule_to_a_probe_whose_card_says_who_labelled(sitting, judge):
     assert len(judge.asked) == FIRST
     assert all("capital X" in body["messages"][0]["content"] for body in judge.asked)
     first = {row for row, _ in sitting.review.labels().items()}
-    shown = sitting.check()
-    assert {*shown} <= first
+    output = sitting.check()
+    assert {*output} <= first
     assert sitting.state == "passed"
     # Its labels are in no file before they are wanted, and all that count are after.
     sitting.queue.ask()
@@ -60,10 +60,12 @@ def test_from_a_rule_to_a_probe_whose_card_says_who_labelled(sitting, judge):
     assert len(sitting.rows_of_judge()) == COUNT - people
     assert len(sitting.read()) == COUNT
     sitting.queue.train()
-    assert sitting.review.described(sitting.queue.people)["is_doubted"]
+    assert sitting.review.summarise(sitting.queue.people)["is_doubted"]
     card = read_card(sitting.folder / "probe")
-    by_judge, by_people = sorted(card.training.training.annotators, key=lambda own: own.texts)[::-1]
-    assert by_judge.name == f"judge {sitting.review.settings.identity}"
+    by_judge, by_people = sorted(card.training.training.annotators, key=lambda each: each.texts)[
+        ::-1
+    ]
+    assert by_judge.name == f"judge {sitting.review.settings.digest}"
     assert (by_judge.texts, by_people.texts) == (COUNT - people, people)
     assert by_judge.agreement.value == 1.0
     assert by_people.agreement is None
@@ -79,7 +81,7 @@ def test_the_sample_is_blind_and_labels_count_only_after_it(sitting):
     for _ in range(3):
         row = sitting.queue.next()
         assert sitting.queue.opinions(row) == {}
-        told = sitting.review.described(sitting.queue.people)
+        told = sitting.review.summarise(sitting.queue.people)
         assert (told["agreement"], told["positives"], told["disagreements"]) == (None, None, [])
         sitting.label(1)
     sitting.queue.publish()
@@ -90,11 +92,11 @@ def test_the_sample_is_blind_and_labels_count_only_after_it(sitting):
 
 @pytest.mark.slow
 def test_a_judge_below_the_gate_is_asked_no_more_and_its_disagreements_are_listed(sitting, judge):
-    judge.reply = lambda body: JSONResponse(yes_no(float("a" in shown_text(body))))
+    judge.reply = lambda body: JSONResponse(yes_no(float("a" in displayed_text(body))))
     sitting.queue.ask()
     sitting.check()
     assert sitting.state == "stopped"
-    told = sitting.review.described(sitting.queue.people)
+    told = sitting.review.summarise(sitting.queue.people)
     assert told["agreement"].startswith("0.")
     assert all(one["person"] != one["judge"] for one in told["disagreements"])
     with pytest.raises(SidelightError, match=wordings.JUDGE_NOT_PASSED):
@@ -120,7 +122,7 @@ def test_an_edit_of_the_criterion_asks_again_and_takes_a_fresh_sample(sitting, j
     sitting.queue.undo(earlier[-1])
     assert sitting.rows_of_judge() == []
     sitting.check()
-    with pytest.raises(SidelightError, match=wordings.CRITERION_OTHER_TAB):
+    with pytest.raises(SidelightError, match=wordings.CRITERION_TAB_DIFFERS):
         sitting.queue.change_criterion("The text has an X.", seen="an older one")
     sitting.queue.change_criterion("The text has an X.", seen=sitting.criterion.text)
     assert sitting.rule.read_text() == "The text has an X.\n"
@@ -133,7 +135,7 @@ def test_an_edit_of_the_criterion_asks_again_and_takes_a_fresh_sample(sitting, j
     assert "has an X." in judge.asked[-1]["messages"][0]["content"]
     assert sitting.state == "open"
     assert not {*sitting.review.for_people(sitting.queue.people)} & {*earlier}
-    told = sitting.review.described(sitting.queue.people)
+    told = sitting.review.summarise(sitting.queue.people)
     assert told["earlier"].startswith("1.00")
     # The first criterion comes back, and so do its answers and its sample.
     asked = len(judge.asked)
@@ -187,7 +189,7 @@ def test_texts_without_an_answer_and_doubtful_ones_go_to_the_person(sitting, jud
     prose, wrong = set(), set()
 
     def reply(body):
-        text = shown_text(body)
+        text = displayed_text(body)
         number = int(text.split()[-1])
         if number % 50 == 0:
             prose.add(number)
@@ -203,10 +205,10 @@ def test_texts_without_an_answer_and_doubtful_ones_go_to_the_person(sitting, jud
     sitting.queue.ask()
     people = sitting.queue.people
     wanted = {sitting.pool.examples.rows[row]["id"] for row in sitting.review.for_people(people)}
-    own = {sitting.pool.examples.rows[row]["id"] for row in people}
-    assert prose - own <= wanted
+    each = {sitting.pool.examples.rows[row]["id"] for row in people}
+    assert prose - each <= wanted
     # The probe of a tiny model finds most of them.
-    assert len(wrong & wanted) > len(wrong - own) / 2
+    assert len(wrong & wanted) > len(wrong - each) / 2
     assert len(wanted) < COUNT / 4
     # A person's label replaces the judge's.
     rows = sitting.label(len(wanted))
@@ -218,7 +220,7 @@ def test_texts_without_an_answer_and_doubtful_ones_go_to_the_person(sitting, jud
 
 def test_a_judge_that_is_down_is_told_once_and_people_label_on(tiny, tmp_path, judge):
     judge.answers(JSONResponse({}, status_code=503))
-    sitting = JudgedSitting(tiny, tmp_path, judge, count=COUNT)
+    sitting = ReviewSitting(tiny, tmp_path, judge, count=COUNT)
     with pytest.raises(SidelightError, match=wordings.JUDGE_SILENT):
         sitting.queue.ask()
     assert len(judge.asked) < 60
@@ -232,10 +234,13 @@ def test_a_label_that_a_person_changed_in_the_file_is_a_persons(tmp_path):
     rows = [{"text": f"t{n}", "label": label, "labelled": cell} for n, label in enumerate("xxy")]
     path.write_text("".join(json.dumps(row) + "\n" for row in [{"text": "p", "label": "y"}, *rows]))
     file = LabelFile(path, lambda row: JudgeLabel.of(row, is_positive=row["label"] == "x"))
-    file.replace_judged([])
+    file.replace_judge_rows([])
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["p", "t2"]
     examples = load_examples(rows, positive="x")
-    assert [(own.name, own.texts) for own in annotators_of(examples)] == [("m 0", 2), ("people", 1)]
+    assert [(each.name, each.texts) for each in annotators_of(examples)] == [
+        ("m 0", 2),
+        ("people", 1),
+    ]
 
 
 AGREEMENT = {"texts": 100, "positives": 40, "value": 0.9, "low": 0.8, "high": 0.95}
@@ -279,7 +284,7 @@ def test_a_budget_makes_questions_wait_and_nothing_is_lost(judge):
     assert judge.most_at_once <= 3
 
 
-def test_answers_hold_no_text_and_are_their_owners_alone(sitting, judge):
+def test_answers_hold_no_text_and_are_private(sitting, judge):
     sitting.queue.ask()
     content = sitting.answers.path.read_text()
     assert not any(row["text"] in content for row in sitting.rows)
@@ -308,11 +313,11 @@ def test_a_criterion_replaces_the_one_that_a_judges_file_names(tmp_path):
 
 def test_the_judges_of_the_page_are_judges(tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "from-a-rule.md").read_text()
-    shown = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    for text in shown:
+    output = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    for text in output:
         (tmp_path / "judge.toml").write_text(text)
         assert read_judge(tmp_path / "judge.toml", "A rule.").kind == "chat"
-    assert len(shown) == 2
+    assert len(output) == 2
 
 
 def test_the_command_refuses_a_judge_at_once(tmp_path, monkeypatch, capsys):
@@ -358,12 +363,12 @@ def test_the_command_asks_the_judge_and_says_what_it_costs(
     for asked in (120, 120):
         assert cli(*command) == 0
         assert len(judge.asked) == asked
-        said = capsys.readouterr()
-        printed = said.out + said.err
+        output = capsys.readouterr()
+        printed = output.out + output.err
         assert not any(row["text"] in printed for row in rows)
         assert "a-secret-key" not in printed
     assert judge.headers[0]["authorization"] == "Bearer a-secret-key"
-    assert "0 more have the judge's label." in said.out
+    assert "0 more have the judge's label." in output.out
     (tmp_path / "texts-labels-judge.jsonl").unlink()
     assert cli(*command) == 0
     assert re.search(

@@ -86,7 +86,7 @@ def test_clients_name_a_model_as_its_file_or_as_ollama_does(model, name):
     assert served_name(model) == name
 
 
-def test_a_server_has_the_name_that_it_is_given(tmp_path):
+def test_a_server_has_the_configured_name(tmp_path):
     model = saved(tiny_backbone(CONFIGS["llama"]), tmp_path / "model")
     runtime = Runtime(model=model, dtype="auto", device="auto", served_model_name="assistant")
     with in_process(runtime.load_engine([])) as http:
@@ -206,16 +206,16 @@ def test_the_embedded_models_file_has_a_name():
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
     ],
 )
-def test_what_does_not_fit_a_gguf_file_is_refused_where_it_is_given(file, options, refusal, capsys):
-    given = shlex.split(options.format(file=file))
+def test_what_does_not_fit_a_gguf_file_is_refused_by_each_command(file, options, refusal, capsys):
+    arguments = shlex.split(options.format(file=file))
     for command in (
         ("train", "--data", "x.jsonl", "--out", "x"),
         ("predict", "probe", "a text"),
         ("serve",),
     ):
-        assert cli(*command, *given) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert refusal in said[-1], said
+        assert cli(*command, *arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert refusal in error[-1], error
 
 
 @pytest.mark.parametrize("command", ["train --data x.jsonl --out x", "serve"])
@@ -232,7 +232,7 @@ def test_the_options_of_llama_cpp_are_those_of_its_page():
 
 @pytest.mark.parametrize("option", ["texts=3", "tokens=100"])
 def test_a_command_that_reads_a_text_at_a_time_refuses_the_sizes_of_a_server(file, option, capsys):
-    given = ("--model", str(file), "--engine-option", option)
+    arguments = ("--model", str(file), "--engine-option", option)
     for command in (
         ("train", "--data", "x.jsonl", "--out", "x"),
         ("predict", "probe", "a text"),
@@ -240,18 +240,18 @@ def test_a_command_that_reads_a_text_at_a_time_refuses_the_sizes_of_a_server(fil
         ("guard", "--out", "x"),
         ("recalibrate", "probe", "--data", "x.jsonl"),
     ):
-        assert cli(*command, *given) == 2
+        assert cli(*command, *arguments) == 2
         name = option.partition("=")[0]
-        said = capsys.readouterr().err
-        assert f"--engine-option {name} is for serve and parity" in said
-        assert said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert f"--engine-option {name} is for serve and parity" in error
+        assert error.count("\n") == 1
 
 
 @needs_llama
 def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_them_otherwise(file):
-    def engine(**given):
-        given = {"model": str(file), "dtype": "auto", "device": "auto", "engine_option": given}
-        return Runtime(**given, engine="auto", serves=True).load_engine([])
+    def engine(**options):
+        options = {"model": str(file), "dtype": "auto", "device": "auto", "engine_option": options}
+        return Runtime(**options, engine="auto", serves=True).load_engine([])
 
     with pytest.raises(SidelightError, match=wordings.CONTEXT_LENGTH.format(asked=257, limit=256)):
         engine(tokens=257)
@@ -273,10 +273,10 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
                 match=wordings.CACHE_DOES_NOT_FIT.format(texts=256, tokens=250) + wordings.TAKES_GB,
             ):
                 engine(texts=255, tokens=250)
-        reading = Runtime(model=str(file), dtype="auto", device="auto", engine="auto")
+        runtime = Runtime(model=str(file), dtype="auto", device="auto", engine="auto")
         patch.setattr("sidelight_llama.backbone.free_memory", lambda: 0)
-        with pytest.raises(SidelightError, match=wordings.CACHE_IN_PARTS.format(tokens=9)):
-            reading.load_backbone().context(sequences=1, positions=9)
+        with pytest.raises(SidelightError, match=wordings.CACHE_IN_SEGMENTS.format(tokens=9)):
+            runtime.load_backbone().context(sequences=1, positions=9)
         patch.setattr("sidelight_llama.backbone.free_memory", lambda: 2 * 256 * 384 + size)
         assert engine(texts=1).max_tokens == 256
     assert engine(tokens=256).max_tokens == 256
@@ -332,7 +332,7 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
 
 def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
     with pytest.raises(
-        SidelightError, match=wordings.RUNS_ALONE_IN.format(engine="llama", other="transformers")
+        SidelightError, match=wordings.RUNS_ONLY_IN.format(engine="llama", another="transformers")
     ):
         Runtime(model=str(file), dtype="auto", device="auto")
 
@@ -375,7 +375,9 @@ def probe(file, data, tmp_path_factory):
 
 @needs_llama
 @pytest.mark.slow
-def test_a_probe_of_a_gguf_file_judges_and_is_served_by_the_files_name(file, probe, data, capsys):
+def test_a_probe_of_a_gguf_file_classifies_and_is_served_by_the_files_name(
+    file, probe, data, capsys
+):
     card = read_card(probe)
     assert card.backbone.name == str(file)
     assert card.training.engine.startswith("llama.cpp")
@@ -409,19 +411,19 @@ def test_parity_and_servers_take_a_copy_of_the_file_by_the_digest_that_its_refus
 ):
     copy = tiny_backbone(CONFIGS["llama"])
     copy.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
-    other = str(write_gguf(copy.model, tmp_path / "copy.gguf", "llama", copy.tokenizer))
-    measured = ("parity", str(probe), "--data", data, "--limit", "8", "--quantised", other)
+    copy_path = str(write_gguf(copy.model, tmp_path / "copy.gguf", "llama", copy.tokenizer))
+    measured = ("parity", str(probe), "--data", data, "--limit", "8", "--quantised", copy_path)
     assert cli(*measured) == 2
-    said = capsys.readouterr().err
-    assert f"{ACCEPTED} is not set" in said
-    digest = re.search(f"{ACCEPTED}=([0-9a-f]+) accepts", said)[1]
+    error = capsys.readouterr().err
+    assert f"{ACCEPTED} is not set" in error
+    digest = re.search(f"{ACCEPTED}=([0-9a-f]+) accepts", error)[1]
     monkeypatch.setenv(ACCEPTED, digest)
     sizes = ("--engine-option", "texts=3", "--engine-option", "tokens=256")
     assert cli(*measured, *sizes, "--gate", "0.2") == 0
     assert "llama - quantised" in capsys.readouterr().out
-    on_copy = ("--data", data, "--model", other)
+    on_copy = ("--data", data, "--model", copy_path)
     assert cli("eval", str(probe), *on_copy) == 0
-    assert cli("predict", str(probe), "bad 7", "--model", other) == 0
+    assert cli("predict", str(probe), "bad 7", "--model", copy_path) == 0
     # What it writes would be served on the file.
     new = tmp_path / "new"
     assert cli("recalibrate", str(probe), *on_copy, "--out", str(new)) == 2

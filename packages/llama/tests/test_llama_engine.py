@@ -29,19 +29,19 @@ LIMITS = Limits(running=3, waiting=20, prefill_tokens=32, cache_tokens=4 * 256)
 @pytest.fixture(scope="module", params=CONFIGS)
 def subject(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
-    made = gguf_model(folder, request.param)
-    model = with_probes(made.reference, "", folder)
-    engine, unstarted = (LlamaEngine(made.backbone, model.probes, limits=LIMITS) for _ in range(2))
+    gguf = gguf_model(folder, request.param)
+    model = with_probes(gguf.reference, "", folder)
+    engine, unstarted = (LlamaEngine(gguf.backbone, model.probes, limits=LIMITS) for _ in range(2))
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        alone = partial(reference, made.reference)
+        write_reference = partial(reference, gguf.reference)
         many = LIMITS.waiting + 10
-        yield Subject(engine, model, runner, unstarted, many=many, alone=alone)
+        yield Subject(engine, model, runner, unstarted, many=many, write_single=write_reference)
         runner.run(engine.close())
 
 
 class TestLlama(EngineContract):
-    def test_a_sequence_is_free_when_its_text_is_complete_or_given_up(self, subject):
+    def test_a_sequence_is_free_when_its_text_is_complete_or_cancelled(self, subject):
         engine = subject.engine
 
         async def give_up(text):
@@ -73,7 +73,7 @@ def embedded():
     return LlamaBackbone(path)
 
 
-def test_a_quantised_file_gives_the_same_verdicts_and_text_alone_in_parts_and_beside_others(
+def test_a_quantised_file_gives_the_same_verdicts_and_text_singly_in_chunks_and_beside_others(
     embedded,
 ):
     probes = [
@@ -93,13 +93,16 @@ def test_a_quantised_file_gives_the_same_verdicts_and_text_alone_in_parts_and_be
             await engine.close()
 
     small = replace(LIMITS, prefill_tokens=7)
-    alone = asyncio.run(answers(LIMITS, together=False))
+    one_by_one = asyncio.run(answers(LIMITS, together=False))
     together = asyncio.run(answers(small, together=True))
-    assert len({answer.text for answer in alone}) == len(texts)
-    for one, other in zip(alone, together, strict=True):
-        assert one.text == other.text
-        for mine, theirs in ((one.judged, other.judged), (one.finished, other.finished)):
-            for left, right in zip(mine.judgement.verdicts, theirs.judgement.verdicts, strict=True):
+    assert len({answer.text for answer in one_by_one}) == len(texts)
+    for one, another in zip(one_by_one, together, strict=True):
+        assert one.text == another.text
+        for mine, theirs in (
+            (one.classified, another.classified),
+            (one.finished, another.finished),
+        ):
+            for left, right in zip(mine.verdicts.verdicts, theirs.verdicts.verdicts, strict=True):
                 np.testing.assert_allclose(
                     [*left.probabilities.values()],
                     [*right.probabilities.values()],

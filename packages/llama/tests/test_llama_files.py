@@ -62,16 +62,16 @@ def header(path, architecture, **entries):
     return path
 
 
-def test_what_is_no_whole_gguf_file_is_refused(tiny, tmp_path):
+def test_an_incomplete_gguf_file_is_refused(tiny, tmp_path):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
-    whole = path.read_bytes()
-    for size in (0, 3, 20, 400, 20_000, len(whole) - 5):
-        path.write_bytes(whole[:size])
+    content = path.read_bytes()
+    for size in (0, 3, 20, 400, 20_000, len(content) - 5):
+        path.write_bytes(content[:size])
         assert ("not a GGUF file" if size < 4 else "not a whole GGUF file") in refusal(path)
-    path.write_bytes(whole.replace(b"<|user|>", b"<|us\xffr|>"))
+    path.write_bytes(content.replace(b"<|user|>", b"<|us\xffr|>"))
     assert "not a whole GGUF file" in refusal(path)
     assert "not a whole GGUF file" in refusal(header(path, "llama", split__count="two"))
-    path.write_bytes(b"PK" + whole)
+    path.write_bytes(b"PK" + content)
     assert "not a GGUF file" in refusal(path)
     assert "No such file" in refusal(tmp_path / "absent.gguf")
 
@@ -142,10 +142,10 @@ def test_a_server_of_a_file_that_cannot_be_read_says_so_in_one_line(
     else:
         install(tmp_path, monkeypatch, "2026.1.9000")
     assert cli("serve", "--model", str(path), "--port", "0") == 2
-    said = capsys.readouterr().err
-    assert said.count("Error: ") == 1
-    assert why in said.splitlines()[-1]
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert error.count("Error: ") == 1
+    assert why in error.splitlines()[-1]
+    assert "Traceback" not in error
 
 
 @needs_llama
@@ -156,9 +156,9 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
     assert try_once(path, "llama", "this file") == sample
     with pytest.raises(FileNotFoundError):
         try_once(path, "llama", "another file")
-    (kept,) = (cache_root() / "gguf").glob("*.json")
+    (cached,) = (cache_root() / "gguf").glob("*.json")
     for damaged in ("", "[]", "{}", "null"):
-        kept.write_text(damaged)
+        cached.write_text(damaged)
         with pytest.raises(FileNotFoundError):
             try_once(path, "llama", "this file")
 
@@ -184,13 +184,13 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkey
     "damaged",
     ['{"sample": 3}', '{"sample": []}', '{"sample": ["a"]}', "{}", "[1]", "null", '{"sample": [1'],
 )
-def test_a_kept_trial_of_another_shape_counts_as_none(tmp_path, monkeypatch, damaged):
+def test_a_cached_trial_of_another_shape_is_ignored(tmp_path, monkeypatch, damaged):
     (cache_root() / "gguf").mkdir(parents=True)
-    kept = cache_root() / "gguf" / f"{hash_of(PINNED, 'this file')}.json"
+    cached = cache_root() / "gguf" / f"{hash_of(PINNED, 'this file')}.json"
     monkeypatch.setattr(sys, "executable", "/absent")
-    kept.write_text('{"sample": [1, 2]}')
+    cached.write_text('{"sample": [1, 2]}')
     assert try_once(tmp_path, "llama", "this file") == [1, 2]
-    kept.write_text(damaged)
+    cached.write_text(damaged)
     with pytest.raises(FileNotFoundError, match="/absent"):
         try_once(tmp_path, "llama", "this file")
 
@@ -206,7 +206,7 @@ def test_a_file_is_tried_again_if_its_vocabulary_has_changed(tiny, tmp_path, mon
         LlamaBackbone(path)
 
 
-def test_a_folder_of_a_file_runs_no_code_whoever_agrees(tiny, tmp_path, monkeypatch):
+def test_a_folder_of_a_file_runs_no_code_even_with_consent(tiny, tmp_path, monkeypatch):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     (tmp_path / "tokenizer_config.json").write_text(
         '{"auto_map": {"AutoTokenizer": ["a.T", "a.T"]}}'
@@ -220,42 +220,42 @@ def test_a_folder_of_a_file_runs_no_code_whoever_agrees(tiny, tmp_path, monkeypa
 
 
 @needs_llama
-def test_a_files_tokenizer_is_kept_and_built_again_if_that_is_damaged_or_of_another_version(
+def test_a_files_tokenizer_is_cached_and_rebuilt_if_damaged_or_of_another_version(
     tiny, tmp_path, monkeypatch
 ):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     built = LlamaBackbone(path)
-    (kept,) = (cache_root() / "gguf").glob("*.tokenizer.json")
-    whole, written = kept.read_bytes(), kept.stat().st_mtime_ns
+    (cached,) = (cache_root() / "gguf").glob("*.tokenizer.json")
+    content, written = cached.read_bytes(), cached.stat().st_mtime_ns
     read = LlamaBackbone(path)
-    assert kept.stat().st_mtime_ns == written
+    assert cached.stat().st_mtime_ns == written
     assert read.fingerprint == built.fingerprint
     messages = [Message("user", "Hi <|end|> you")]
     assert read.encoder.encode(messages, "Yes") == built.encoder.encode(messages, "Yes")
-    for damaged in (whole[:-100], whole.replace(b"<|user|>", b"<|usar|>")):
-        kept.write_bytes(damaged)
+    for damaged in (content[:-100], content.replace(b"<|user|>", b"<|usar|>")):
+        cached.write_bytes(damaged)
         assert LlamaBackbone(path).fingerprint == built.fingerprint
-        assert kept.read_bytes() == whole
+        assert cached.read_bytes() == content
     monkeypatch.setattr(transformers, "__version__", "5.0.0")
     assert LlamaBackbone(path).fingerprint == built.fingerprint
-    assert len([*kept.parent.glob("*.tokenizer.json")]) == 2
+    assert len([*cached.parent.glob("*.tokenizer.json")]) == 2
 
 
 @needs_llama
-def test_a_kept_tokenizer_writes_no_file_elsewhere(tiny, tmp_path):
+def test_a_cached_tokenizer_writes_no_file_elsewhere(tiny, tmp_path):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     built = LlamaBackbone(path)
-    (kept,) = (cache_root() / "gguf").glob("*.tokenizer.json")
-    whole = kept.read_bytes()
+    (cached,) = (cache_root() / "gguf").glob("*.tokenizer.json")
+    content = cached.read_bytes()
     elsewhere = tmp_path / "elsewhere"
     for name in (str(elsewhere), os.path.relpath(elsewhere, tempfile.gettempdir() + "/folder")):
-        entry = json.loads(whole)
+        entry = json.loads(content)
         entry["files"][name] = "text"
-        kept.write_text(json.dumps(entry))
+        cached.write_text(json.dumps(entry))
         assert LlamaBackbone(path).fingerprint == built.fingerprint
         assert not elsewhere.exists()
         # It is built again.
-        assert kept.read_bytes() == whole
+        assert cached.read_bytes() == content
 
 
 @needs_llama
@@ -280,8 +280,8 @@ def test_a_cache_that_cannot_be_written_ends_nothing_and_is_warned_of(
             again = LlamaBackbone(path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        (kept,) = (tmp_path / "full" / "gguf").iterdir()
-        assert not kept.name.endswith(".tokenizer.json")
+        (cached,) = (tmp_path / "full" / "gguf").iterdir()
+        assert not cached.name.endswith(".tokenizer.json")
     assert again.fingerprint == built.fingerprint
     for name, message in zip(names, caplog.messages, strict=True):
         assert message.startswith(f"Cannot keep {cache_root() / 'gguf'}")
@@ -320,9 +320,9 @@ def test_a_file_without_a_tokenizer_that_transformers_reads_asks_for_one(tiny, t
 
 def install(folder, monkeypatch, version):
     """Pretends that this version of the package is installed."""
-    described = folder / f"xllamacpp-{version}.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text(f"Name: xllamacpp\nVersion: {version}\n")
+    metadata = folder / f"xllamacpp-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Name: xllamacpp\nVersion: {version}\n")
     monkeypatch.syspath_prepend(folder)
 
 

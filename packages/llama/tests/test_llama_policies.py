@@ -2,7 +2,7 @@
 
 import pytest
 
-from policy_contract import PolicyContract, Subjects, own_server
+from policy_contract import PolicyContract, Subjects, sidelight_server
 from sidelight_llama.engine import LlamaEngine
 from worlds.gguf import gguf_model, needs_llama
 from worlds.vllm import VLLM_SIZES
@@ -11,21 +11,21 @@ pytestmark = [pytest.mark.slow, needs_llama]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def gguf(tmp_path_factory):
     # Deep enough that probes say different things of the texts of the contract.
     sizes = {"num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 32}
     return gguf_model(tmp_path_factory.mktemp("gguf"), "llama", **{**VLLM_SIZES, **sizes})
 
 
 @pytest.fixture(scope="module")
-def subjects(made, tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"), made.reference)
+def subjects(gguf, tmp_path_factory):
+    return Subjects(tmp_path_factory.mktemp("subjects"), gguf.reference)
 
 
 @pytest.fixture(scope="module")
-def server(made, subjects, tmp_path_factory):
-    engine = LlamaEngine(made.backbone, subjects.probes)
-    with own_server(engine, subjects, tmp_path_factory.mktemp("server")) as served:
+def server(gguf, subjects, tmp_path_factory):
+    engine = LlamaEngine(gguf.backbone, subjects.probes)
+    with sidelight_server(engine, subjects, tmp_path_factory.mktemp("server")) as served:
         yield served
 
 

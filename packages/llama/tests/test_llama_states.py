@@ -7,7 +7,7 @@ import pytest
 
 import wordings
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Part
+from sidelight.models.conversation import EncodedPrompt, Message, TokenRole
 from sidelight_llama.context import BATCH_TOKENS
 from worlds.gguf import CONFIGS, gguf_model, needs_llama, states
 
@@ -28,31 +28,33 @@ def model(request, tmp_path_factory):
 
 def prompt(length, *, start=()):
     ids = np.random.default_rng(length).integers(5, 260, length - len(start)).tolist()
-    return EncodedPrompt((*start, *ids), (Part.PROMPT,) * length)
+    return EncodedPrompt((*start, *ids), (TokenRole.PROMPT,) * length)
 
 
 def require_close(mine, theirs, *, rounding):
     assert mine.shape == theirs.shape
-    for one, other in zip(mine, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=rounding * np.abs(other).max())
+    for one, theirs_of_text in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(
+            one, theirs_of_text, rtol=0, atol=rounding * np.abs(theirs_of_text).max()
+        )
 
 
 def test_states_of_every_layer_are_those_of_transformers(model):
-    own = model.backbone.fingerprint
-    rounding = TABLE if "gemma3" in own.name else ROUNDING
+    fingerprint = model.backbone.fingerprint
+    rounding = TABLE if "gemma3" in fingerprint.name else ROUNDING
     for length in (1, 100):
         mine = states(model.backbone, prompt(length))
-        assert mine.shape == (own.layers, length, own.width)
+        assert mine.shape == (fingerprint.layers, length, fingerprint.width)
         require_close(mine, states(model.reference, prompt(length)), rounding=rounding)
 
 
 def test_a_prompt_of_several_passes_is_read_like_a_short_one(model):
     text = prompt(BATCH_TOKENS + 44)
-    whole = states(model.backbone, text)
+    full = states(model.backbone, text)
     short = prompt(BATCH_TOKENS, start=text.token_ids[:BATCH_TOKENS])
-    assert np.array_equal(states(model.backbone, short), whole[:, :BATCH_TOKENS])
+    assert np.array_equal(states(model.backbone, short), full[:, :BATCH_TOKENS])
     rounding = TABLE if "gemma3" in model.backbone.name else ROUNDING
-    require_close(whole, states(model.reference, text), rounding=rounding)
+    require_close(full, states(model.reference, text), rounding=rounding)
 
 
 def test_a_shared_prefix_is_read_once_and_changes_no_state(model):
@@ -67,16 +69,16 @@ def test_a_shared_prefix_is_read_once_and_changes_no_state(model):
 
 def test_what_is_written_over_a_loaded_file_changes_no_state(model):
     path, text = model.backbone.path, prompt(10)
-    before, whole = states(model.backbone, text), path.read_bytes()
-    path.write_bytes(bytes(len(whole)))
+    before, content = states(model.backbone, text), path.read_bytes()
+    path.write_bytes(bytes(len(content)))
     after = states(model.backbone, text)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     assert np.array_equal(after, before)
 
 
 def test_a_token_that_the_model_lacks_is_refused(model):
     with pytest.raises(SidelightError, match=wordings.UNKNOWN_TOKEN.format(token=300, limit=300)):
-        model.backbone.run([EncodedPrompt((5, 300), (Part.PROMPT,) * 2)])
+        model.backbone.run([EncodedPrompt((5, 300), (TokenRole.PROMPT,) * 2)])
     # It goes on.
     assert len(states(model.backbone, prompt(3))) == 3
 

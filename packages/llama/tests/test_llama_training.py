@@ -16,7 +16,7 @@ from worlds.data import planted_rows
 from worlds.gguf import gguf_model, needs_llama, write_gguf
 from worlds.models import tiny_tokenizer
 
-pytestmark = [pytest.mark.slow, needs_llama, pytest.mark.usefixtures("own_cache")]
+pytestmark = [pytest.mark.slow, needs_llama, pytest.mark.usefixtures("temporary_cache")]
 SETTINGS = TrainingSettings(
     learning_rate=3e-2, weight_decay=0.01, epochs=3, batch_size=16, least_steps=0
 )
@@ -25,7 +25,7 @@ ROUNDING = 2e-2
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def gguf(tmp_path_factory):
     return gguf_model(tmp_path_factory.mktemp("gguf"), "llama")
 
 
@@ -35,32 +35,32 @@ def fitted(backbone, cache):
     return Classifier(backbone, fit(backbone, rows, None, name="planted", options=options).probe)
 
 
-def test_a_probe_trains_on_the_files_own_states_and_agrees_with_one_of_transformers(made, tmp_path):
-    own, theirs = (
-        fitted(backbone, tmp_path / "states") for backbone in (made.backbone, made.reference)
+def test_a_probe_trains_on_the_files_states_and_agrees_with_one_of_transformers(gguf, tmp_path):
+    trained, theirs = (
+        fitted(backbone, tmp_path / "states") for backbone in (gguf.backbone, gguf.reference)
     )
     # Engines, and versions of llama.cpp, share no states on disk.
-    assert made.backbone.engine == f"llama.cpp {PINNED}"
-    assert own.probe.card.backbone == made.backbone.fingerprint
+    assert gguf.backbone.engine == f"llama.cpp {PINNED}"
+    assert trained.probe.card.backbone == gguf.backbone.fingerprint
     texts = [row["text"] for row in planted_rows("binary", 10)]
-    mine, other = (
+    mine, expected = (
         np.array([[*v.probabilities.values()] for v in classifier.predict(texts)])
-        for classifier in (own, theirs)
+        for classifier in (trained, theirs)
     )
-    np.testing.assert_allclose(mine, other, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(mine, expected, rtol=0, atol=ROUNDING)
     assert np.ptp(mine[:, 0]) > 10 * ROUNDING
 
 
-def test_a_probe_of_another_file_is_refused_even_of_the_same_model(made, tmp_path):
-    own = fitted(made.backbone, tmp_path / "states").probe
-    folder = save_probe(own, tmp_path / "probe")
-    assert load_probe(folder).card.backbone == made.backbone.fingerprint
-    assert load(folder, model=made.backbone).probe.name == "planted"
-    weight = made.reference.model.model.layers[1].mlp.down_proj.weight
+def test_a_probe_of_another_file_is_refused_even_of_the_same_model(gguf, tmp_path):
+    probe = fitted(gguf.backbone, tmp_path / "states").probe
+    folder = save_probe(probe, tmp_path / "probe")
+    assert load_probe(folder).card.backbone == gguf.backbone.fingerprint
+    assert load(folder, model=gguf.backbone).probe.name == "planted"
+    weight = gguf.reference.model.model.layers[1].mlp.down_proj.weight
     weight[0, 0] += 1
-    changed = write_gguf(made.reference.model, tmp_path / "llama.gguf", "llama", tiny_tokenizer())
+    changed = write_gguf(gguf.reference.model, tmp_path / "llama.gguf", "llama", tiny_tokenizer())
     weight[0, 0] -= 1
     with pytest.raises(
         FingerprintMismatchError, match=wordings.DIFFER_IN.format(fields="weights, and")
     ):
-        load(folder, model=type(made.backbone)(changed))
+        load(folder, model=type(gguf.backbone)(changed))

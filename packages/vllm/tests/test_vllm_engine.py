@@ -36,7 +36,7 @@ from sidelight_vllm import ENVIRONMENT, KEY, POLICY
 from sidelight_vllm.engine import VllmEngine, saved
 from sidelight_vllm.requests import Report, report_params
 from sidelight_vllm.server import NO_PLACE, arguments, serve
-from sidelight_vllm.settings import SET_HERE, identity_of, require_options, server_config
+from sidelight_vllm.settings import SET_HERE, require_options, revision_of, server_config
 from worlds.models import untrained_probe
 
 ROOT = Path(__file__).parents[3]
@@ -77,8 +77,8 @@ class Workers:
         self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
         self.may_pause.set()
 
-    def identity(self):
-        return identity_of(probe.version for probe in self.loaded)
+    def revision(self):
+        return revision_of(probe.version for probe in self.loaded)
 
     async def collective_rpc(self, method, args):
         if self.refuses == method:
@@ -89,20 +89,20 @@ class Workers:
         else:
             assert method == "sidelight_load"
             assert self.is_paused
-            assert args == (identity_of(probe.version for probe in self.checked),)
+            assert args == (revision_of(probe.version for probe in self.checked),)
             self.loaded = self.checked
 
     async def generate(self, tokens, params, request_id):
         assert not self.is_paused
         states = self.output_processor.request_states
         states[request_id] = SimpleNamespace(external_req_id=request_id, request_index=0)
-        report = report_params(Report(identity=self.identity(), error=""))
-        said = SimpleNamespace(
+        report = report_params(Report(revision=self.revision(), error=""))
+        output = SimpleNamespace(
             request_id=request_id,
             new_token_ids=[7],
             kv_transfer_params=report if self.report is ... else self.report,
         )
-        self.output_processor.process_outputs([said])
+        self.output_processor.process_outputs([output])
         try:
             if self.readable is not None:
                 await self.readable.acquire()
@@ -197,7 +197,7 @@ def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
         llm.refuses = "sidelight_check"
         with pytest.raises(SidelightError, match=REFUSAL):
             await engine.replace_probes([new])
-        assert await engine.judge(HELLO)
+        assert await engine.classify(HELLO)
 
     assert replacing(tiny, change) == OLD
 
@@ -226,13 +226,13 @@ def test_workers_that_may_differ_serve_nothing_any_more(tiny):
         with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
             await engine.replace_probes([new])
         with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
-            await engine.judge(HELLO)
+            await engine.classify(HELLO)
 
     probes, _, is_ready = replacing(tiny, change)
     assert (probes, is_ready) == (["old"], False)
 
 
-def test_a_change_ends_whole_although_its_caller_gives_up(tiny):
+def test_a_change_completes_although_its_caller_gives_up(tiny):
     async def change(engine, llm, new):
         llm.may_pause.clear()
         changing = asyncio.create_task(engine.replace_probes([new]))
@@ -241,26 +241,26 @@ def test_a_change_ends_whole_although_its_caller_gives_up(tiny):
         await asyncio.sleep(0)
         llm.may_pause.set()
         await changing
-        assert await engine.judge(HELLO)
+        assert await engine.classify(HELLO)
 
-    async def change_too_early(engine, llm, new):
+    async def change_and_cancel(engine, llm, new):
         async with writing(engine, llm):
             changing = asyncio.create_task(engine.replace_probes([new]))
             await waiting_for(changing, engine)
             changing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await changing
-        assert await engine.judge(HELLO)
+        assert await engine.classify(HELLO)
 
     assert replacing(tiny, change) == NEW
-    assert replacing(tiny, change_too_early) == OLD
+    assert replacing(tiny, change_and_cancel) == OLD
 
 
 def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(tiny):
     """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
-        stale = engine.judge(HELLO)
+        stale = engine.classify(HELLO)
         async with engine.serving() as begun, writing(engine, llm, begun):
             changing = asyncio.create_task(engine.replace_probes([new]))
             await waiting_for(changing, engine)
@@ -280,19 +280,19 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
     assert replacing(tiny, change) == NEW
 
 
-def test_a_request_of_our_own_routes_keeps_its_probes_from_its_terms_to_its_answer(tiny):
+def test_a_request_of_our_routes_keeps_its_probes_from_its_context_to_its_answer(tiny):
     async def change(engine, llm, new):
         app = create_app(engine, ServerConfig())
         state = {"observer": app.state.context.observer, "caller": Caller()}
         scope = {"type": "http", "app": app, "state": state}
         request = ServerRequest(Request(scope, asyncio.Event().wait))
         async with request.until_answered:
-            terms = await request.begin(HELLO)
+            context = await request.begin(HELLO)
             changing = asyncio.create_task(engine.replace_probes([new]))
             await waiting_for(changing, engine)
             await asyncio.sleep(0.05)
-            assert await engine.judge(HELLO)
-            assert (changing.done(), [probe.name for probe in terms.probes]) == (False, ["old"])
+            assert await engine.classify(HELLO)
+            assert (changing.done(), [probe.name for probe in context.probes]) == (False, ["old"])
         await changing
 
     assert replacing(tiny, change) == NEW
@@ -335,7 +335,7 @@ def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_kn
         with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
             await changing
         with pytest.raises(EngineUnavailableError, match=wordings.RESTART):
-            await engine.judge(HELLO)
+            await engine.classify(HELLO)
 
     assert not replacing(tiny, change)[2]
 
@@ -345,10 +345,10 @@ def test_a_missing_verdict_is_an_error(tiny):
         for report in (None, {}, {KEY: {"error": "other tokens"}}):
             llm.report = report
             with pytest.raises(GenerationError, match=wordings.NO_VERDICT):
-                await engine.judge(HELLO)
+                await engine.classify(HELLO)
         assert engine.load.waiting == 0
         with pytest.raises(NotExplainedError, match="--engine transformers"):
-            await engine.judge(HELLO, explain=[])
+            await engine.classify(HELLO, explain=[])
 
     replacing(tiny, ask)
 
@@ -360,8 +360,8 @@ def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict
         async with engine.serving() as old:
             await engine.replace_probes([new])
             prompt = tiny.encoder.encode([Message("user", "hello")])
-            with pytest.raises(GenerationError, match=wordings.OTHER_PROBES):
-                await engine.check_all([prompt], old.identity)
+            with pytest.raises(GenerationError, match=wordings.PROBES_DIFFER):
+                await engine.check_all([prompt], old.revision)
             with pytest.raises(EngineUnavailableError, match=wordings.JUST_REPLACED):
                 async with engine.serving(old):
                     pytest.fail("these probes are gone")
@@ -376,7 +376,7 @@ def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
         async with writing(engine, llm):
             with pytest.raises(EngineUnavailableError, match=wordings.STILL_WRITTEN):
                 await engine.replace_probes([new])
-        assert await engine.judge(HELLO)
+        assert await engine.classify(HELLO)
 
     async def share(engine, llm, new):
         with pytest.raises(SidelightError, match="--api-server-count 1"):
@@ -448,19 +448,19 @@ def test_a_list_takes_all_its_places_at_once_or_none(tiny):
                 await asyncio.sleep(0)
 
         llm.readable = asyncio.Semaphore(0)
-        many = asyncio.create_task(engine.judge(HELLO * 300))
+        many = asyncio.create_task(engine.classify(HELLO * 300))
         await until(300)
         with pytest.raises(
             EngineBusyError, match=wordings.QUEUE_FULL.format(waiting=300, limit=128)
         ):
-            await engine.judge(HELLO)
+            await engine.classify(HELLO)
         for _ in range(173):
             llm.readable.release()
         await until(127)
-        one = asyncio.create_task(engine.judge(HELLO))
+        one = asyncio.create_task(engine.classify(HELLO))
         await until(128)
         with pytest.raises(EngineBusyError):
-            await engine.judge(HELLO)
+            await engine.classify(HELLO)
         # A client that leaves frees the places of texts that have not begun, too.
         many.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -473,8 +473,8 @@ def test_a_list_takes_all_its_places_at_once_or_none(tiny):
     replacing(tiny, ask)
 
 
-def options_of(**given):
-    return ServerConfig(engine="vllm", **given)
+def options_of(**settings):
+    return ServerConfig(engine="vllm", **settings)
 
 
 def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
@@ -493,7 +493,7 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     assert ServerConfig.model_fields.keys() == known
 
 
-def test_vllms_own_server_takes_options_from_the_environment(monkeypatch, tmp_path):
+def test_vllms_server_takes_options_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SIDELIGHT_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
     monkeypatch.setenv("SIDELIGHT_TRACE_EVENTS", "1")
     config = server_config()
@@ -505,15 +505,15 @@ def test_vllms_own_server_takes_options_from_the_environment(monkeypatch, tmp_pa
 
 def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monkeypatch):
     switches = ("json_logs", "playground")
-    for message, given in (
+    for message, settings in (
         *((f"no place for '{name}'", {name: True if name in switches else 7}) for name in NO_PLACE),
         ("--api-key instead", {"engine_option": {"api_key": "x"}}),
         ("run 'vllm serve'", {"engine_option": {"api_server_count": 2}}),
         ("named twice", {"engine_option": {"served_model_name": "a"}, "served_model_name": "b"}),
-        (r"Everybody who reaches 0\.0\.0\.0", {"host": "0.0.0.0"}),
+        (r"Anyone who can reach 0\.0\.0\.0", {"host": "0.0.0.0"}),
     ):
         with pytest.raises(SidelightError, match=message):
-            serve(options_of(**given), "smollm2", [])
+            serve(options_of(**settings), "smollm2", [])
     monkeypatch.setenv("VLLM_API_KEY", "x")
     with pytest.raises(
         SidelightError, match=wordings.SET_VARIABLE.format(name="SIDELIGHT_API_KEY")
@@ -572,12 +572,12 @@ def test_an_unknown_vllm_is_refused_where_probes_are_named(unknown_vllm, name):
         os.environ[name] = "named"
     with pytest.raises(
         SidelightError,
-        match=wordings.OTHER_VLLM.format(version=r"9\.1")
+        match=wordings.VLLM_DIFFERS.format(version=r"9\.1")
         + wordings.TESTED_VLLM.format(versions=r">=0\.32,<0\.34"),
     ):
         install() if name else vllm.EngineArgs(sidelight={"probes": []}).create_engine_config()
     # Processes of the engine do not see its configuration before they load the plugin.
-    with pytest.raises(SidelightError, match=wordings.OTHER_VLLM.format(version=r"9\.1")):
+    with pytest.raises(SidelightError, match=wordings.VLLM_DIFFERS.format(version=r"9\.1")):
         install()
 
 
@@ -594,12 +594,12 @@ def test_options_become_arguments_of_vllm_and_secrets_do_not():
     words = arguments(config, "name", "/folder")
     assert "hidden" not in " ".join(words)
     text = " ".join(words)
-    for part in (
+    for argument in (
         "--model /folder --served-model-name name", "--port 9", "--shutdown-timeout 3",
         '--additional-config {"sidelight": {"probes": ["p"]}}', "--enforce-eager",
         "--no-enable-prefix-caching --max-num-seqs 4", '--lora-modules a=b {"name": "c"} --',
         '--allowed-origins ["*"]', '--compilation-config {"level": 0}',
     ):  # fmt: skip
-        assert part in text
+        assert argument in text
     named = arguments(options_of(served_model_name="assistant"), "name", "/folder")
     assert named[named.index("--served-model-name") + 1] == "assistant"

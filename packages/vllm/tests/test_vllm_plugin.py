@@ -17,33 +17,33 @@ import wordings
 from sidelight.cli.runtime import Runtime
 from sidelight.engines.base import GenerationError, require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Reads, TokenRole
 from sidelight.probes.artifact import load_probe, save_probe
-from sidelight.probes.bank import Bank, Panel
+from sidelight.probes.bank import Bank, ProbeBanks
 from sidelight.probes.mechanisms.base import mechanism_names
 from sidelight.probes.probe import common_format
 from sidelight.probes.standardisation import EPSILON, Projection
 from sidelight_vllm import ENVIRONMENT, KEY
-from sidelight_vllm.columns import Pages, Reading, Stage, set_receiver, tap_layers
 from sidelight_vllm.internals import Step
 from sidelight_vllm.requests import (
     Tracking,
-    described_prompt,
+    annotated_prompt,
     read_description,
     read_report,
     request_params,
     token_hash,
 )
 from sidelight_vllm.settings import (
-    COLUMNS,
     CONNECTOR,
+    PROJECTIONS,
     Served,
     fingerprint_of,
-    identity_of,
-    named_columns,
     named_folders,
+    reserved_projections,
+    revision_of,
 )
-from sidelight_vllm.worker import LayerColumns, RequestJudge, Worker
+from sidelight_vllm.slots import GatherPlan, SlotStore, StagingBuffer, set_receiver, tap_layers
+from sidelight_vllm.worker import LayerProjections, RequestClassifier, Worker
 from worlds.models import TOPICS, score, tiny_backbone, untrained_probe
 from worlds.vllm import end_pass, followed
 
@@ -54,8 +54,8 @@ ROUNDING = 1e-5
 # Of the size that a column has by the sizes of its factors: float32's own.
 PRODUCT_ROUNDING = 4e-6
 WAYS = (Reads(), Reads("both"), Reads(template=False))
-PROMPT = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
-READING = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+PROMPT = EncodedPrompt(tuple(range(10, 14)), (TokenRole.PROMPT,) * 4)
+PLAN = GatherPlan("r", (1,), 0, bytes([TokenRole.PROMPT] * 4), ends_prompt=True, is_plain=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,12 @@ def no_receiver():
 
 
 def prompt_of(token_ids, seed=0) -> EncodedPrompt:
-    parts = [
-        Part(int(p)) for p in np.random.default_rng(seed).integers(0, len(Part), len(token_ids))
+    token_roles = [
+        TokenRole(int(p))
+        for p in np.random.default_rng(seed).integers(0, len(TokenRole), len(token_ids))
     ]
-    parts[-1] = Part.PROMPT
-    return EncodedPrompt(tuple(token_ids), tuple(parts))
+    token_roles[-1] = TokenRole.PROMPT
+    return EncodedPrompt(tuple(token_ids), tuple(token_roles))
 
 
 def states_of(backbone, token_ids) -> torch.Tensor:
@@ -97,11 +98,11 @@ class Played:
     """A worker and a scheduler with a paged cache, without a model."""
 
     def __init__(self, probes):
-        self.panel = Panel(probes)
-        self.stage = Stage.empty(self.panel.projection, tokens=64)
-        self.pages = Pages(self.stage, blocks=BLOCKS, block_size=BLOCK)
-        self.tracking = Tracking(reads_responses=self.panel.late is not None)
-        self.request_judge = RequestJudge(self.panel)
+        self.banks = ProbeBanks(probes)
+        self.staging = StagingBuffer.empty(self.banks.projection, tokens=64)
+        self.store = SlotStore(self.staging, blocks=BLOCKS, block_size=BLOCK)
+        self.tracking = Tracking(reads_responses=self.banks.response_probes is not None)
+        self.request_classifier = RequestClassifier(self.banks)
 
     def enter(self, request_id, prompt):
         self.tracking.enter(request_id, request_params(prompt), prompt.token_ids)
@@ -113,33 +114,33 @@ class Played:
             slots += [blocks[t // BLOCK] * BLOCK + t % BLOCK for t in range(start, stop)]
             states.append(hidden[:, start:stop])
         for layer, hidden in enumerate(torch.cat(states, 1)):
-            self.stage.receive(layer, hidden)
-        self.pages.keep(torch.tensor([*slots, -1, -1]))
+            self.staging.receive(layer, hidden)
+        self.store.keep(torch.tensor([*slots, -1, -1]))
         steps = [
             Step(request, stop, is_resumed, blocks if is_resumed else [])
             for request, _, blocks, start, stop in shares
             for is_resumed in [request in resumed or start == 0]
         ]
-        for request_id, judgement in self.judge(self.tracking.plan(steps)).items():
-            self.tracking.record(request_id, judgement)
+        for request_id, verdicts in self.classify(self.tracking.plan(steps)).items():
+            self.tracking.record(request_id, verdicts)
 
     def forget(self):
         """Nothing was projected for any slot: moves untouched rows to all of them."""
-        for slots in torch.arange(BLOCKS * BLOCK).split(self.stage.rows.shape[1]):
-            self.pages.keep(slots)
+        for slots in torch.arange(BLOCKS * BLOCK).split(self.staging.rows.shape[1]):
+            self.store.keep(slots)
 
-    def judge(self, readings):
-        return self.request_judge.judge(readings, self.pages.read(readings)) if readings else {}
+    def classify(self, plans):
+        return self.request_classifier.classify(plans, self.store.read(plans)) if plans else {}
 
-    def judgement(self, request_id):
+    def verdicts(self, request_id):
         """As it arrives where vLLM's outputs are read."""
         report = read_report(json.loads(json.dumps(self.tracking.report(request_id))))
-        report.require_judged()
+        report.require_verdicts()
         return report
 
 
-def require_equal(probes, judgement, backbone, prompt):
-    verdicts = {verdict.probe: verdict for verdict in judgement.verdicts}
+def require_equal(probes, found, backbone, prompt):
+    verdicts = {verdict.probe: verdict for verdict in found.verdicts}
     for probe, logits in zip(probes, score(backbone, Bank(probes), [prompt]), strict=True):
         wanted, actual = probe.verdict(logits[0]), verdicts[probe.name]
         values = list(wanted.probabilities.values())
@@ -147,44 +148,47 @@ def require_equal(probes, judgement, backbone, prompt):
         assert actual.labels == wanted.labels
 
 
-def shares_of(reading, columns):
+def shares_of(plan, projections):
     """Those of two stages of a pipeline, which come in no order."""
-    return [LayerColumns(reading, 2, columns[:, 2:]), LayerColumns(reading, 0, columns[:, :2])]
+    return [
+        LayerProjections(plan, 2, projections[:, 2:]),
+        LayerProjections(plan, 0, projections[:, :2]),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("is_plain", "is_staged", "chunk"),
+    ("is_plain", "is_pipelined", "chunk"),
     [(False, False, 3), (True, False, 9), (False, True, 17), (True, True, 3)],
 )
 def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
-    backbone, probes, is_plain, is_staged, chunk
+    backbone, probes, is_plain, is_pipelined, chunk
 ):
     """On plain text, probes of chats alone fail."""
     both = [probe.changed(name=f"{probe.name}-both", prompt_format="both") for probe in probes]
-    judging, failed = (both, probes) if is_plain else ([*probes, *both], [])
-    late = [probe for probe in judging if probe.reads.includes_response]
-    early = [probe for probe in judging if not probe.reads.includes_response]
+    scoring, failed = (both, probes) if is_plain else ([*probes, *both], [])
+    response_probes = [probe for probe in scoring if probe.reads.includes_response]
+    prompt_probes = [probe for probe in scoring if not probe.reads.includes_response]
     played = Played([*probes, *both])
     ids = [int(t) for t in np.random.default_rng(4).integers(5, 300, 18)]
     prompt = replace(prompt_of(ids[:9]), is_plain=is_plain)
     hidden = states_of(backbone, ids)
     played.enter("r", prompt)
-    if is_staged:
-        played.judge = lambda readings: {
-            r.request_id: played.request_judge.join(shares_of(r, played.pages.read([r])))
-            for r in readings
+    if is_pipelined:
+        played.classify = lambda plans: {
+            r.request_id: played.request_classifier.join(shares_of(r, played.store.read([r])))
+            for r in plans
         }
     for start, stop in ((0, 9), *pairwise(range(9, 18))):
         played.step([("r", hidden, [0, 1, 2, 3, 4], start, stop)])
-        judgement = played.judgement("r")
-        assert sorted(judgement.failed) == sorted(probe.name for probe in failed)
-        require_equal(late, judgement, backbone, followed(prompt, ids[9:stop]))
-        require_equal(early, judgement, backbone, prompt)
+        verdicts = played.verdicts("r")
+        assert sorted(verdicts.failed) == sorted(probe.name for probe in failed)
+        require_equal(response_probes, verdicts, backbone, followed(prompt, ids[9:stop]))
+        require_equal(prompt_probes, verdicts, backbone, prompt)
     played.forget()
     for start in range(0, 18, chunk):
         share = ("r", hidden, [9, 8, 7, 6, 5], start, min(18, start + chunk))
         played.step([share], resumed={"r"} if start == 0 else set())
-    require_equal(late, played.judgement("r"), backbone, followed(prompt, ids[9:]))
+    require_equal(response_probes, played.verdicts("r"), backbone, followed(prompt, ids[9:]))
 
 
 def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
@@ -194,31 +198,31 @@ def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
     hidden = states_of(backbone, prompt.token_ids)
     played.enter("r", prompt)
     played.step([("r", hidden, [0, 1], 0, 8)])
-    assert played.judgement("r").failed == ()
+    assert played.verdicts("r").failed == ()
     # The next request's last layer is never projected: its rows are not those of the pass before.
     played.enter("s", prompt)
     for layer, states in enumerate(hidden[:-1]):
-        played.stage.receive(layer, states)
-    played.pages.keep(torch.arange(12, 20))
-    judgement = played.judge(played.tracking.plan([Step("s", 8, True, [3, 4])]))["s"]
-    assert (judgement.verdicts, sorted(judgement.failed)) == ((), names)
+        played.staging.receive(layer, states)
+    played.store.keep(torch.arange(12, 20))
+    verdicts = played.classify(played.tracking.plan([Step("s", 8, True, [3, 4])]))["s"]
+    assert (verdicts.verdicts, sorted(verdicts.failed)) == ((), names)
     played.enter("t", prompt)
     played.step([("t", hidden, [0, 1], 0, 7)])
     played.forget()
     played.step([("t", hidden, [0, 1], 7, 8)])
-    judgement = played.judgement("t")
-    assert (judgement.verdicts, sorted(judgement.failed)) == ((), names)
+    verdicts = played.verdicts("t")
+    assert (verdicts.verdicts, sorted(verdicts.failed)) == ((), names)
 
 
-def projection_of(columns, *, has_flags, offset=0):
-    flags = (torch.arange(columns) + offset) % 2 == 0 if has_flags else None
-    return Projection(torch.randn(2, 577, columns), torch.randn(2, columns), flags)
+def projection_of(width, *, has_flags, offset=0):
+    flags = (torch.arange(width) + offset) % 2 == 0 if has_flags else None
+    return Projection(torch.randn(2, 577, width), torch.randn(2, width), flags)
 
 
-def require_product(stage, projection, hidden, residual):
+def require_product(staging, projection, hidden, residual):
     """The columns of the last layer, with float32's error; no other row is written."""
     stream = hidden if residual is None else hidden + residual
-    stage.receive(1, stream)
+    staging.receive(1, stream)
     stream = stream.double()
     weight, shift = projection.weight[1].double(), projection.shift[1].double()
     wanted, sizes = stream @ weight, (stream.square() @ weight.square()).sqrt()
@@ -226,44 +230,48 @@ def require_product(stage, projection, hidden, residual):
         rms = (stream.square().mean(1, keepdim=True) + EPSILON).sqrt()
         divisor = torch.where(projection.is_normalised, rms, 1)
         wanted, sizes = wanted / divisor, sizes / divisor
-    off = (stage.rows[1, : len(hidden)] - (wanted + shift)).abs()
+    off = (staging.rows[1, : len(hidden)] - (wanted + shift)).abs()
     assert (off < PRODUCT_ROUNDING * (sizes + shift.abs())).all()
-    assert stage.rows[1, len(hidden) :].isnan().all()
-    assert stage.rows[0].isnan().all()
+    assert staging.rows[1, len(hidden) :].isnan().all()
+    assert staging.rows[0].isnan().all()
 
 
 @pytest.mark.parametrize("has_flags", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_stage_has_the_error_of_float32_and_takes_other_weights_in_place(dtype, has_flags):
+def test_a_staging_buffer_has_the_error_of_float32_and_takes_other_weights_in_place(
+    dtype, has_flags
+):
     """What a captured CUDA graph asks for, as far as it can be said without a GPU."""
     torch.manual_seed(0)
-    for tokens, columns in ((1, 5), (33, 1), (130, 130)):
-        first, second = (projection_of(columns, has_flags=has_flags, offset=i) for i in (0, 1))
-        kept = [first.weight.clone(), first.shift.clone()]
-        stage = Stage.empty(first, tokens=tokens + 3)
-        buffers = [stage.rows, stage.projection.weight, stage.projection.shift]
+    for tokens, width in ((1, 5), (33, 1), (130, 130)):
+        first, second = (projection_of(width, has_flags=has_flags, offset=i) for i in (0, 1))
+        weights_before = [first.weight.clone(), first.shift.clone()]
+        staging = StagingBuffer.empty(first, tokens=tokens + 3)
+        buffers = [staging.rows, staging.projection.weight, staging.projection.shift]
         addresses = [buffer.data_ptr() for buffer in buffers]
         hidden = torch.randn(tokens, 577).to(dtype)
         residual = (10 * torch.randn(tokens, 577) * torch.rand(tokens, 1)).to(dtype)
-        require_product(stage, first, hidden, residual)
-        stage.load(second)
-        require_product(stage, second, hidden, None)
+        require_product(staging, first, hidden, residual)
+        staging.load(second)
+        require_product(staging, second, hidden, None)
         assert [buffer.data_ptr() for buffer in buffers] == addresses
         # They belong to a probe.
-        assert all(map(torch.equal, kept, (first.weight, first.shift)))
+        assert all(map(torch.equal, weights_before, (first.weight, first.shift)))
     broken = hidden.clone()
     broken[1, 3], broken[4, 0] = torch.nan, torch.inf
-    plain = stage.rows[1].clone()
-    stage.receive(1, broken)
+    plain = staging.rows[1].clone()
+    staging.receive(1, broken)
     is_broken = torch.zeros(len(plain), dtype=torch.bool)
     is_broken[[1, 4]] = True
-    assert not stage.rows[1, is_broken].isfinite().any()
-    assert torch.equal(stage.rows[1, ~is_broken].nan_to_num(), plain[~is_broken].nan_to_num())
+    assert not staging.rows[1, is_broken].isfinite().any()
+    assert torch.equal(staging.rows[1, ~is_broken].nan_to_num(), plain[~is_broken].nan_to_num())
     # Fake tensors have shapes and no values: asking for one would raise.
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in (second.weight, second.shift)]
         flags = mode.from_tensor(second.is_normalised) if has_flags else None
-        Stage.empty(Projection(*fake, flags), tokens=133).receive(1, mode.from_tensor(hidden))
+        StagingBuffer.empty(Projection(*fake, flags), tokens=133).receive(
+            1, mode.from_tensor(hidden)
+        )
 
 
 class _Steps(TorchDispatchMode):
@@ -290,33 +298,35 @@ class _Captured(_Steps):
 @pytest.mark.parametrize("has_flags", [False, True])
 def test_what_a_graph_captures_stays_on_its_device(has_flags):
     """Neither a copy from the CPU nor a wait for a number may be captured."""
-    stage = Stage.empty(projection_of(3, has_flags=has_flags).to("meta"), tokens=6)
-    pages = Pages(stage, blocks=2, block_size=4)
+    staging = StagingBuffer.empty(projection_of(3, has_flags=has_flags).to("meta"), tokens=6)
+    store = SlotStore(staging, blocks=2, block_size=4)
     hidden = torch.empty(5, 577, dtype=torch.bfloat16, device="meta")
     slots = torch.empty(5, dtype=torch.long, device="meta")
     with _Captured():
-        stage.receive(1, hidden)
-        pages.keep(slots)
+        staging.receive(1, hidden)
+        store.keep(slots)
 
 
 @pytest.fixture(scope="module")
 def folders(backbone, tmp_path_factory):
     """Probes on disk, by name: two alike, two with more columns, and one of normalised states."""
-    made = {
+    probes_by_name = {
         "old": untrained_probe(backbone, "old"),
         "new": untrained_probe(backbone, "new"),
         "both": untrained_probe(backbone, "both", reads=Reads("both")),
         "wide": untrained_probe(backbone, "wide", mechanism="attention", reads=Reads("both")),
     }
-    scaling = replace(made["old"].standardisation, is_normalised=True)
-    made["normalised"] = replace(made["old"].changed(name="normalised"), standardisation=scaling)
+    scaling = replace(probes_by_name["old"].standardisation, is_normalised=True)
+    probes_by_name["normalised"] = replace(
+        probes_by_name["old"].changed(name="normalised"), standardisation=scaling
+    )
     home = tmp_path_factory.mktemp("probes")
-    return {name: str(save_probe(probe, home / name)) for name, probe in made.items()}
+    return {name: str(save_probe(probe, home / name)) for name, probe in probes_by_name.items()}
 
 
-def worker_of(backbone, *folders, start=0, columns=0):
+def worker_of(backbone, *folders, start=0, projections=0):
     """Before vLLM has allocated its cache."""
-    served = Served(folders, backbone.fingerprint, columns=columns)
+    served = Served(folders, backbone.fingerprint, projections=projections)
     layers = range(start, backbone.fingerprint.layers)
     return Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
 
@@ -329,7 +339,7 @@ def started(*named, **options):
 
 def change(worker, folder):
     worker.check([folder])
-    worker.load(identity_of([load_probe(folder).version]))
+    worker.load(revision_of([load_probe(folder).version]))
 
 
 @pytest.fixture
@@ -337,28 +347,28 @@ def worker(backbone, folders):
     return started(backbone, folders["old"], folders["both"])
 
 
-def pass_of(worker, backbone, readings=(READING,), *, start=0):
+def pass_of(worker, backbone, plans=(PLAN,), *, start=0):
     """The outcome of a pass over four tokens, in a worker that has the layers from ``start``."""
     hidden = states_of(backbone, range(10, 14))
     for layer, states in enumerate(hidden[start:]):
         worker.receive(layer, states)
     end_pass(worker, range(4, 8))
-    return worker.judge(readings).result()
+    return worker.classify(plans).result()
 
 
-def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
+def test_a_worker_keeps_its_staging_buffer_when_the_cache_comes(backbone, folders):
     """Graphs may have been captured before that: what passes through a tap lands in its pages."""
     worker = worker_of(backbone, folders["old"])
     served = Served((folders["old"],), backbone.fingerprint)
-    columns = RequestJudge.load(served).panel.projection.shift
+    shift = RequestClassifier.load(served).banks.projection.shift
     # One float32 number for each.
-    assert worker.bytes_per_token == columns.numel() * 4
+    assert worker.bytes_per_token == shift.numel() * 4
     for layer, states in enumerate(states_of(backbone, range(10, 14))):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4)
     end_pass(worker, range(4, 8))
     (probe,) = served.load().probes
-    require_equal([probe], worker.judge([READING]).result().judgements["r"], backbone, PROMPT)
+    require_equal([probe], worker.classify([PLAN]).result().by_request["r"], backbone, PROMPT)
 
 
 def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
@@ -367,85 +377,89 @@ def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
         for layer, states in enumerate(hidden):
             worker.receive(layer, states)
         end_pass(worker, range(4, 8))
-        work = worker.judge([READING])
-    assert len(work.result().judgements["r"].verdicts) == 2
+        work = worker.classify([PLAN])
+    assert len(work.result().by_request["r"].verdicts) == 2
 
 
-def test_a_pass_whose_columns_were_not_kept_ends_all_verdicts(backbone, worker):
+def test_a_pass_whose_projections_were_not_stored_ends_all_verdicts(backbone, worker):
     """Slots would hold what was there before, and a verdict would be another text's."""
-    assert pass_of(worker, backbone).judgements["r"].failed == ()
+    assert pass_of(worker, backbone).by_request["r"].failed == ()
     # A pass that has nothing to read, and another after it.
-    worker.judge([])
-    assert {*pass_of(worker, backbone).judgements["r"].failed} == {"old", "both"}
+    worker.classify([])
+    assert {*pass_of(worker, backbone).by_request["r"].failed} == {"old", "both"}
 
 
-def test_a_request_whose_judging_failed_never_has_a_verdict_again(backbone, worker, monkeypatch):
-    later = replace(READING, start=3, parts=bytes([Part.RESPONSE]), ends_prompt=False)
+def test_a_request_whose_classification_failed_never_has_a_verdict_again(
+    backbone, worker, monkeypatch
+):
+    later = replace(PLAN, start=3, token_roles=bytes([TokenRole.RESPONSE]), ends_prompt=False)
     with monkeypatch.context() as patch:
         # Too few arguments, so that it raises.
-        patch.setattr(Panel, "read", lambda: None)
-        failed = pass_of(worker, backbone).judgements["r"]
+        patch.setattr(ProbeBanks, "read", lambda: None)
+        failed = pass_of(worker, backbone).by_request["r"]
     assert (failed.verdicts, {*failed.failed}) == ((), {"old", "both"})
-    assert pass_of(worker, backbone, [later]).judgements["r"] == failed
+    assert pass_of(worker, backbone, [later]).by_request["r"] == failed
     worker.forget(["r"])
-    assert pass_of(worker, backbone).judgements["r"].failed == ()
+    assert pass_of(worker, backbone).by_request["r"].failed == ()
 
 
 @pytest.mark.parametrize("names", [("old", "new"), ("old", "wide"), ("wide", "normalised")])
-def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone, folders, names):
+def test_other_probes_classify_from_the_same_memory_and_from_no_old_projection(
+    backbone, folders, names
+):
     first, then = (folders[name] for name in names)
-    worker = started(backbone, first, columns=64)
-    stage, rows = worker._stage, worker._pages.rows
+    worker = started(backbone, first, projections=64)
+    staging, rows = worker._staging, worker._store.rows
     for folder in (first, then, first):
         change(worker, folder)
         # A pass without a token of a text.
         end_pass(worker, [-1] * 4)
         (probe,) = Served((folder,), backbone.fingerprint).load().probes
-        assert worker.judge([READING]).result().judgements["r"].failed == (probe.name,)
-        outcome = pass_of(worker, backbone)
-        require_equal([probe], outcome.judgements["r"], backbone, PROMPT)
-        assert outcome.probes.identity == identity_of([probe.version])
-        assert outcome.probes.reads_responses == probe.reads.includes_response
-    assert worker._stage is stage
-    assert worker._pages.rows is rows
+        assert worker.classify([PLAN]).result().by_request["r"].failed == (probe.name,)
+        step = pass_of(worker, backbone)
+        require_equal([probe], step.by_request["r"], backbone, PROMPT)
+        assert step.probes.revision == revision_of([probe.version])
+        assert step.probes.reads_responses == probe.reads.includes_response
+    assert worker._staging is staging
+    assert worker._store.rows is rows
 
 
 def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders):
     worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
     for name, why in (("wide", "columns of a layer"), ("normalised", "another norm")):
-        with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_COLUMNS=") as refused:
+        with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_PROJECTIONS=") as refused:
             change(worker, folders[name])
-        assert pass_of(worker, backbone).judgements == wanted.judgements
+        assert pass_of(worker, backbone).by_request == wanted.by_request
         needed = int(str(refused.value).split("=")[1].split(",")[0])
-        roomy = started(backbone, folders["old"], columns=needed)
+        roomy = started(backbone, folders["old"], projections=needed)
         change(roomy, folders[name])
-        assert not pass_of(roomy, backbone).judgements["r"].failed
+        assert not pass_of(roomy, backbone).by_request["r"].failed
 
 
 def test_what_was_not_checked_is_not_loaded(backbone, folders):
     worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
     with pytest.raises(SidelightError, match=wordings.NOT_CHECKED):
-        worker.load(identity_of([load_probe(folders["new"]).version]))
-    assert pass_of(worker, backbone).judgements == wanted.judgements
+        worker.load(revision_of([load_probe(folders["new"]).version]))
+    assert pass_of(worker, backbone).by_request == wanted.by_request
 
 
-def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders):
-    whole, first = started(backbone, folders["wide"]), started(backbone, folders["wide"])
+def test_a_pipeline_stage_sends_the_projections_of_its_new_probes(backbone, folders):
+    full, first = started(backbone, folders["wide"]), started(backbone, folders["wide"])
     last = started(backbone, folders["wide"], start=2)
-    for worker in (whole, last):
+    for worker in (full, last):
         change(worker, folders["new"])
         pass_of(worker, backbone, start=2 if worker is last else 0)
-    (share,) = last.judge([READING]).result().columns
+    (share,) = last.classify([PLAN]).result().projections
     new = Served((folders["new"],), backbone.fingerprint)
-    columns = RequestJudge.load(new).panel.projection.shift.shape[1]
-    assert (share.first_layer, share.columns.shape[2]) == (2, columns)
-    both = pass_of(whole, backbone)
-    mixed = pass_of(first, backbone) | last.judge([]).result()
-    assert (both | last.judge([]).result()).probes == both.probes
-    # Stages with different probes have none that anybody knows.
-    assert mixed.probes.identity == ""
+    width = RequestClassifier.load(new).banks.projection.shift.shape[1]
+    assert (share.first_layer, share.projections.shape[2]) == (2, width)
+    both = pass_of(full, backbone)
+    mixed = pass_of(first, backbone) | last.classify([]).result()
+    assert (both | last.classify([]).result()).probes == both.probes
+    # Stages with different probes have no known one.
+    assert mixed.probes.revision == ""
 
 
 def test_hooks_see_the_stream_in_one_or_two_addends():
@@ -454,26 +468,26 @@ def test_hooks_see_the_stream_in_one_or_two_addends():
             hidden = hidden if residual is None else hidden + residual
             return super().forward(hidden), hidden
 
-    class Whole(nn.Linear):
+    class Joined(nn.Linear):
         def forward(self, hidden):
             return super().forward(hidden)
 
     torch.manual_seed(0)
-    split, whole = Split(8, 8), Whole(8, 8)
-    assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
+    split, joined = Split(8, 8), Joined(8, 8)
+    assert tap_layers([split, joined], reads_embedding=True, width=8) == 3
     projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
-    stage = Stage.empty(projection, tokens=6)
+    staging = StagingBuffer.empty(projection, tokens=6)
     passes = []
-    set_receiver(SimpleNamespace(receive=stage.receive, end_pass=passes.append))
+    set_receiver(SimpleNamespace(receive=staging.receive, end_pass=passes.append))
     hidden = torch.randn(5, 8)
     with torch.inference_mode():
         first, residual = split(torch.arange(5), hidden)
-        last = whole(first + residual)
+        last = joined(first + residual)
     assert passes == [5]
     for layer, stream in enumerate((hidden, first + residual, last)):
         wanted = stream @ projection.weight[layer] + projection.shift[layer]
-        torch.testing.assert_close(stage.rows[layer, :5], wanted)
-    assert stage.rows[:, 5:].isnan().all()
+        torch.testing.assert_close(staging.rows[layer, :5], wanted)
+    assert staging.rows[:, 5:].isnan().all()
 
 
 def test_a_layer_of_another_kind_is_refused():
@@ -494,36 +508,36 @@ def test_a_prompt_travels_with_the_request():
     prompt = prompt_of(range(5, 40))
     for sent in (prompt, replace(prompt, is_plain=True)):
         params = json.loads(json.dumps(request_params(sent)))
-        assert described_prompt(read_description(params), list(sent.token_ids)) == sent
+        assert annotated_prompt(read_description(params), list(sent.token_ids)) == sent
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [
         (None, "has no kv_transfer_params"),
-        ({"parts": 3}, "malformed"),
-        ({"parts": [[9, 3]], "tokens": "0", "is_plain": False}, "malformed"),
-        ({"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}, "malformed"),
-        ({"parts": [[1, 3]], "tokens": "0", "is_plain": False}, "other tokens"),
-        ({"parts": [[1, 10**15]], **OF_THESE}, "other tokens"),
-        ({"parts": [[1, 5], [1, -2]], **OF_THESE}, "malformed"),
-        ("parts", "malformed"),
+        ({"token_roles": 3}, "malformed"),
+        ({"token_roles": [[9, 3]], "tokens": "0", "is_plain": False}, "malformed"),
+        ({"token_roles": [[1, 3]], "tokens": token_hash([1, 2, 3])}, "malformed"),
+        ({"token_roles": [[1, 3]], "tokens": "0", "is_plain": False}, "other tokens"),
+        ({"token_roles": [[1, 10**15]], **OF_THESE}, "other tokens"),
+        ({"token_roles": [[1, 5], [1, -2]], **OF_THESE}, "malformed"),
+        ("token_roles", "malformed"),
     ],
 )
 def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
     params = params and {KEY: params}
     with pytest.raises(SidelightError, match=message):
-        described_prompt(read_description(params), [1, 2, 3])
+        annotated_prompt(read_description(params), [1, 2, 3])
     tracking = Tracking(reads_responses=False)
     tracking.enter("r", params, [1, 2, 3])
     assert tracking.plan([Step("r", 3, True, [0])]) == []
     with pytest.raises(GenerationError, match=message):
-        read_report(tracking.report("r")).require_judged()
+        read_report(tracking.report("r")).require_verdicts()
 
 
-@pytest.mark.parametrize("said", [None, 1, {}, {"verdicts": []}, {"verdicts": [{"probe": "p"}]}])
-def test_what_is_no_whole_report_is_no_verdict(said):
-    assert read_report({KEY: said}).error
+@pytest.mark.parametrize("report", [None, 1, {}, {"verdicts": []}, {"verdicts": [{"probe": "p"}]}])
+def test_an_incomplete_report_is_no_verdict(report):
+    assert read_report({KEY: report}).error
     assert read_report(None).error
 
 
@@ -535,26 +549,26 @@ def test_an_output_before_the_verdict_says_so():
     assert tracking.report("r") is None
 
 
-def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_by_one_alone(monkeypatch):
-    for name in (ENVIRONMENT, COLUMNS):
+def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_only_by_one(monkeypatch):
+    for name in (ENVIRONMENT, PROJECTIONS):
         monkeypatch.delenv(name, raising=False)
-    assert (named_folders({}), named_columns()) == (None, 0)
+    assert (named_folders({}), reserved_projections()) == (None, 0)
     assert named_folders({"probes": []}) == ()
     monkeypatch.setenv(ENVIRONMENT, "a:b")
-    monkeypatch.setenv(COLUMNS, "64")
-    assert (named_folders({}), named_columns()) == (("a", "b"), 64)
+    monkeypatch.setenv(PROJECTIONS, "64")
+    assert (named_folders({}), reserved_projections()) == (("a", "b"), 64)
     assert named_folders({"probes": ["c"]}) == ("c",)
-    monkeypatch.setenv(COLUMNS, "-1")
+    monkeypatch.setenv(PROJECTIONS, "-1")
     with pytest.raises(
-        SidelightError, match=wordings.SETTING_IS.format(name=COLUMNS, value="'-1'")
+        SidelightError, match=wordings.SETTING_IS.format(name=PROJECTIONS, value="'-1'")
     ):
-        named_columns()
+        reserved_projections()
 
 
 def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     probe = untrained_probe(backbone, "topics", task=TOPICS)
     folder = str(save_probe(probe, tmp_path / "topics"))
-    served = Served((folder,), backbone.fingerprint, is_described=True, columns=7)
+    served = Served((folder,), backbone.fingerprint, is_annotated=True, projections=7)
     extra = json.loads(json.dumps(served.to_json()))
     transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=extra)
     again = Served.of(SimpleNamespace(kv_transfer_config=transfer))
@@ -566,7 +580,7 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
         replace(served, fingerprint=replace(backbone.fingerprint, weights="0")).load()
 
 
-def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbone, tmp_path):
+def test_probes_of_chats_and_of_raw_texts_are_refused_by_every_engine(backbone, tmp_path):
     chat = untrained_probe(backbone, "chat")
     raw, both = (chat.changed(name=name, prompt_format=name) for name in ("raw", "both"))
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]

@@ -97,7 +97,7 @@ def evaluate(
     """Measure a probe on labelled data.
 
     Each metric has a 95 % bootstrap interval. Texts that the probe was trained on are counted, and
-    so is what it flags of the ordinary traffic that training has measured it on.
+    so is what it flags of the background traffic that training has measured it on.
 
     With --judge, an LLM judge is asked about the texts that rules would defer to it, and how both
     decide together is fitted, out of fold. The probe stays, and a copy of it keeps the fit.
@@ -122,7 +122,7 @@ def evaluate(
     probe = runtime.probe_folder(probe)
     card = read_card(probe)
     if plots is not None:
-        _require_whole_texts(card)
+        _require_full_texts(card)
     labels = {"label": label, "on_missing_label": missing_label}
     columns |= labels if card.spans is None else {"spans": spans}
     examples = load_examples(data, task=card.task, **columns)
@@ -135,22 +135,22 @@ def evaluate(
 
     classifier = runtime.load_classifier(probe)
     assessment = assess(classifier.backbone, classifier.probe, examples)
-    figures = assessment.to_dict()
+    metrics = assessment.to_dict()
     report = None if second is None else second.fit(assessment)
     if report is not None and save is not None:
         from sidelight.probes.artifact import save_probe
 
         save_probe(assessment.probe.changed(judge_fit=report.fit), save)
-        figures["second_stage"] = {**report.to_dict(), "saved": str(save)}
-    figures = options.with_warnings(figures)
+        metrics["second_stage"] = {**report.to_dict(), "saved": str(save)}
+    metrics = options.with_warnings(metrics)
     if out is not None:
-        write_json(out, figures)
+        write_json(out, metrics)
     if plots is not None:
         assessment.plot(plots)
         if report is not None:
             report.plot(plots, title=f"{card.name}, judge {report.fit.model}")
     if as_json:
-        click.echo(json.dumps(figures, indent=2))
+        click.echo(json.dumps(metrics, indent=2))
         return
     print_assessment(assessment)
     if report is not None:
@@ -160,7 +160,7 @@ def evaluate(
         click.echo(f"Saved to {save}")
 
 
-def _require_whole_texts(card: "ProbeCard") -> None:
+def _require_full_texts(card: "ProbeCard") -> None:
     """Refuses plots of a probe that labels spans."""
     if card.spans is not None:
         raise SidelightError(
@@ -294,11 +294,11 @@ def _print_spans(
 
     terminal = console()
     for item, verdict in zip(items, verdicts, strict=True):
-        marked = marked_text(item.span_text, verdict.spans or (), labels)
-        terminal.print(marked, soft_wrap=True)
+        annotated = annotated_text(item.span_text, verdict.spans or (), labels)
+        terminal.print(annotated, soft_wrap=True)
 
 
-def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":
+def annotated_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":
     """A text in which each span has a colour, and its label behind it.
 
     Control characters are shown by their escapes, so that no text can steer a terminal.
@@ -307,26 +307,26 @@ def marked_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "T
 
     from sidelight.types import visible
 
-    marked = Text()
+    annotated = Text()
     edges = {0, len(text), *(span.start for span in spans), *(span.end for span in spans)}
     for start, end in pairwise(sorted(edges)):
-        shown = "\n".join(map(visible, text[start:end].split("\n")))
+        escaped = "\n".join(map(visible, text[start:end].split("\n")))
         covering = [span for span in spans if span.start < end and span.end > start]
         colours = [_COLOURS[labels.index(span.label) % len(_COLOURS)] for span in covering]
-        marked.append(shown, f"black on {colours[-1]}" if colours else "")
+        annotated.append(escaped, f"black on {colours[-1]}" if colours else "")
         for span, colour in zip(covering, colours, strict=True):
             if span.end == end:
-                marked.append(f"[{span.label}]", f"bold {colour}")
-    return marked
+                annotated.append(f"[{span.label}]", f"bold {colour}")
+    return annotated
 
 
 def why(example: "Example", explanation: "Explanation") -> str:
     """The verdict, what its logit is the sum of, and the tokens and layers that count most."""
-    said = explanation.to_dict()
+    data = explanation.to_dict()
     texts = [turn.content for turn in _turns(example)]
     tokens = [
         (repr(texts[token["message"]][token["start"] : token["end"]]), token["share"])
-        for token in said["tokens"]
+        for token in data["tokens"]
     ]
 
     def strongest(shares: Iterable[tuple[Any, float]]) -> str:
@@ -335,10 +335,10 @@ def why(example: "Example", explanation: "Explanation") -> str:
 
     return (
         f"{explanation.verdict.label} {explanation.verdict.probabilities[explanation.label]:.3f}\n"
-        f"{said['label']}, logit {said['logit']:+.2f} = baseline {said['baseline']:+.2f}, text "
-        f"{sum(share for _, share in tokens):+.2f}, template {said['template']:+.2f} "
-        f"({said['method'].replace('_', ' ')})\n"
-        f"tokens: {strongest(tokens)}\nlayers: {strongest(enumerate(said['layers']))}\n"
+        f"{data['label']}, logit {data['logit']:+.2f} = baseline {data['baseline']:+.2f}, text "
+        f"{sum(share for _, share in tokens):+.2f}, template {data['template']:+.2f} "
+        f"({data['method'].replace('_', ' ')})\n"
+        f"tokens: {strongest(tokens)}\nlayers: {strongest(enumerate(data['layers']))}\n"
     )
 
 
@@ -411,10 +411,10 @@ def parity(
     named = model["model"] or cards[0].backbone.name
     names = [name.strip() for name in engines.split(",")] if engines else engines_of(named)
     compared = _runtimes(names, quantised, engine_option, model)
-    late = [m.name for m in cards if m.reads.includes_response]
-    if late and response is None:
+    readers = [m.name for m in cards if m.reads.includes_response]
+    if readers and response is None:
         raise SidelightError(
-            f"{', '.join(late)} reads responses, so there would be nothing to compare. Name the "
+            f"{', '.join(readers)} reads responses, so there would be nothing to compare. Name the "
             "column of the answers with --response."
         )
     examples = load_examples(data, text=text, label=None, response=response)
@@ -440,15 +440,15 @@ def _runtimes(
     """The model in each of the engines that are compared, and the quantised copy."""
     has_options = quantised is not None or {*names} != {DEFAULT}
 
-    def runtime(engine: str, options: dict[str, Any], **other: Any) -> Runtime:
-        return Runtime(engine=engine, engine_option=options, serves=True, **{**model, **other})
+    def runtime(engine: str, options: dict[str, Any], **settings: Any) -> Runtime:
+        return Runtime(engine=engine, engine_option=options, serves=True, **{**model, **settings})
 
     runtimes: dict[str, Runtime] = {}
     for name in names:
         # Options that quantise the copy must not quantise the original; transformers has none.
         left_out = (find_backend(name).quantising or ()) if quantised is not None else ()
-        own = {k: v for k, v in engine_option.items() if k not in left_out}
-        runtimes[name] = runtime(name, {} if name == DEFAULT and has_options else own)
+        engine_options = {k: v for k, v in engine_option.items() if k not in left_out}
+        runtimes[name] = runtime(name, {} if name == DEFAULT and has_options else engine_options)
     if quantised is not None:
         taking = [n for n in engines_of(quantised) if find_backend(n).quantising is not None]
         if not taking:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sidelight.states.reader import Backbone
     from sidelight.statistics.thresholds import ThresholdRule
 
-_FIGURES, _POLICY = "figures.json", "policy.toml"
+_RESULTS, _POLICY = "figures.json", "policy.toml"
 
 
 @click.command(
@@ -100,12 +100,14 @@ def guard(
         # A wrong policy must not be found only after the hours of training, either.
         if (home / _POLICY).exists():
             read_policy(home / _POLICY)
-        for number, (name, own) in enumerate(texts.items(), 1):
+        for number, (name, dataset) in enumerate(texts.items(), 1):
             folder = home / (local_name(find_guard(name)) if out is None else name)
             folders.append(folder)
             click.echo(f"\n{name} ({number} of {len(texts)})")
-            own = _train(backbone, name, own, folder, rule, takes_all=bool(rows), force=force)
-            _measure(backbone, own, tests[name], folder)
+            dataset = _train(
+                backbone, name, dataset, folder, rule, takes_all=bool(rows), force=force
+            )
+            _measure(backbone, dataset, tests[name], folder)
         _write_policy(home / _POLICY, home)
     _say_next(runtime.model, names if out is None else folders, home)
 
@@ -133,14 +135,14 @@ def _read(
     from sidelight.data.guards import draw_texts
     from sidelight.training import ready
 
-    part = "" if data is None else f",{data}"
-    texts = {name: ready.load_guard(name, part) for name in cards}
+    suffix = "" if data is None else f",{data}"
+    texts = {name: ready.load_guard(name, suffix) for name in cards}
     tests = {
-        name: {test: ready.load_guard(name, f":{test}", own.task) for test in cards[name].tests}
-        for name, own in texts.items()
+        name: {test: ready.load_guard(name, f":{test}", dataset.task) for test in cards[name].tests}
+        for name, dataset in texts.items()
     }
     if rows is not None:
-        texts = {name: draw_texts(own, rows) for name, own in texts.items()}
+        texts = {name: draw_texts(dataset, rows) for name, dataset in texts.items()}
     return texts, tests
 
 
@@ -164,18 +166,18 @@ def _train(
     if not takes_all:
         texts = ready.affordable(texts, backbone.encoder, backbone.device)
     fit_options = ready.guard_options(name, texts, backbone, rule)
-    identity = fit_options.training_sha256(
+    training_sha256 = fit_options.training_sha256(
         texts, None, name=name, model=backbone.fingerprint, engine=backbone.engine
     )
     if holds_probe(folder) and not force:
-        if read_card(folder).training.training_sha256 == identity:
+        if read_card(folder).training.training_sha256 == training_sha256:
             click.echo(f"{folder} is complete, of these texts, options and model.")
             return texts
         require_free(folder, force=False)
     some = f" of {available:,} (--rows {available} takes all)" if len(texts) < available else ""
     click.echo(f"{len(texts):,} texts{some}")
-    made = fit(backbone, texts, None, name=name, options=fit_options, out=folder)
-    print_fit(made)
+    result = fit(backbone, texts, None, name=name, options=fit_options, out=folder)
+    print_fit(result)
     return texts
 
 
@@ -191,26 +193,26 @@ def _measure(
     from sidelight.scoring import GuardTests
 
     probe = load_probe(folder)
-    measured, figures = GuardTests(texts, tests), _figures(folder / _FIGURES)
+    measured, results = GuardTests(texts, tests), _read_results(folder / _RESULTS)
     for number, (test, examples) in enumerate(tests.items(), 1):
-        known = figures.get(test, {})
+        known = results.get(test, {})
         wanted = (probe.version, examples.content_hash)
         if (known.get("probe"), known.get("texts_sha256")) != wanted:
             say(f"Test {number} of {len(tests)}: {test}, {len(examples)} texts")
-            figures[test] = measured.measure(backbone, probe, test)
-            write_json(folder / _FIGURES, figures)
-        click.echo(_line(figures[test]))
+            results[test] = measured.measure(backbone, probe, test)
+            write_json(folder / _RESULTS, results)
+        click.echo(_line(results[test]))
 
 
-def _figures(path: Path) -> dict[str, dict[str, Any]]:
+def _read_results(path: Path) -> dict[str, dict[str, Any]]:
     """The figures of an earlier run; none where they cannot be read, since they are made again."""
     try:
-        figures = json.loads(path.read_bytes())
-        for test in figures.values():
+        results = json.loads(path.read_bytes())
+        for test in results.values():
             _line(test)
     except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         return {}
-    return figures
+    return results
 
 
 def _line(test: Mapping[str, Any]) -> str:
@@ -221,18 +223,18 @@ def _line(test: Mapping[str, Any]) -> str:
     if positives is None:
         f1, exact = (test[name]["value"] for name in ("character_f1", "f1"))
         return f"{title}: character F1 {f1:.3f}, F1 of exact spans {exact:.3f}"
-    parts: list[str] = []
+    phrases: list[str] = []
     words = ["", ""]
     auroc, interval = test["auroc"]["value"], test["auroc"]["ci"]
     if auroc is not None:
         words = [f" (TF-IDF {test['tfidf_auroc']:.3f})", f" (TF-IDF {test['tfidf_found']})"]
         low, high = interval
-        parts.append(f"AUROC {auroc:.3f} [{low:.3f}, {high:.3f}]{words[0]}")
+        phrases.append(f"AUROC {auroc:.3f} [{low:.3f}, {high:.3f}]{words[0]}")
     if positives:
-        parts.append(f"found {test['found']} of {positives}{words[1]}")
-    if others := test["rows"] - positives:
-        parts.append(f"false positives {test['false_positives']} of {others}")
-    return f"{title}: {', '.join(parts)}"
+        phrases.append(f"found {test['found']} of {positives}{words[1]}")
+    if negatives := test["rows"] - positives:
+        phrases.append(f"false positives {test['false_positives']} of {negatives}")
+    return f"{title}: {', '.join(phrases)}"
 
 
 def _write_policy(path: Path, home: Path) -> None:

@@ -13,7 +13,7 @@ import click
 from pydantic import Field
 
 from sidelight.cli.runtime import Runtime
-from sidelight.engines.backend import OwnOptions, engine_names, find_backend, usable_backends
+from sidelight.engines.backend import BackendOptions, engine_names, find_backend, usable_backends
 from sidelight.errors import SidelightError, SidelightWarning, checked, did_you_mean
 from sidelight.storage import check_folder
 from sidelight.types import StatesChoice
@@ -36,9 +36,9 @@ class _OfEngines(click.Option):
         backends = usable_backends()
         models = "".join(f", {backend.models}" for backend in backends if backend.models)
         options = [
-            f"{', '.join(backend.own.model_fields) or 'any engine argument'} ({backend.name})"
+            f"{', '.join(backend.schema.model_fields) or 'any engine argument'} ({backend.name})"
             for backend in backends
-            if backend.own is not OwnOptions
+            if backend.schema is not BackendOptions
         ]
         told = {"{models}": models, "{options}": ": " + ", or ".join(options) if options else ""}
         for place, words in told.items():
@@ -211,9 +211,9 @@ class TrainingInputs:
             check_folder(self.cache)
         columns = {"rationale": self.rationale, "groups": self.groups}
         named = {name: column for name, column in columns.items() if column is not None}
-        whole = read(self.data, split=self.split, positive=self.positive, **named)
-        rows = whole.draw(self.limit or len(whole), seed=0)
-        training = whole.select(rows)
+        dataset = read(self.data, split=self.split, positive=self.positive, **named)
+        rows = dataset.draw(self.limit or len(dataset), seed=0)
+        training = dataset.select(rows)
         if self.validation is None:
             return training, None
         return training, read(self.validation, split=self.validation_split, task=training.task)

@@ -83,7 +83,7 @@ def recalibrate(
 
     loaded = load_probe(probe)
     if examples is None:
-        made = refit(loaded, rule=rule)
+        recalibrated = refit(loaded, rule=rule)
     else:
         classifier = runtime.load_classifier(probe)
         trained_on, copy = loaded.card.backbone, classifier.backbone.fingerprint
@@ -93,9 +93,11 @@ def recalibrate(
                 f"probe would be that of {trained_on.name}. Recalibrate it on that model, or train "
                 "a probe on the copy."
             )
-        made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
-    save_probe(made.probe if name is None else made.probe.changed(name=name), folder)
-    _report(loaded, made, folder, as_json=as_json)
+        recalibrated = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
+    save_probe(
+        recalibrated.probe if name is None else recalibrated.probe.changed(name=name), folder
+    )
+    _report(loaded, recalibrated, folder, as_json=as_json)
 
 
 def _require_aim(data: str | None, rule: "ThresholdRule | None") -> None:
@@ -119,28 +121,28 @@ def _new_texts(data: str, card: "ProbeCard", **columns: Any) -> "LabelledExample
     return examples
 
 
-def _report(before: "Probe", made: "Recalibrated", folder: Path, *, as_json: bool) -> None:
+def _report(before: "Probe", recalibrated: "Recalibrated", folder: Path, *, as_json: bool) -> None:
     """The figures before and after, and where the thresholds were and are."""
     from sidelight.cli.show import print_reports, summary
 
-    *_, entry = made.probe.card.training.recalibrations
+    *_, entry = recalibrated.probe.card.training.recalibrations
     if as_json:
-        figures = entry.model_dump(mode="json")
-        click.echo(json.dumps({"out": str(folder), **figures}, indent=2))
+        values = entry.model_dump(mode="json")
+        click.echo(json.dumps({"out": str(folder), **values}, indent=2))
         return
-    if made.figures is not None:
-        title = f"{made.figures[0].rows:,} labelled texts, each calibrated without it"
-        old, new = made.figures
+    if recalibrated.reports is not None:
+        title = f"{recalibrated.reports[0].rows:,} labelled texts, each calibrated without it"
+        old, new = recalibrated.reports
         print_reports(title, {"before": old, "after": new})
         click.echo(f"Before: {summary(old, (0, 0))}\nAfter: {summary(new, (0, 0))}")
     what = entry.what
     click.echo(f"{what[0].upper()}{what[1:]}.")
-    curves = made.probe.card.training.curves
+    curves = recalibrated.probe.card.training.curves
     for (label, threshold), now in zip(
-        before.card.label_thresholds.items(), made.probe.thresholds, strict=True
+        before.card.label_thresholds.items(), recalibrated.probe.thresholds, strict=True
     ):
         click.echo(f"Threshold of '{label}': {threshold:.3f} before, {now:.3f} now.")
-        if made.figures is None and label in curves:
+        if recalibrated.reports is None and label in curves:
             (found, false), (found_now, false_now) = map(curves[label].at, (threshold, now))
             click.echo(
                 "On the texts that the probe was calibrated on, it finds "

@@ -96,7 +96,7 @@ class Runtime(EngineOptions):
         return self.backend_of(name).find(name)
 
     def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
-        """The backbone, for texts that are read; warns if nobody chose to read chats as texts."""
+        """The backbone, for texts that are read; warns if chats are read as texts by default."""
         name = self.model_of([])
         backbone = self.backend_of(name).load(name, prompt_format)
         _warn_of_format(backbone, prompt_format)

@@ -69,7 +69,7 @@ class SecondStageOptions:
         Raises:
             SidelightError: It does not answer, or too few texts are deferred.
         """
-        from sidelight.judges.answers import KeptAnswers, answers_file, ask_all, cost_sentence
+        from sidelight.judges.answers import StoredAnswers, answers_file, ask_all, cost_sentence
         from sidelight.judges.fitting import defer_thresholds, fit_judge
         from sidelight.judges.question import Question
         from sidelight.statistics.thresholds import ThresholdRule
@@ -82,15 +82,15 @@ class SecondStageOptions:
             Question.about(examples.items[row].conversation, examples.items[row].response)
             for row in asked
         ]
-        kept = KeptAnswers.read(answers_file(self.judge))
-        options.announce(cost_sentence(self.judge, questions, kept))
-        said = ask_all(self.judge, questions, kept, name=self.judge.model)
+        stored = StoredAnswers.read(answers_file(self.judge))
+        options.announce(cost_sentence(self.judge, questions, stored))
+        answered = ask_all(self.judge, questions, stored, name=self.judge.model)
         answers = np.full(len(scores), np.nan)
-        answers[asked] = [np.nan if each is None else each for each in said.probabilities]
-        if said.failures:
+        answers[asked] = [np.nan if each is None else each for each in answered.probabilities]
+        if answered.failures:
             warn(
-                f"The judge gave no verdict on {said.failures.total()} texts "
-                f"({said.describe_failures()}), which are left out of its figures."
+                f"The judge gave no verdict on {answered.failures.total()} texts "
+                f"({answered.describe_failures()}), which are left out of its figures."
             )
         return fit_judge(
             probe,

@@ -50,23 +50,23 @@ def print_reports(title: str, reports: Mapping[str, Report]) -> None:
     console().print(table)
 
 
-def print_fit(made: Fit) -> None:
+def print_fit(result: Fit) -> None:
     """The figures of a training on held-out texts and on background traffic."""
-    spec, folds = made.probe.card.mechanism, made.probe.card.training.folds
-    if made.spans is not None:
-        print_spans(made.spans)
-        click.echo(f"Lookahead: {made.probe.mechanism.lookahead} tokens")
+    spec, folds = result.probe.card.mechanism, result.probe.card.training.folds
+    if result.spans is not None:
+        print_spans(result.spans)
+        click.echo(f"Lookahead: {result.probe.mechanism.lookahead} tokens")
     else:
         title = f"All texts, out of fold ({folds} folds)" if folds else "Validation data"
-        baseline = {} if made.baseline is None else {"TF-IDF baseline": made.baseline}
-        print_reports(title, {spec.name: made.report, **baseline})
-    if depths := made.probe.card.training.depths:
+        baseline = {} if result.baseline is None else {"TF-IDF baseline": result.baseline}
+        print_reports(title, {spec.name: result.report, **baseline})
+    if depths := result.probe.card.training.depths:
         click.echo(depth_sentence(depths))
-    if sources := made.probe.card.training.validation.sources:
+    if sources := result.probe.card.training.validation.sources:
         print_sources(sources)
-    if made.traffic is not None and len(made.traffic.background):
-        click.echo(traffic_lines(made.traffic, abstains=made.probe.task.abstains))
-    click.echo(summary(made.spans or made.report, made.probe.card.training.flagged))
+    if result.traffic is not None and len(result.traffic.background):
+        click.echo(traffic_lines(result.traffic, abstains=result.probe.task.abstains))
+    click.echo(summary(result.spans or result.report, result.probe.card.training.flagged))
 
 
 def depth_sentence(trials: Sequence[DepthTrial]) -> str:
@@ -93,9 +93,9 @@ def print_sources(sources: Mapping[str, Detections]) -> None:
     for name in ("found", "false positives"):
         table.add_column(name, justify="right")
     for source, counts in sources.items():
-        pairs = ((counts.found, counts.positives), (counts.flagged, counts.others))
-        shown = [f"{part} of {whole}" if whole else "" for part, whole in pairs]
-        table.add_row(Text(visible(source)), *shown)
+        pairs = ((counts.found, counts.positives), (counts.flagged, counts.negatives))
+        cells = [f"{count} of {total}" if total else "" for count, total in pairs]
+        table.add_row(Text(visible(source)), *cells)
     console().print(table)
 
 
@@ -133,9 +133,9 @@ def print_operating_points(assessment: Assessment) -> None:
     for name in ("threshold", "found", "false positives"):
         table.add_column(name, justify="right")
     positives = int(assessment.examples.labels.sum())
-    others = len(assessment.examples) - positives
+    negatives = len(assessment.examples) - positives
     for point in points:
-        found, flagged = f"{point.found} of {positives}", f"{point.flagged} of {others}"
+        found, flagged = f"{point.found} of {positives}", f"{point.flagged} of {negatives}"
         table.add_row(f"{point.threshold:.3f}", found, flagged)
     console().print(table)
 
@@ -161,11 +161,11 @@ def print_deferral(report: DeferralReport) -> None:
     if report.judge is not None:
         add("judge alone", report.judge)
     console().print(table)
-    positives, others = report.positives, report.rows - report.positives
-    for name, own in report.decisions.items():
+    positives, negatives = report.positives, report.rows - report.positives
+    for name, row in report.decisions.items():
         click.echo(
-            f"{_DECIDED_BY[name]}: finds {own.found:,} of {positives:,}, flags {own.flagged:,} of "
-            f"{others:,} others"
+            f"{_DECIDED_BY[name]}: finds {row.found:,} of {positives:,}, flags {row.flagged:,} of "
+            f"{negatives:,} others"
         )
     fit = report.fit
     click.echo(
@@ -187,8 +187,8 @@ def print_report(report: Report) -> None:
     labels.add_column("label")
     for name in ("precision", "recall", "f1", "auprc", "auroc", "rows"):
         labels.add_column(name, justify="right")
-    for label, figures in report.per_class.items():
-        *numbers, support = figures.values()
+    for label, values in report.per_class.items():
+        *numbers, support = values.values()
         labels.add_row(Text(label), *map(_number, numbers), f"{support:,}")
     console().print(metrics, labels)
 
@@ -201,9 +201,9 @@ def print_spans(report: SpanReport) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     is_several = len(report.spans) > 1
     lines = {"all": report.metrics, **report.per_label} if is_several else report.per_label
-    for label, own in lines.items():
+    for label, values in lines.items():
         count = report.spans.get(label, sum(report.spans.values()))
-        table.add_row(Text(label), *map(str, own.values()), f"{count:,}")
+        table.add_row(Text(label), *map(str, values.values()), f"{count:,}")
     console().print(table)
 
 
@@ -231,9 +231,9 @@ def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
             f"{false:,} wrongly{flagged}."
         )
     # A test may have texts of one label alone.
-    positives, others = found + missed, passed + false
+    positives, negatives = found + missed, passed + false
     finds = f"finds {found:,} of {positives:,} '{task.labels[1]}' texts" if positives else ""
-    flags = [f"{false:,} of {others:,} other texts"] if others else []
+    flags = [f"{false:,} of {negatives:,} other texts"] if negatives else []
     flags += [traffic] if traffic else []
     clauses = [finds] if finds else []
     clauses += [f"flags {' and '.join(flags)}"] if flags else []
@@ -242,12 +242,12 @@ def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
 
 
 def _span_summary(report: SpanReport) -> str:
-    spans, whole, in_part = (
-        sum(counts.values()) for counts in (report.spans, report.whole, report.in_part)
+    spans, complete, partial = (
+        sum(counts.values()) for counts in (report.spans, report.complete, report.partial)
     )
     precision = report.metrics["precision"].value
     exact = "" if precision is None else f"; {_percent(precision)} of the spans found are exact"
-    return f"Finds {whole:,} of {spans:,} labelled spans whole and {in_part:,} in part{exact}."
+    return f"Finds {complete:,} of {spans:,} labelled spans whole and {partial:,} in part{exact}."
 
 
 def _background_share(flagged: int, conversations: int) -> str:
@@ -265,16 +265,16 @@ def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
     lines = [rate_sentence(traffic.flagged, conversations, abstains=abstains)]
     if conversations >= _FEWEST:
         counts = [
-            f"{kind} {_percent(own.flagged / own.others)} of {own.others}"
-            for kind, own in traffic.kinds.items()
-            if own.others
+            f"{kind} {_percent(counts.flagged / counts.negatives)} of {counts.negatives}"
+            for kind, counts in traffic.kinds.items()
+            if counts.negatives
         ]
         lines.append(f"By length and turns: {'; '.join(counts)}")
     lines += [
-        f"Positives embedded in up to {words} words of other text: {own.found} of "
-        f"{own.positives} found, {own.flagged} of {own.others} false positives"
-        for words, own in traffic.surroundings.items()
-        if own.positives and own.others
+        f"Positives embedded in up to {words} words of other text: {counts.found} of "
+        f"{counts.positives} found, {counts.flagged} of {counts.negatives} false positives"
+        for words, counts in traffic.surroundings.items()
+        if counts.positives and counts.negatives
     ]
     if traffic.worst:
         lines.append("Highest-scoring background conversations:")

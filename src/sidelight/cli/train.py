@@ -35,10 +35,10 @@ _AUTO = "auto"
     )
 )
 @options.training(
-    "For training: batch_size, beginnings, calibration, class_weight, context_tokens, epochs, "
-    "format, layer_weights, layers, learning_rate, least_steps, none, normalise, patience, reads, "
-    "seed, standardise, template, weight_decay; docs/reference.md explains them. For a mechanism: "
-    "MECHANISM.OPTION, such as attention.factor."
+    "For training: batch_size, calibration, class_weight, context_tokens, epochs, format, "
+    "layer_weights, layers, learning_rate, least_steps, none, normalise, patience, prefixes, "
+    "reads, seed, standardise, template, weight_decay; docs/reference.md explains them. For a "
+    "mechanism: MECHANISM.OPTION, such as attention.factor."
 )
 @click.option("--force", is_flag=True, help="Replace an existing probe in the --out folder.")
 @click.option(

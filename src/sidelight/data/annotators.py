@@ -1,7 +1,7 @@
 """Who labelled texts: people, and judges whose labels a person has checked.
 
 ``sidelight label --judge`` writes a cell beside each label of a judge. The label counts as a
-person's if somebody has changed it since.
+person's if a person has changed it since.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ class JudgeLabel:
     """What a judge said of a text, and how far it is to be trusted.
 
     Attributes:
-        judge: Its model, and the digits of ``JudgeSettings.identity``.
+        judge: Its model, and the digits of ``JudgeSettings.digest``.
         probability: That the text has the positive label.
         agreement: Its balanced agreement with a person, on a blind sample.
     """
@@ -101,10 +101,10 @@ def annotators_of(examples: LabelledExamples) -> tuple[Annotator, ...]:
         return ()
     texts, agreements = Counter[str](), dict[str, Agreement]()
     for row, label in zip(examples.rows, examples.labels.tolist(), strict=True):
-        judged = JudgeLabel.of(row, is_positive=bool(label))
-        texts[judged.judge if judged else PEOPLE] += 1
-        if judged:
-            agreements[judged.judge] = judged.agreement
+        classified = JudgeLabel.of(row, is_positive=bool(label))
+        texts[classified.judge if classified else PEOPLE] += 1
+        if classified:
+            agreements[classified.judge] = classified.agreement
     if not agreements:
         return ()
     return tuple(Annotator(name, texts[name], agreements.get(name)) for name in sorted(texts))

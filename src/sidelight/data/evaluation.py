@@ -159,27 +159,27 @@ class SpanReport:
             ``precision``, ``recall`` and ``f1`` of whole spans, which must match exactly.
         per_label: The same of each label.
         spans: How many spans each label really has.
-        whole: How many of these have all their characters found, with their label.
-        in_part: How many have some of them found.
+        complete: How many of these have all their characters found, with their label.
+        partial: How many have some of them found.
     """
 
     texts: int
     metrics: Mapping[str, Estimate]
     per_label: Mapping[str, Mapping[str, Estimate]]
     spans: Mapping[str, int]
-    whole: Mapping[str, int]
-    in_part: Mapping[str, int]
+    complete: Mapping[str, int]
+    partial: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values, the metrics of all labels at the top level."""
         per_label = {
             label: {
                 "spans": self.spans[label],
-                "whole": self.whole[label],
-                "in_part": self.in_part[label],
-                **{name: estimate.to_dict() for name, estimate in own.items()},
+                "complete": self.complete[label],
+                "partial": self.partial[label],
+                **{name: estimate.to_dict() for name, estimate in estimates.items()},
             }
-            for label, own in self.per_label.items()
+            for label, estimates in self.per_label.items()
         }
         metrics = {name: estimate.to_dict() for name, estimate in self.metrics.items()}
         return {"texts": self.texts, **metrics, "per_label": per_label}
@@ -198,19 +198,19 @@ def evaluate_spans(
     labels = examples.task.output_labels
     values = measure_span_resamples(examples, predicted, resamples=bootstrap)
     everything, *by_label = (
-        {name: Estimate.of(own[:, group]) for name, own in values.items()}
+        {name: Estimate.of(draws[:, group]) for name, draws in values.items()}
         for group in range(1 + len(labels))
     )
-    spans, whole, in_part = (Counter(dict.fromkeys(labels, 0)) for _ in range(3))
-    for (text, own), found in zip(examples.text_spans, predicted, strict=True):
+    spans, complete, partial = (Counter(dict.fromkeys(labels, 0)) for _ in range(3))
+    for (text, true_spans), found in zip(examples.text_spans, predicted, strict=True):
         flags = labelled_characters(text, found, labels)
-        for span in {*own}:
+        for span in {*true_spans}:
             characters = flags[span.start : span.end, labels.index(span.label)]
             spans[span.label] += 1
-            whole[span.label] += bool(characters.all())
-            in_part[span.label] += bool(characters.any() and not characters.all())
+            complete[span.label] += bool(characters.all())
+            partial[span.label] += bool(characters.any() and not characters.all())
     per_label = dict(zip(labels, by_label, strict=True))
-    return SpanReport(len(examples), everything, per_label, spans, whole, in_part)
+    return SpanReport(len(examples), everything, per_label, spans, complete, partial)
 
 
 def measure_span_resamples(
@@ -230,14 +230,14 @@ def measure_span_resamples(
         flags = [labelled_characters(text, spans, labels) for spans in pair]
         for j, group in enumerate(groups):
             columns = [labels.index(label) for label in group]
-            f1[i, j] = character_f1(*(own[:, columns] for own in flags))
+            f1[i, j] = character_f1(*(label_flags[:, columns] for label_flags in flags))
             exact = [{span for span in spans if span.label in group} for spans in pair]
             counts[:, i, j] = len(exact[0] & exact[1]), len(exact[1]), len(exact[0])
     draws = np.random.default_rng(0).multinomial(
         len(texts), [1 / len(texts)] * len(texts), size=resamples
     )
     weights = np.vstack([np.ones(len(texts)), draws])
-    hits, claims, truths = (weights @ own for own in counts)
+    hits, claims, truths = (weights @ label_flags for label_flags in counts)
     with np.errstate(invalid="ignore"):
         return {
             "character_f1": weights @ f1 / len(texts),

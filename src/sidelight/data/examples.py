@@ -144,7 +144,7 @@ class Examples:
         return digest.hexdigest()
 
     @property
-    def whole_texts(self) -> list[str]:
+    def full_texts(self) -> list[str]:
         """Each prompt, with its response if there is one."""
         return [
             item.text if item.response is None else f"{item.text}\n{item.response}"
@@ -215,13 +215,13 @@ class Examples:
             )
         groups, strata = self._grouping[0], self._strata()
         left = np.arange(len(self))
-        parts: list[Int[Numbers, " _"]] = []
+        folds: list[Int[Numbers, " _"]] = []
         for remaining in range(count, 1, -1):
             remaining_groups = np.unique(groups[left], return_inverse=True)[1]
             held_out = _hold_out(remaining_groups, strata[left], fraction=1 / remaining, seed=seed)
-            parts.append(left[held_out])
+            folds.append(left[held_out])
             left = left[~held_out]
-        return (*parts, left)
+        return (*folds, left)
 
     @property
     def distinct(self) -> int:
@@ -345,9 +345,9 @@ class LabelledExamples(Examples):
 
     def _label_facts(self) -> list[list[object]]:
         facts = super()._label_facts()
-        for row, own in enumerate(facts):
-            own += [span.to_dict() for span in self.spans[row]] if self.spans else []
-            own += [self.rationales[row]] if self.rationales and self.rationales[row] else []
+        for row, row_facts in enumerate(facts):
+            row_facts += [span.to_dict() for span in self.spans[row]] if self.spans else []
+            row_facts += [self.rationales[row]] if self.rationales and self.rationales[row] else []
         return facts
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
@@ -382,7 +382,7 @@ def balanced_order(
     kinds, kind_of = np.unique(codes, axis=0, return_inverse=True)
     members = [rows[kind_of == kind].tolist() for kind in range(len(kinds))]
     ties, taken = random.random(len(kinds)), np.zeros(len(numbers))
-    weigh = [weights[own[0]] if weights else 1.0 for own in members]
+    weigh = [weights[rows[0]] if weights else 1.0 for rows in members]
     order: list[int] = []
     for _ in rows:
         best = int((taken[kinds].sum(1) + ties).argmin())

@@ -96,30 +96,32 @@ class Guard:
         card: What it is.
         folder: Holds its files.
         test: The name of a test; None: the training texts.
-        own: A file of rows beside these.
+        user_file: A file of rows beside these.
     """
 
     name: str
     card: Card
     folder: Path
     test: str | None = None
-    own: str | None = None
+    user_file: str | None = None
 
     def rows(self, task: Task | None = None) -> list[Row]:
         """The rows, with the class names of the card, or of another task of two classes.
 
         Of a task with other names, the positive class is taken for that of the card.
         """
-        part = "train" if self.test is None else f"test_{self.test}"
-        rows = read_file(self.folder / f"{part}.jsonl.gz")
-        if self.own is not None:
-            own = read_rows(self.own, split=None, text="text", label="label")
-            weight = _own_weight(len(rows), len(own))
-            rows += [replace(self._adapted(row), weight=weight) for row in own]
+        stem = "train" if self.test is None else f"test_{self.test}"
+        rows = read_file(self.folder / f"{stem}.jsonl.gz")
+        if self.user_file is not None:
+            user_rows = read_rows(self.user_file, split=None, text="text", label="label")
+            weight = _user_weight(len(rows), len(user_rows))
+            rows += [replace(self._adapted(row), weight=weight) for row in user_rows]
         if (labels := self.card.labels) is None:
             return rows
-        is_of_others = task is not None and task.kind == "binary" and {*task.labels} != {*labels}
-        names = task.labels if task is not None and is_of_others else labels
+        has_renamed_labels = (
+            task is not None and task.kind == "binary" and {*task.labels} != {*labels}
+        )
+        names = task.labels if task is not None and has_renamed_labels else labels
         index = {**TRUTH, labels[0]: False, labels[1]: True}
         for place, row in enumerate(rows):
             cell = row.cells.get("label")
@@ -163,9 +165,9 @@ class Guard:
         return replace(row, cells=cells)
 
 
-def _own_weight(packaged: int, own: int) -> float:
+def _user_weight(packaged: int, users: int) -> float:
     """How much each row of one's own counts in training."""
-    return min(_MOST_WEIGHT, max(_LEAST_WEIGHT, packaged / max(1, own)))
+    return min(_MOST_WEIGHT, max(_LEAST_WEIGHT, packaged / max(1, users)))
 
 
 def guard_names() -> list[str]:
@@ -214,15 +216,15 @@ def guard_of(source: object) -> Guard | None:
     """
     if not isinstance(source, str) or not source.startswith(PREFIX):
         return None
-    head, comma, own = source.removeprefix(PREFIX).partition(",")
+    head, comma, user_file = source.removeprefix(PREFIX).partition(",")
     name, colon, test = head.partition(":")
-    if own.strip().startswith(PREFIX):
+    if user_file.strip().startswith(PREFIX):
         raise SidelightError(
             f"'{source}' names two guards, and data is of one. Train each by itself: sidelight "
             "guard --only NAME,NAME."
         )
     guard = find_guard(name)
-    if comma and (colon or not own):
+    if comma and (colon or not user_file):
         raise SidelightError(
             f"Cannot read '{source}'. Write guard:NAME, guard:NAME,FILE to add rows of your own to "
             "the training texts, or guard:NAME:TEST for a test."
@@ -231,7 +233,7 @@ def guard_of(source: object) -> Guard | None:
         raise SidelightError(
             f"The guard '{name}' has no test '{test}'.{did_you_mean(test, guard.card.tests)}"
         )
-    return replace(guard, test=test if colon else None, own=own if comma else None)
+    return replace(guard, test=test if colon else None, user_file=user_file if comma else None)
 
 
 def draw_texts(
@@ -253,8 +255,8 @@ def draw_texts(
         most: The sum of the sizes of what is drawn.
         seed: Decides which texts are drawn.
     """
-    is_own = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
-    packaged, own = np.flatnonzero(is_own == 0), np.flatnonzero(is_own)
+    is_users = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
+    packaged, users = np.flatnonzero(is_users == 0), np.flatnonzero(is_users)
     # All background is one source: its many would outweigh the others.
     sources, labels = examples.sources, examples.label_names()
     # Balanced separately, sources with both labels would contribute positives alone beside many
@@ -264,6 +266,6 @@ def draw_texts(
     if count is None:
         count = int(np.searchsorted(np.cumsum(np.asarray(sizes)[order]), most, side="right"))
     rows = np.sort(order[:count])
-    weights = np.array([1.0] * len(rows) + [_own_weight(len(rows), len(own))] * len(own))
-    drawn = examples.select([*rows, *own])
-    return replace(drawn, weights=weights if len(own) else None)
+    weights = np.array([1.0] * len(rows) + [_user_weight(len(rows), len(users))] * len(users))
+    drawn = examples.select([*rows, *users])
+    return replace(drawn, weights=weights if len(users) else None)

@@ -13,13 +13,13 @@ from jaxtyping import Int
 
 from sidelight.data.readers import Row, is_list
 from sidelight.errors import SidelightError, did_you_mean, warn
-from sidelight.models.conversation import require_whole_characters
+from sidelight.models.conversation import require_valid_unicode
 from sidelight.types import Numbers, Task, is_label
 
 _PAIRS = (("0", "1"), ("false", "true"), ("no", "yes"))
 TRUTH = {name: name == pair[1] for pair in _PAIRS for name in pair}
 _MISSING = frozenset({"", "nan", "null"})
-_WHOLE_NUMBER = re.compile(r"(-?\d+)(\.0*)?")
+_INTEGER = re.compile(r"(-?\d+)(\.0*)?")
 _MOST_LABELS = 200
 
 
@@ -91,11 +91,11 @@ def label_name(cell: object, place: str) -> str:
             "spans is for `sidelight train --spans`."
         )
     name = str(cell).strip()
-    require_whole_characters(name, place=f"{place}: the label")
+    require_valid_unicode(name, place=f"{place}: the label")
     if name.lower() in TRUTH:
         return name.lower()
-    whole = _WHOLE_NUMBER.fullmatch(name)
-    return whole.group(1) if whole else name
+    integer = _INTEGER.fullmatch(name)
+    return integer.group(1) if integer else name
 
 
 def _infer_classes(
@@ -132,14 +132,14 @@ def _infer_classes(
     if set(labels) <= TRUTH.keys() or set(labels) == {"-1", "1"}:
         return Task("binary", labels)
     # The sort is stable and labels are in order: of two equal counts the last one is positive.
-    other, chosen = sorted(labels, key=lambda name: -counts[name])
+    major, chosen = sorted(labels, key=lambda name: -counts[name])
     warn(
         f"No positive class was named, so '{chosen}' is taken (the rarer label, or the last in the "
-        f"alphabet if both are equally frequent). --positive {other} (positive= in Python) chooses "
+        f"alphabet if both are equally frequent). --positive {major} (positive= in Python) chooses "
         "the other."
     )
     _warn_of_all(misspelt)
-    return Task("binary", (other, chosen))
+    return Task("binary", (major, chosen))
 
 
 def _require_classes(counts: Mapping[str, int], column: str) -> None:
@@ -151,9 +151,9 @@ def _require_classes(counts: Mapping[str, int], column: str) -> None:
             "Add examples of another class."
         )
     if len(counts) > min(_MOST_LABELS, max(2, rows / 2)):
-        shown = ", ".join(repr(name[:20]) for name in list(counts)[:3])
+        sample = ", ".join(repr(name[:20]) for name in list(counts)[:3])
         raise SidelightError(
-            f"Column '{column}' holds {len(counts)} distinct values in {rows} rows ({shown}, "
+            f"Column '{column}' holds {len(counts)} distinct values in {rows} rows ({sample}, "
             "...): that looks like free text or a measurement, not classes. Name the column of "
             f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
         )
@@ -166,10 +166,10 @@ def _warn_of_all(sentences: Iterable[str]) -> None:
 
 def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
     """A sentence for each label of a few rows that resembles one of many."""
-    counts = Counter(name for name in names if not _WHOLE_NUMBER.fullmatch(name))
+    counts = Counter(name for name in names if not _INTEGER.fullmatch(name))
     sentences: list[str] = []
     for name, count in counts.items():
-        many = [other for other in counts if counts[other] >= 10 * count]
+        many = [name for name in counts if counts[name] >= 10 * count]
         for meant in get_close_matches(name, many, n=1, cutoff=0.75) if count < 5 else ():
             first = rows[names.index(name)].place
             sentences.append(
@@ -181,11 +181,11 @@ def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
 
 def _warn_of_alike(labels: Sequence[str]) -> None:
     """Warn about labels that a reader would take for one."""
-    by_reading = {unicodedata.normalize("NFKC", name).casefold(): name for name in labels}
+    by_form = {unicodedata.normalize("NFKC", name).casefold(): name for name in labels}
     pairs = [
-        f"'{name}' and '{other}'"
+        f"'{name}' and '{another}'"
         for name in labels
-        if (other := by_reading[unicodedata.normalize("NFKC", name).casefold()]) != name
+        if (another := by_form[unicodedata.normalize("NFKC", name).casefold()]) != name
     ]
     if pairs:
         warn(
@@ -197,7 +197,7 @@ def _warn_of_alike(labels: Sequence[str]) -> None:
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
     """In alphabetical order, or by value if all are whole numbers; each can name a class."""
     labels = sorted(names)
-    if all(_WHOLE_NUMBER.fullmatch(name) for name in labels):
+    if all(_INTEGER.fullmatch(name) for name in labels):
         labels.sort(key=int)
     wrong = next((label for label in labels if not is_label(label)), None)
     if wrong is not None:
@@ -219,7 +219,7 @@ def _label_index(task: Task) -> dict[str, int]:
 
 def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
     if name not in index:
-        others = (
+        suggestion = (
             ""
             if row.is_beside_guard
             else ", name another column with --label, or train a probe on these labels with "
@@ -227,7 +227,7 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
         )
         raise SidelightError(
             f"{row.place}: unknown label '{name[:60]}'.{did_you_mean(name[:60], index)} "
-            f"Correct the row{others}."
+            f"Correct the row{suggestion}."
         )
     return index[name]
 
@@ -255,8 +255,8 @@ def _encode_sets(
         task = Task("multilabel", names)
     index = _label_index(task)
     labels = np.zeros((len(rows), len(index)), dtype=np.int64)
-    for row, held, flags in zip(rows, sets, labels, strict=True):
-        flags[[_lookup(row, name, index) for name in held]] = 1
+    for row, row_labels, flags in zip(rows, sets, labels, strict=True):
+        flags[[_lookup(row, name, index) for name in row_labels]] = 1
     for name, count in zip(task.labels, labels.sum(axis=0), strict=True):
         if count in (0, len(rows)):
             warn(

@@ -14,7 +14,7 @@ from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
 from sidelight.data.span_labels import encode_spans, holds_spans
 from sidelight.errors import SidelightError, did_you_mean, warn
-from sidelight.models.conversation import Message, require_whole_characters
+from sidelight.models.conversation import Message, require_valid_unicode
 from sidelight.types import Span, Task
 
 OnMissingLabel = Literal["error", "skip"]
@@ -115,23 +115,25 @@ def load_examples(
     named = [("text", text), ("response", response), ("spans", spans), ("set rationale", rationale)]
     named += [("set groups", name) for name in joined if groups]
     columns = _find_columns(rows, label, named)
-    kept, plain = _usable(rows, columns, text, response, on_missing_label=on_missing_label)
+    usable, plain = _usable(rows, columns, text, response, on_missing_label=on_missing_label)
     if spans is None and not columns:
         return plain
     items = plain.items
-    marked: tuple[tuple[Span, ...], ...] | None = None
+    text_spans: tuple[tuple[Span, ...], ...] | None = None
     if spans is not None:
-        column = [row.cells.get(spans) for row in kept]
-        task, labels, marked = encode_spans(items, column, spans, task=task)
-        _warn_of_new_labels(kept, marked)
+        column = [row.cells.get(spans) for row in usable]
+        task, labels, text_spans = encode_spans(items, column, spans, task=task)
+        _warn_of_new_labels(usable, text_spans)
     else:
-        task, labels = encode_labels(kept, columns, positive=positive, task=task)
+        task, labels = encode_labels(usable, columns, positive=positive, task=task)
         pairs = zip(items, labels, strict=True)
-        labellings = {(item.messages, item.response, own.tobytes()) for item, own in pairs}
+        labellings = {
+            (item.messages, item.response, row_labels.tobytes()) for item, row_labels in pairs
+        }
         counts = Counter((messages, answer) for messages, answer, _ in labellings)
         if conflicts := sum(count > 1 for count in counts.values()):
             warn(f"{conflicts} texts appear more than once, with different labels.")
-    weights = np.array([row.weight for row in kept])
+    weights = np.array([row.weight for row in usable])
     return LabelledExamples(
         items,
         plain.rows,
@@ -139,8 +141,8 @@ def load_examples(
         task=task,
         labels=labels,
         weights=None if (weights == 1).all() else weights,
-        rationales=None if rationale is None else _rationales(kept, items, rationale),
-        spans=marked,
+        rationales=None if rationale is None else _rationales(usable, items, rationale),
+        spans=text_spans,
         group_columns=joined,
     )
 
@@ -154,7 +156,7 @@ def _usable(
     on_missing_label: OnMissingLabel,
 ) -> tuple[list[Row], Examples]:
     """The rows that have texts and a cell in each of these columns of labels, and their texts."""
-    kept: list[Row] = []
+    usable: list[Row] = []
     items: list[Example] = []
     empty: list[Row] = []
     unlabelled: list[Row] = []
@@ -165,12 +167,12 @@ def _usable(
         elif any(is_missing(row.cells.get(column)) for column in columns):
             unlabelled.append(row)
         else:
-            kept.append(row)
+            usable.append(row)
             items.append(item)
-    own = sum(row.is_beside_guard for row in rows)
-    if own and own == sum(row.is_beside_guard for row in empty):
+    users = sum(row.is_beside_guard for row in rows)
+    if users and users == sum(row.is_beside_guard for row in empty):
         raise SidelightError(
-            f"None of the {own} rows beside the guard has a text"
+            f"None of the {users} rows beside the guard has a text"
             f"{'' if response is None else ' and an answer'}. Fill in what is missing."
         )
     if len(empty) == len(rows):
@@ -179,13 +181,13 @@ def _usable(
             f"None of the {len(rows)} rows has a text in column '{text}' (--text){answers}. Name "
             "other columns, or fill in what is missing."
         )
-    if unlabelled and (on_missing_label == "error" or not kept):
+    if unlabelled and (on_missing_label == "error" or not usable):
         # `sidelight guard` has no such option.
         remedy = (
             "remove them"
             if unlabelled[0].is_beside_guard
             else "name another column with --label (label= in Python)"
-            if not kept
+            if not usable
             else "leave them out with --missing-label skip (in Python load_examples(..., "
             "on_missing_label='skip'))"
         )
@@ -198,15 +200,15 @@ def _usable(
     for reason, out in reasons.items():
         if out:
             warn(f"Left out {len(out)} rows {reason}.")
-    return kept, Examples(tuple(items), tuple(row.cells for row in kept), skipped)
+    return usable, Examples(tuple(items), tuple(row.cells for row in usable), skipped)
 
 
 def _warn_of_new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> None:
     """Warn if the user's rows beside those of a guard have labels that these lack."""
-    packaged, own = Counter[str](), Counter[str]()
-    for row, marked in zip(rows, spans, strict=True):
-        (own if row.is_beside_guard else packaged).update(span.label for span in marked)
-    if new := own.keys() - packaged.keys():
+    packaged, each = Counter[str](), Counter[str]()
+    for row, annotated in zip(rows, spans, strict=True):
+        (each if row.is_beside_guard else packaged).update(span.label for span in annotated)
+    if new := each.keys() - packaged.keys():
         warn(
             f"Only rows of your own have spans of {', '.join(sorted(new))}: where packaged texts "
             f"hold some, nothing says so. Known: {', '.join(sorted(packaged))}. If one of these is "
@@ -218,9 +220,11 @@ def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> t
     """The words that each text has its label for; empty where the row has none."""
     cells = [row.cells.get(column) for row in rows]
     words = tuple("" if is_missing(cell) else str(cell).strip() for cell in cells)
-    for row, item, own in zip(rows, items, words, strict=True):
+    for row, item, rationale_text in zip(rows, items, words, strict=True):
         answer = item.response or ""
-        if not any(own in text for text in (answer, *(m.content for m in item.messages))):
+        if not any(
+            rationale_text in text for text in (answer, *(m.content for m in item.messages))
+        ):
             raise SidelightError(
                 f"{row.place}: the words in column '{column}' do not stand in the text. Copy them "
                 "from it as they are, or leave the cell empty."
@@ -289,20 +293,20 @@ def _parse_message(turn: object, place: str) -> Message:
             "'tool_calls'. Correct the role, or remove the calls."
         )
     if is_list(content):
-        texts = [_parse_part(part, place) for part in content]
+        texts = [_parse_part(block, place) for block in content]
     else:
         texts = [] if content is None and calls else [_parse_text(content, place)]
     calls = calls if is_list(calls) else [calls] if calls else []
     return Message.of_lines(role, texts, [_parse_call(call, place) for call in calls])
 
 
-def _parse_part(part: object, place: str) -> str:
+def _parse_part(block: object, place: str) -> str:
     """The text of a content part."""
-    text = part.get("text") if is_mapping(part) else None
+    text = block.get("text") if is_mapping(block) else None
     if text is None:
         raise SidelightError(
             f"{place}: expected text parts such as {{'type': 'text', 'text': 'Hello'}}, got "
-            f"{repr(part)[:80]}. Remove the part: probes read text only."
+            f"{repr(block)[:80]}. Remove the part: probes read text only."
         )
     return _parse_text(text, place)
 
@@ -319,7 +323,7 @@ def _parse_call(call: object, place: str) -> tuple[str, str]:
             f"{place}: expected tool calls such as {{'function': {{'name': 'search', 'arguments': "
             f"'{{}}'}}}}, got {repr(call)[:80]}."
         )
-    require_whole_characters(name + arguments, place=f"{place}: the tool call")
+    require_valid_unicode(name + arguments, place=f"{place}: the tool call")
     return name, arguments
 
 
@@ -331,5 +335,5 @@ def _parse_text(cell: object, place: str) -> str:
             f"{place}: expected a text (a string, or a list of messages), got {repr(cell)[:80]}. "
             "Put quotes around it, or name the right column."
         )
-    require_whole_characters(cell, place=f"{place}: the text")
+    require_valid_unicode(cell, place=f"{place}: the text")
     return cell

@@ -20,9 +20,9 @@ from sidelight.types import Flags, Numbers
 # Cosine from which two texts are alike.
 _COSINE = 0.75
 # Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
-_PARTS = 5
+_FOLDS = 5
 # Total length of the pieces sampled from a long text, and the longest piece.
-_MOST_CHARACTERS, _PIECE = 2000, 125
+_MOST_CHARACTERS, _CHUNK = 2000, 125
 # Mean distance of piece boundaries, in characters.
 _BETWEEN = 64
 _FEATURES = 2**16
@@ -64,8 +64,8 @@ class NearDuplicates:
         numbers = np.full(int(self.texts.max(initial=-1)) + 1, -1)
         numbers[present] = np.arange(len(present))
         left, right = numbers[self.left], numbers[self.right]
-        kept = (left >= 0) & (right >= 0)
-        return NearDuplicates(texts, left[kept], right[kept], self.priorities[kept])
+        remain = (left >= 0) & (right >= 0)
+        return NearDuplicates(texts, left[remain], right[remain], self.priorities[remain])
 
     def joined_by(self, columns: Iterable[Sequence[object]]) -> "NearDuplicates":
         """Also join the texts of rows that share a value in a column.
@@ -111,9 +111,9 @@ class NearDuplicates:
             graph = coo_array((np.ones(joined.sum()), pairs), (count, count))
             groups = connected_components(graph, directed=False)[1].astype(np.int64)
             rows = np.bincount(groups[self.texts], minlength=count)[groups]
-            is_divided = rows > max(len(self.texts) / _PARTS, 1)
+            is_divided = rows > max(len(self.texts) / _FOLDS, 1)
             for stratum in holds.T:
-                if len(np.unique(groups[stratum])) < min(_PARTS, stratum.sum()):
+                if len(np.unique(groups[stratum])) < min(_FOLDS, stratum.sum()):
                     is_divided |= np.isin(groups, groups[stratum])
             is_divided &= (np.bincount(groups)[groups] > 1) & (levels < most)
             if not is_divided.any():
@@ -125,18 +125,20 @@ class NearDuplicates:
 
 
 def are_alike(
-    texts: Sequence[str], others: Sequence[str], *, cosine: float
+    texts: Sequence[str], references: Sequence[str], *, cosine: float
 ) -> Bool[Flags, " text"]:
     """Which of some texts are like one of the others."""
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
-    if not (len(texts) and len(others)):
+    if not (len(texts) and len(references)):
         return np.zeros(len(texts), dtype=np.bool_)
-    vectors = _vectors([_form(text) for text in (*others, *texts)])
+    vectors = _vectors([_form(text) for text in (*references, *texts)])
     nearest: Any = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute")
     with config_context(working_memory=_MEMORY_MIB):
-        distances, _ = nearest.fit(vectors[: len(others)]).kneighbors(vectors[len(others) :])
+        distances, _ = nearest.fit(vectors[: len(references)]).kneighbors(
+            vectors[len(references) :]
+        )
     return distances[:, 0] <= 1 - cosine
 
 
@@ -153,9 +155,9 @@ def _pairs(texts: Sequence[str]) -> tuple[Int[Numbers, " pair"], Int[Numbers, " 
     repeated = np.flatnonzero(same != np.arange(len(texts)))
     pairs = [(repeated, same[repeated])]
     distinct = np.array([index for _, index in sorted(first.items())], dtype=np.int64)
-    for part in np.array_split(distinct, max(1, -(-len(distinct) // _MOST_TEXTS))):
+    for chunk in np.array_split(distinct, max(1, -(-len(distinct) // _MOST_TEXTS))):
         options: dict[str, Any] = {"metric": "cosine", "algorithm": "brute"}
-        vectors, rows = _vectors([forms[index] for index in part]), np.arange(len(part))
+        vectors, rows = _vectors([forms[index] for index in chunk]), np.arange(len(chunk))
         while len(rows) > 1:
             count = min(_NEIGHBOURS, len(rows) - 1)
             nearest: Any = NearestNeighbors(n_neighbors=count, **options)
@@ -165,7 +167,7 @@ def _pairs(texts: Sequence[str]) -> tuple[Int[Numbers, " pair"], Int[Numbers, " 
             if not len(left):
                 break
             right = neighbours[left, rank]
-            pairs.append((part[rows[left]], part[rows[right]]))
+            pairs.append((chunk[rows[left]], chunk[rows[right]]))
             # Those that have more alike than are looked for are found by one of each group.
             graph = coo_array((np.ones(len(left)), (left, right)), (len(rows), len(rows)))
             groups = connected_components(graph, directed=False)[1]
@@ -200,27 +202,27 @@ def _form(text: str) -> str:
     text = re.sub(r"\d+", "0", text)
     if len(text) <= _MOST_CHARACTERS:
         return text
-    starts = [0, *_piece_starts(text), len(text)]
-    pieces = {
-        text[place : min(place + _PIECE, end)]
+    starts = [0, *_chunk_starts(text), len(text)]
+    chunks = {
+        text[place : min(place + _CHUNK, end)]
         for start, end in pairwise(starts)
-        for place in range(start, end, _PIECE)
+        for place in range(start, end, _CHUNK)
     }
     chosen: list[str] = []
     left = _MOST_CHARACTERS
-    for piece in sorted(pieces, key=_rank):
+    for chunk in sorted(chunks, key=_rank):
         if left <= 0:
             break
-        chosen.append(piece)
-        left -= len(piece)
+        chosen.append(chunk)
+        left -= len(chunk)
     return " ".join(chosen)
 
 
-def _rank(piece: str) -> tuple[int, str]:
-    return crc32(piece.encode("utf-8", "surrogatepass")), piece
+def _rank(chunk: str) -> tuple[int, str]:
+    return crc32(chunk.encode("utf-8", "surrogatepass")), chunk
 
 
-def _piece_starts(text: str) -> list[int]:
+def _chunk_starts(text: str) -> list[int]:
     """Piece boundaries, by a hash of the four preceding characters."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     # xxHash's multipliers; uint32 overflow is intended.

@@ -44,12 +44,12 @@ def plot_report(predictions: Predictions, directory: Path, *, title: str) -> lis
         The paths of ``precision_recall.png``, ``reliability.png`` and ``confusion.png``.
     """
     names = [_escape(label[:_NAME_LENGTH]) for label in predictions.task.labels]
-    figures = {
+    charts = {
         "precision_recall.png": _precision_recall(predictions, names, title),
         "reliability.png": _reliability(predictions, title),
         "confusion.png": _confusion(predictions, names, title),
     }
-    return [save_figure(figure, directory / name) for name, figure in figures.items()]
+    return [save_figure(figure, directory / name) for name, figure in charts.items()]
 
 
 def plot_deferral(
@@ -110,9 +110,9 @@ def _precision_recall(predictions: Predictions, names: Sequence[str], title: str
     """A curve of each label with texts, of many those with the lowest areas."""
     figure, (axes,) = _figure(7.2, 5.4, title)
     columns = zip(names, predictions.scores.T, predictions.targets.T, strict=False)
-    held = [column for column in list(columns)[predictions.headline] if column[2].any()]
-    held.sort(key=lambda column: float(average_precision_score(column[2], column[1])))
-    for name, scores, targets in held[:_CURVES]:
+    drawable = [column for column in list(columns)[predictions.headline] if column[2].any()]
+    drawable.sort(key=lambda column: float(average_precision_score(column[2], column[1])))
+    for name, scores, targets in drawable[:_CURVES]:
         PrecisionRecallDisplay.from_predictions(targets, scores, name=name, ax=axes)
     axes.legend(fontsize=8)
     return figure
@@ -136,9 +136,9 @@ def _confusion(predictions: Predictions, names: Sequence[str], title: str) -> Fi
     counts = predictions.confusion_matrix()
     style: dict[str, Any] = {"colorbar": False, "cmap": "Blues"}
     if predictions.task.kind == "multilabel":
-        shown = names[:_MATRICES]
-        figure, subplots = _figure(9.6, 2.8 * -(-len(shown) // 4), title, count=len(shown))
-        for axes, matrix, name in zip(subplots, counts, shown, strict=False):
+        drawn = names[:_MATRICES]
+        figure, subplots = _figure(9.6, 2.8 * -(-len(drawn) // 4), title, count=len(drawn))
+        for axes, matrix, name in zip(subplots, counts, drawn, strict=False):
             display = ConfusionMatrixDisplay(matrix, display_labels=["absent", "present"])
             display.plot(ax=axes, **style)
             axes.set_title(name, fontsize=9)

@@ -151,10 +151,10 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
     csv.field_size_limit(2**31 - 1)
     text = _read_text(path)
     header = text.lstrip("\r\n").partition("\n")[0]
-    other = next((mark for mark in ";|\t," if mark in header), None)
-    if other is not None and delimiter not in header:
+    found = next((character for character in ";|\t," if character in header), None)
+    if found is not None and delimiter not in header:
         raise SidelightError(
-            f"{path.name}, line 1: the columns are separated by {other!r}, wanted {delimiter!r}. "
+            f"{path.name}, line 1: the columns are separated by {found!r}, wanted {delimiter!r}. "
             "Save it as .csv with commas, or as .tsv with tabs."
         )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

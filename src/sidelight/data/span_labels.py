@@ -32,16 +32,16 @@ def encode_spans(
             rows.append(_parse_spans(cell, item.span_text, column=column))
     names = Counter(span.label for row in rows for span in row)
     task = task or _task(sorted(names), column)
-    judged = task.output_labels
-    unknown = {name: count for name, count in names.items() if name not in judged}
+    task_labels = task.output_labels
+    unknown = {name: count for name, count in names.items() if name not in task_labels}
     if unknown:
         warn(
             "Left out the spans of labels that training did not know "
             f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
             "counts as a false alarm."
         )
-    spans = tuple(tuple(span for span in row if span.label in judged) for row in rows)
-    holds = [[any(span.label == label for span in row) for label in judged] for row in spans]
+    spans = tuple(tuple(span for span in row if span.label in task_labels) for row in rows)
+    holds = [[any(span.label == label for span in row) for label in task_labels] for row in spans]
     labels = np.array(holds, dtype=np.int64)
     return task, labels[:, 0] if task.kind == "binary" else labels, spans
 

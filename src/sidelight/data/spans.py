@@ -54,9 +54,9 @@ def token_labels(
     holds = labelled_characters(text, spans, labels)
     flags = np.zeros((len(tokens), len(labels)), dtype=np.bool_)
     for flag, (start, end) in zip(flags, tokens, strict=True):
-        own = text[start:end]
-        if own.strip():
-            start, end = end - len(own.lstrip()), start + len(own.rstrip())
+        token_text = text[start:end]
+        if token_text.strip():
+            start, end = end - len(token_text.lstrip()), start + len(token_text.rstrip())
         flag[:] = holds[start:end].any(0)
     return flags
 
@@ -92,15 +92,15 @@ def character_scores(
         np.searchsorted(starts, ranges[:, 1]),
     )
     # A row for each word, between a row for what stands before it and one for what follows.
-    of_pieces = np.zeros((2 * len(ranges) + 1, scores.shape[1]))
-    of_words = of_pieces[1::2]
+    segment_scores = np.zeros((2 * len(ranges) + 1, scores.shape[1]))
+    of_words = segment_scores[1::2]
     if (has_token := first < stop).any():
         # The highest from first to stop; the rows between two words are left out.
         edges = np.stack([first, stop], 1)[has_token].ravel()
         padded = np.vstack([scores, np.zeros((1, scores.shape[1]))])
         of_words[has_token] = np.maximum.reduceat(padded, edges)[::2]
-    of_pieces[2:-1:2] = np.minimum(of_words[:-1], of_words[1:])
-    return np.repeat(of_pieces, np.diff(ranges.ravel(), prepend=0, append=len(text)), axis=0)
+    segment_scores[2:-1:2] = np.minimum(of_words[:-1], of_words[1:])
+    return np.repeat(segment_scores, np.diff(ranges.ravel(), prepend=0, append=len(text)), axis=0)
 
 
 def within_margin(
@@ -108,7 +108,7 @@ def within_margin(
 ) -> Float[Values, " character"]:
     """The probabilities of characters, and 0 where the surest is surer by more than the margin.
 
-    Nobody labels a weak word beside a strong one, and where all are weak, the strongest of them.
+    Annotators label no weak word beside a strong one, and only the strongest where all are weak.
     """
     if margin is None:
         return scores
@@ -134,8 +134,8 @@ class SpanRule:
     def fits(self, task: Task) -> bool:
         """Whether it has a threshold between 0 and 1, and a margin, for each label of a task."""
         calibration = self.calibration
-        parts = (self.thresholds, self.margins, calibration.scale, calibration.shift)
-        is_complete = {*map(len, parts)} == {task.outputs}
+        vectors = (self.thresholds, self.margins, calibration.scale, calibration.shift)
+        is_complete = {*map(len, vectors)} == {task.outputs}
         return (
             is_complete
             and calibration.task == task.kind
@@ -172,13 +172,15 @@ class SpanRule:
     def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
         """The runs of characters whose probability reaches the threshold of a label, in order."""
         spans: list[Span] = []
-        columns = zip(labels, self.within_margins(scores).T, self.thresholds, strict=True)
-        for label, own, threshold in columns:
+        label_scores = zip(labels, self.within_margins(scores).T, self.thresholds, strict=True)
+        for label, character_scores, threshold in label_scores:
             # A character with a score of 0 is no part of a word that was read.
-            reaches = np.concatenate([[False], (own >= threshold) & (own > 0), [False]])
+            reaches = np.concatenate(
+                [[False], (character_scores >= threshold) & (character_scores > 0), [False]]
+            )
             edges = np.flatnonzero(reaches[1:] != reaches[:-1]).tolist()
             spans += [
-                Span(start, end, label, float(own[start:end].max()))
+                Span(start, end, label, float(character_scores[start:end].max()))
                 for start, end in zip(edges[::2], edges[1::2], strict=True)
             ]
         return sorted(spans)
@@ -188,10 +190,10 @@ class SpanRule:
     ) -> Float[Values, "character label"]:
         """``within_margin`` of each label's probabilities."""
         pairs = zip(scores.T, self.margins, strict=True)
-        return np.stack([within_margin(own, margin) for own, margin in pairs], 1)
+        return np.stack([within_margin(label_scores, margin) for label_scores, margin in pairs], 1)
 
 
-def settled_characters(text: str, characters: int) -> int:
+def final_characters(text: str, characters: int) -> int:
     """The number of first characters of a growing text that keep their spans, whatever follows.
 
     A word counts once it is complete, and the blanks after it once the next word is.
@@ -224,9 +226,10 @@ def threshold_f1(
 ) -> Float[Values, " threshold"]:
     """The mean of ``character_f1`` over texts, at each of some thresholds above 0."""
     sums = np.zeros(len(thresholds))
-    for holds, own in zip(actual, scores, strict=True):
+    for holds, label_scores in zip(actual, scores, strict=True):
         flagged, hits = (
-            len(part) - np.searchsorted(np.sort(part), thresholds) for part in (own, own[holds])
+            len(values) - np.searchsorted(np.sort(values), thresholds)
+            for values in (label_scores, label_scores[holds])
         )
         total = holds.sum() + flagged
         sums += np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)

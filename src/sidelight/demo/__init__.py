@@ -22,7 +22,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sidelight.cli.evaluate import marked_text
+from sidelight.cli.evaluate import annotated_text
 from sidelight.cli.show import console, summary
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers.backbone import TransformersBackbone, load_backbone
@@ -115,7 +115,7 @@ def run_demo(*, keep: bool, port: int) -> None:
     guards = [load_probe(folder) for folder in folders]
     names = ", ".join(probe.name for probe in guards)
     _say(f"Loading the embedded model and {len(guards)} trained guards: {names}")
-    backbone = load_backbone(EMBEDDED_NAME, for_reading=True)
+    backbone = load_backbone(EMBEDDED_NAME, for_probing=True)
     _say(f"Five chats through the openai client, under the policy {_from_here(POLICY)}")
     config = ServerConfig(port=port, policy=POLICY, playground=True, log_level="error")
     with _serving(backbone, guards, config) as url:
@@ -165,11 +165,11 @@ def _train_intent(backbone: TransformersBackbone) -> Path:
     folder = cache_root() / "demo" / INTENT
     _say(f"Training '{INTENT}' on {len(examples)} labelled texts; the model stays frozen")
     with quiet(), console().status("Training"):
-        made = fit(backbone, examples, None, name=INTENT, options=_QUICK, out=folder)
-    assert made.baseline is not None
+        result = fit(backbone, examples, None, name=INTENT, options=_QUICK, out=folder)
+    assert result.baseline is not None
     report = console()
-    report.print(f"  Out of fold: {summary(made.report, (0, 0))}", highlight=False)
-    report.print(f"  TF-IDF baseline: {summary(made.baseline, (0, 0))}", highlight=False)
+    report.print(f"  Out of fold: {summary(result.report, (0, 0))}", highlight=False)
+    report.print(f"  TF-IDF baseline: {summary(result.baseline, (0, 0))}", highlight=False)
     return folder
 
 
@@ -198,10 +198,10 @@ def _show_chat(client: OpenAI, title: str, messages: Messages) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("sent", _sent(messages, spans))
-    grid.add_row("received", marked_text(received, (), ()))
+    grid.add_row("received", annotated_text(received, (), ()))
     grid.add_row("verdicts", _verdicts(verdicts))
-    panel = Panel(grid, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour)
-    console().print(panel)
+    banks = Panel(grid, title=f"[bold]{title}[/bold]", title_align="left", border_style=colour)
+    console().print(banks)
 
 
 def _sent(messages: Messages, spans: Sequence[Span]) -> Text:
@@ -209,32 +209,32 @@ def _sent(messages: Messages, spans: Sequence[Span]) -> Text:
     turns = [(turn["role"], str(turn.get("content"))) for turn in messages if turn.get("content")]
     if len(turns) == 1:
         labels = [*dict.fromkeys(span.label for span in spans)]
-        return marked_text(turns[0][1], spans, labels)
+        return annotated_text(turns[0][1], spans, labels)
     lines = [
-        Text.assemble((f"{role}: ", "bold"), marked_text(text, (), ())) for role, text in turns
+        Text.assemble((f"{role}: ", "bold"), annotated_text(text, (), ())) for role, text in turns
     ]
     return Text("\n").join(lines)
 
 
 def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> Text:
     """Flags and the class that a probe names; then, dimmed, the probes that flagged nothing."""
-    parts: list[Text] = []
-    others: list[str] = []
+    phrases: list[Text] = []
+    unflagged: list[str] = []
     for verdict in verdicts:
         name = verdict["probe"]
         if "error" in verdict:
-            parts.append(Text(f"{name}: {verdict['error']}", "bold red"))
+            phrases.append(Text(f"{name}: {verdict['error']}", "bold red"))
         elif verdict["flagged"] or name == INTENT:
             labels = verdict.get("labels") or [verdict["label"]]
             score = verdict.get("probabilities", {}).get(labels[0])
             chance = f" {score:.2f}" if score is not None and len(labels) == 1 else ""
             style = "bold cyan" if name == INTENT else "bold red"
-            parts.append(Text(f"{name}: {', '.join(labels)}{chance}", style))
+            phrases.append(Text(f"{name}: {', '.join(labels)}{chance}", style))
         else:
-            others.append(name)
-    if others:
-        parts.append(Text(f"not flagged: {', '.join(others)}", "dim"))
-    return Text("   ").join(parts)
+            unflagged.append(name)
+    if unflagged:
+        phrases.append(Text(f"not flagged: {', '.join(unflagged)}", "dim"))
+    return Text("   ").join(phrases)
 
 
 def _next_commands(intent: Path) -> list[str]:

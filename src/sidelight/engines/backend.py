@@ -50,7 +50,7 @@ class EngineOptions:
     serves: bool = False
 
 
-class OwnOptions(BaseModel):
+class BackendOptions(BaseModel):
     """What ``--engine-option`` can set: an engine's subclass has a field for each option."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -62,7 +62,7 @@ class Backend(ABC):
     Attributes:
         name: The value of ``--engine``.
         models: The names that it adds to ``--model``, for the command's help; "" for none.
-        own: The type of its own options.
+        schema: The type of its own options.
         runs_safetensors: Whether it runs folders saved by ``save_pretrained``, and hub ids.
         quantising: Engine options that quantise the weights; None: it takes no quantised copy of a
             model whose probes are accepted by digest.
@@ -76,19 +76,19 @@ class Backend(ABC):
 
     name: ClassVar[str]
     models: ClassVar[str] = ""
-    own: ClassVar[type[OwnOptions]] = OwnOptions
+    schema: ClassVar[type[BackendOptions]] = BackendOptions
     runs_safetensors: ClassVar[bool] = True
     quantising: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, options: EngineOptions):
         self.options = options
-        self.own_options = self._read_own_options()
+        self.backend_options = self._read_backend_options()
         self.require_options()
 
-    def _read_own_options(self) -> Any:
-        given = self.options.engine_option
+    def _read_backend_options(self) -> Any:
+        values = self.options.engine_option
         try:
-            return self.own.model_validate(given)
+            return self.schema.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             option = ".".join(map(str, first["loc"]))
@@ -99,7 +99,7 @@ class Backend(ABC):
                     f"--engine-option {option}={number}: {first['msg']}. Give another value, or "
                     "leave it out; several options take an --engine-option each."
                 ) from error
-            known = [*self.own.model_fields]
+            known = [*self.schema.model_fields]
             remedy = did_you_mean(option, known) if known else " It has none; leave it out."
             raise SidelightError(
                 f"The engine {self.name} has no option '{option}'.{remedy}"

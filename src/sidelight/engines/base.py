@@ -17,30 +17,30 @@ from sidelight.models.fingerprint import Fingerprint, accepted_copy
 from sidelight.probes.artifact import gives_verdicts
 from sidelight.probes.explanation import Explanation
 from sidelight.probes.probe import Probe, common_format
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 
 # Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True)
-class PromptJudged:
+class PromptClassified:
     """The prompt has been read; nothing is written yet.
 
     Attributes:
-        judgement: By every probe that reads the prompt alone.
+        verdicts: By every probe that reads the prompt alone.
         is_plain: Whether the prompt is plain text, so that probes of chats have failed.
         tokens: Length of the prompt.
         explanations: Of the probes that the request names and that gave a verdict.
-        judging_s: Seconds that the probes added to the pass over the prompt. Every request in a
-            pass waits for all of it, so it is not divided among them.
+        classification_s: Seconds that the probes added to the pass over the prompt. Every request
+            in a pass waits for all of it, so it is not divided among them.
     """
 
-    judgement: Judgement
+    verdicts: Verdicts
     is_plain: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
     explanations: tuple[Explanation, ...] = field(default=(), compare=False)
-    judging_s: float = field(default=0.0, compare=False)
+    classification_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class ResponseScored:
     Attributes:
         tokens: How many sampled tokens they have read. A ``TextDelta`` is judged once this reaches
             its own ``tokens``.
-        judgement: By the watched probes, on the response so far, as if it ended here.
-        settled: How many characters of the text have spans that no later token changes; None: no
-            probe labels spans.
-        judging_s: As in ``Finished``, so far.
+        verdicts: By the watched probes, on the response so far, as if it ended here.
+        final_characters: How many characters of the text have spans that no later token changes;
+            None: no probe labels spans.
+        classification_s: As in ``Finished``, so far.
     """
 
     tokens: int
-    judgement: Judgement
-    settled: int | None = None
-    judging_s: float = field(default=0.0, compare=False)
+    verdicts: Verdicts
+    final_characters: int | None = None
+    classification_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,22 @@ class Finished:
         reason: ``stop`` (end of turn or stop string) or ``length``.
         prompt_tokens: Tokens read.
         completion_tokens: Tokens sampled, including the end-of-turn token.
-        judgement: By every probe that reads the response. An end-of-turn token is never read.
+        verdicts: By every probe that reads the response. An end-of-turn token is never read.
             If no probe is watched, the last sampled token is not run through the model either, so
             at ``length`` or a stop string the verdicts do not cover the last token of the text.
-        judging_s: Seconds that the probes added to all steps after the prompt.
+        classification_s: Seconds that the probes added to all steps after the prompt.
         is_stopped: Whether the request ended the text, perhaps within a word, and not the model.
     """
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
-    judgement: Judgement = field(default_factory=Judgement)
-    judging_s: float = field(default=0.0, compare=False)
+    verdicts: Verdicts = field(default_factory=Verdicts)
+    classification_s: float = field(default=0.0, compare=False)
     is_stopped: bool = False
 
 
-Event = PromptJudged | TextDelta | ResponseScored | Finished
+Event = PromptClassified | TextDelta | ResponseScored | Finished
 
 
 class EngineBusyError(SidelightError):
@@ -151,7 +151,7 @@ class Sampling:
     seed: int | None = None
 
 
-Admission = Callable[[PromptJudged], bool]
+Admission = Callable[[PromptClassified], bool]
 """Decides whether a judged prompt is answered.
 
 The engine may call it in any thread, or in the event loop. It must decide from the event alone,
@@ -159,7 +159,7 @@ without waiting, and must not raise.
 """
 
 
-def admit_all(_judged: PromptJudged) -> bool:
+def admit_all(_event: PromptClassified) -> bool:
     """Answers every prompt."""
     return True
 
@@ -229,7 +229,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
-        """The token ids that ``generate``, or ``judge`` for a text with a response, would read.
+        """The token ids that ``generate``, or ``classify`` for a text with a response, would read.
 
         Raises:
             ContextLengthError: The text is too long; it is never cut.
@@ -242,10 +242,10 @@ class Engine(ABC):
         messages: Conversation,
         sampling: Sampling,
         *,
-        watch: Collection[str] = (),
+        monitored: Collection[str] = (),
         admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
-        """Yields ``PromptJudged``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
+        """Yields ``PromptClassified``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
         Closing the generator cancels the request. It is judged to its end by the probes that are
         loaded when this is called, not when the first event is requested. Probes that were trained
@@ -254,11 +254,11 @@ class Engine(ABC):
         Args:
             messages: The conversation, or a text to continue.
             sampling: How to write.
-            watch: Names of loaded probes that read the response. After each token of the response,
-                including the last one of the text, a ``ResponseScored`` carries their verdicts.
-                That costs time, and none if no probe is named.
-            admits: Asked before the first token is drawn. If it refuses, ``PromptJudged`` is the
-                only event, nothing is written, and the request has already left the engine.
+            monitored: Names of loaded probes that read the response. After each token of the
+                response, including the last one of the text, a ``ResponseScored`` carries their
+                verdicts. That costs time, and none if no probe is named.
+            admits: Asked before the first token is drawn. If it refuses, ``PromptClassified`` is
+                the only event, nothing is written, and the request has already left the engine.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
@@ -269,12 +269,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def judge(
+    def classify(
         self,
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-    ) -> Coroutine[Any, Any, list[PromptJudged]]:
+    ) -> Coroutine[Any, Any, list[PromptClassified]]:
         """The verdicts on each conversation, from one pass over it; writes nothing.
 
         If the last turn is the assistant's, it is taken as the response, and every probe judges the
@@ -283,7 +283,7 @@ class Engine(ABC):
 
         Args:
             conversations: To judge.
-            explain: Names of probes whose verdicts are explained; None: nobody asks.
+            explain: Names of probes whose verdicts are explained; None: not requested.
 
         Raises:
             ContextLengthError: A conversation is too long; it is never cut.
@@ -292,16 +292,16 @@ class Engine(ABC):
         """
 
 
-def require_watched(watch: Collection[str], probes: Sequence[Probe]) -> frozenset[str]:
-    """The names in ``watch``, each of a probe that reads the response; for ``generate``."""
+def require_monitored(monitored: Collection[str], probes: Sequence[Probe]) -> frozenset[str]:
+    """The names in ``monitored``, each of a probe that reads the response; for ``generate``."""
     watchable = [probe.name for probe in probes if probe.reads.includes_response]
-    for name in watch:
+    for name in monitored:
         if name not in watchable:
             raise SidelightError(
                 f"Probe '{name}' cannot be watched: no such probe reads the response."
                 f"{did_you_mean(name, watchable)}"
             )
-    return frozenset(watch)
+    return frozenset(monitored)
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:

@@ -15,38 +15,38 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sidelight.engines.annotation import AnswerSpans, annotate_spans
 from sidelight.engines.base import (
     Finished,
     FinishReason,
     GenerationError,
-    PromptJudged,
+    PromptClassified,
     ResponseScored,
     TextDelta,
 )
-from sidelight.engines.marks import AnswerSpans, mark_text
 from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
-from sidelight.models.conversation import EncodedPrompt, Part
-from sidelight.probes.bank import BankState, Panel
+from sidelight.models.conversation import EncodedPrompt, TokenRole
+from sidelight.probes.bank import BankState, ProbeBanks
 from sidelight.states.reader import Tap
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 
 
 class CachedRows(Protocol):
     """What a decoder keeps of texts that are written together, row by row."""
 
-    def kept(self, rows: Sequence[int]) -> Self:
+    def select(self, rows: Sequence[int]) -> Self:
         """These rows only, in their order."""
         ...
 
-    def joined(self, other: Self) -> Self:
+    def joined(self, rows: Self) -> Self:
         """The rows of both."""
         ...
 
 
-KeptRows = TypeVar("KeptRows", covariant=True)
+CacheRows = TypeVar("CacheRows", covariant=True)
 PromptPasses = Generator[
-    None, None, tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], KeptRows]
+    None, None, tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], CacheRows]
 ]
 """Passes over some prompts, with a yield between two of them: see ``Decoder.read_prompts``."""
 
@@ -65,7 +65,7 @@ class Decoder(Protocol):
         prompts: Sequence[EncodedPrompt],
         tap: Tap | None,
         *,
-        columns: int | None = None,
+        width: int | None = None,
         layers: int | None = None,
     ) -> PromptPasses[CachedRows]:
         """Passes over some prompts, and a yield between two passes.
@@ -73,7 +73,7 @@ class Decoder(Protocol):
         Args:
             prompts: A row each.
             tap: Sees the hidden states of each pass.
-            columns: Most tokens of a prompt that one pass reads; None: all.
+            width: Most tokens of a prompt that one pass reads; None: all.
             layers: How many hidden states of a token the tap needs, where nothing is written after
                 the prompts: the passes may stop there, without logits. None: passes are complete.
 
@@ -97,10 +97,10 @@ class Generation:
         state: What the probes of the response have read; None if there are none.
         sampler: Draws the next token from its logits.
         tokens: How many have been sampled.
-        judging_s: Seconds that the probes took in its passes after the prompt.
+        classification_s: Seconds that the probes took in its passes after the prompt.
         last_token: The newest one, which the next pass reads.
         reason: Why the text is complete; None while it is not.
-        is_settled: Whether it is complete and the watched probes have read all of it.
+        is_finished: Whether it is complete and the watched probes have read all of it.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Generation:
         self.state = state
         self.sampler = Sampler(request.sampling)
         self.tokens = 0
-        self.judging_s = 0.0
+        self.classification_s = 0.0
         self.last_token = 0
         self.reason: FinishReason | None = None
-        self.is_settled = False
+        self.is_finished = False
         self._text_tokens = 0
         self._end_tokens = end_tokens
         self._detokenizer = Detokenizer(codec.decode)
-        self._marks = AnswerSpans(request.panel.probes)
+        self._answer_spans = AnswerSpans(request.banks.probes)
         self._gate = StopGate(request.sampling.stop)
 
     def accept(self, token: int) -> TextDelta | None:
@@ -130,12 +130,12 @@ class Generation:
         self.last_token = token
         self.tokens += 1
         if token in self._end_tokens:
-            self.reason, self.is_settled = "stop", True
+            self.reason, self.is_finished = "stop", True
             text = self._gate.flush()
         else:
             self._text_tokens += 1
             text = self._detokenizer.push(token)
-            self._marks.push(text)
+            self._answer_spans.push(text)
             text = self._gate.push(text)
             if self._gate.is_closed:
                 self.reason = "stop"
@@ -143,25 +143,28 @@ class Generation:
                 self.reason = "length"
                 text += self._gate.flush()
             # The last token of a watched text is still to be read.
-            self.is_settled = self.reason is not None and not self.request.watch
+            self.is_finished = self.reason is not None and not self.request.monitored
         return TextDelta(text, tokens=self._text_tokens) if text else None
 
-    def scored(self, judgement: Judgement) -> ResponseScored:
-        """The judgement of the watched probes on all tokens so far, which have been read."""
-        said = self._marks.mark(judgement.of(self.request.watch))
+    def scored(self, verdicts: Verdicts) -> ResponseScored:
+        """The verdicts of the monitored probes on all tokens so far, which have been read."""
+        monitored_verdicts = self._answer_spans.annotate(verdicts.of(self.request.monitored))
         return ResponseScored(
-            self.tokens, said, settled=self._marks.settled(self.tokens), judging_s=self.judging_s
+            self.tokens,
+            monitored_verdicts,
+            final_characters=self._answer_spans.final_characters(self.tokens),
+            classification_s=self.classification_s,
         )
 
-    def finished(self, judgement: Judgement) -> Finished:
+    def finished(self, verdicts: Verdicts) -> Finished:
         """The last event of a settled text."""
         assert self.reason is not None
         return Finished(
             reason=self.reason,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.tokens,
-            judgement=self._marks.mark(judgement),
-            judging_s=self.judging_s,
+            verdicts=self._answer_spans.annotate(verdicts),
+            classification_s=self.classification_s,
             is_stopped=self.last_token not in self._end_tokens,
         )
 
@@ -186,13 +189,13 @@ class Rows:
         left = [i for i, generation in enumerate(self.generations) if generation not in gone]
         if not left:
             return None
-        return Rows([self.generations[i] for i in left], self.cached.kept(left))
+        return Rows([self.generations[i] for i in left], self.cached.select(left))
 
-    def joined(self, other: "Rows") -> "Rows":
-        return Rows([*self.generations, *other.generations], self.cached.joined(other.cached))
+    def joined(self, rows: "Rows") -> "Rows":
+        return Rows([*self.generations, *rows.generations], self.cached.joined(rows.cached))
 
 
-Group = tuple[Panel, int]
+Group = tuple[ProbeBanks, int]
 """What texts that are written together have in common: the probes, and a bound of their prompts'
 length. A short text beside a long one would be padded to its length."""
 _LENGTHS = (512, 2048, 8192, 32768, sys.maxsize)
@@ -232,8 +235,8 @@ class Batch:
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Takes prompts, to be read together as far as they have the same panel."""
-        for panel in dict.fromkeys(request.panel for request in requests):
-            members = tuple(request for request in requests if request.panel is panel)
+        for banks in dict.fromkeys(request.banks for request in requests):
+            members = tuple(request for request in requests if request.banks is banks)
             self.prefills[members] = self._prefill(members)
 
     def drop(self, requests: Collection[Request]) -> None:
@@ -243,7 +246,7 @@ class Batch:
         """
         gone = {*requests}
         self.prefills = {
-            each: parts for each, parts in self.prefills.items() if not {*each} <= gone
+            each: chunks for each, chunks in self.prefills.items() if not {*each} <= gone
         }
         for group, rows in [*self.rows.items()]:
             self._put(group, rows.without([g for g in rows.generations if g.request in gone]))
@@ -265,36 +268,38 @@ class Batch:
         Args:
             requests: Requests of one panel.
         """
-        panel = requests[0].panel
+        banks = requests[0].banks
         prompts = [request.prompt for request in requests]
-        tap = panel.prompt_tap()
+        tap = banks.prompt_tap()
         each, longest = self._prefill_tokens // len(prompts), max(map(len, prompts))
         is_written = not all(request.is_check for request in requests)
         logits, is_token, cached = yield from self._decoder.read_prompts(
             prompts,
             tap,
-            columns=max(1, each),
+            width=max(1, each),
             layers=None if tap is None or is_written else tap.depth,
         )
         begin = _clock(logits.device)
-        columns = tap.projected()[is_token] if tap else torch.empty(sum(map(len, prompts)), 0, 0)
-        judgements, states = _judge(panel, requests, columns)
+        projections = (
+            tap.projected()[is_token] if tap else torch.empty(sum(map(len, prompts)), 0, 0)
+        )
+        text_verdicts, states = _classify(banks, requests, projections)
         explanations = [
-            panel.explain(of_request, request.prompt, request.explain)
+            banks.explain(of_request, request.prompt, request.explain)
             for request, of_request in zip(
-                requests, columns.split([*map(len, prompts)]), strict=True
+                requests, projections.split([*map(len, prompts)]), strict=True
             )
         ]
-        judging_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
+        classification_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
         emissions: list[Emission] = []
         entering: list[int] = []
-        for i, (request, judgement) in enumerate(zip(requests, judgements, strict=True)):
-            event = PromptJudged(
-                judgement,
+        for i, (request, verdicts) in enumerate(zip(requests, text_verdicts, strict=True)):
+            event = PromptClassified(
+                verdicts,
                 is_plain=request.prompt.is_plain,
                 tokens=len(request.prompt),
                 explanations=explanations[i],
-                judging_s=judging_s,
+                classification_s=classification_s,
             )
             is_last = request.is_check or not request.admits(event)
             emissions.append(Emission(request, event, is_last))
@@ -308,43 +313,43 @@ class Batch:
             )
             for i in entering
         ]
-        left, written = _write(panel, Rows(new, cached.kept(entering)), logits[entering])
-        group = (panel, next(most for most in _LENGTHS if longest <= most))
+        left, written = _write(banks, Rows(new, cached.select(entering)), logits[entering])
+        group = (banks, next(most for most in _LENGTHS if longest <= most))
         running = self.rows.get(group)
         self._put(group, running.joined(left) if running and left else running or left)
         return emissions + written
 
     def decode(self, group: Group) -> list[Emission]:
         """Reads the newest token of each text, judges the response so far, and writes the next."""
-        panel, rows = group[0], self.rows[group]
-        scored, logits = self._read_step(panel, rows)
-        left, written = _write(panel, rows, logits)
+        banks, rows = group[0], self.rows[group]
+        scored, logits = self._read_step(banks, rows)
+        left, written = _write(banks, rows, logits)
         self._put(group, left)
         return scored + written
 
     def _read_step(
-        self, panel: Panel, rows: Rows
+        self, banks: ProbeBanks, rows: Rows
     ) -> tuple[list[Emission], Float[Tensor, "row vocabulary"]]:
         generations = rows.generations
-        watched = [generation for generation in generations if generation.request.watch]
-        tap = panel.response_tap()
+        monitored = [generation for generation in generations if generation.request.monitored]
+        tap = banks.response_tap()
         newest = [generation.last_token for generation in generations]
         logits = self._decoder.read_step(newest, rows.cached, tap)
         begin = _clock(logits.device)
-        columns = tap.projected()[:, 0] if tap else torch.empty(0, 0, 0)
-        parts = [bytes([Part.RESPONSE])] * len(generations)
-        states = panel.read(columns, parts, [g.state for g in generations])
+        projections = tap.projected()[:, 0] if tap else torch.empty(0, 0, 0)
+        token_roles = [bytes([TokenRole.RESPONSE])] * len(generations)
+        states = banks.read(projections, token_roles, [g.state for g in generations])
         for generation, state in zip(generations, states, strict=True):
             generation.state = state
-        judgements = _judge_responses(panel, watched)
-        judging_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
+        text_verdicts = _classify_responses(banks, monitored)
+        classification_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
         for generation in generations:
             # Every row has waited for the probes of all.
-            generation.judging_s += judging_s
-            generation.is_settled = generation.reason is not None
+            generation.classification_s += classification_s
+            generation.is_finished = generation.reason is not None
         scored: list[Emission] = []
-        for generation, judgement in zip(watched, judgements, strict=True):
-            scored.append(Emission(generation.request, generation.scored(judgement)))
+        for generation, verdicts in zip(monitored, text_verdicts, strict=True):
+            scored.append(Emission(generation.request, generation.scored(verdicts)))
         return scored, logits
 
     def _put(self, group: Group, rows: Rows | None) -> None:
@@ -354,38 +359,42 @@ class Batch:
             self.rows[group] = rows
 
 
-def _judge(
-    panel: Panel, requests: Sequence[Request], columns: Float[Tensor, "token layer column"]
-) -> tuple[list[Judgement], list[BankState | None]]:
-    """The judgements of prompts, and the states of the probes of responses after them.
+def _classify(
+    banks: ProbeBanks,
+    requests: Sequence[Request],
+    projections: Float[Tensor, "token layer projection"],
+) -> tuple[list[Verdicts], list[BankState | None]]:
+    """The verdicts on prompts, and the states of the probes of responses after them.
 
     Args:
-        panel: That of the requests.
+        banks: That of the requests.
         requests: Their prompts have been read.
-        columns: Those of all tokens of the prompts, one after the other.
+        projections: Those of all tokens of the prompts, one after the other.
     """
-    parts = [bytes(request.prompt.parts) for request in requests]
+    token_roles = [bytes(request.prompt.token_roles) for request in requests]
     is_plain = [request.prompt.is_plain for request in requests]
-    judgements = panel.judge_prompts(columns, parts, is_plain)
-    states = panel.read(columns, parts, [None] * len(requests))
+    text_verdicts = banks.classify_prompts(projections, token_roles, is_plain)
+    states = banks.read(projections, token_roles, [None] * len(requests))
     answered = [i for i, request in enumerate(requests) if request.has_response]
-    late = panel.judge_responses([states[i] for i in answered], [is_plain[i] for i in answered])
-    for i, judgement in zip(answered, late, strict=True):
-        judgements[i] |= judgement
-    marked = [
-        mark_text(judgement, panel.probes, request.prompt)
-        for request, judgement in zip(requests, judgements, strict=True)
+    response_verdicts = banks.classify_responses(
+        [states[i] for i in answered], [is_plain[i] for i in answered]
+    )
+    for i, verdicts in zip(answered, response_verdicts, strict=True):
+        text_verdicts[i] |= verdicts
+    annotated = [
+        annotate_spans(verdicts, banks.probes, request.prompt)
+        for request, verdicts in zip(requests, text_verdicts, strict=True)
     ]
-    return marked, states
+    return annotated, states
 
 
-def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Judgement]:
+def _classify_responses(banks: ProbeBanks, generations: Sequence[Generation]) -> list[Verdicts]:
     is_plain = [generation.request.prompt.is_plain for generation in generations]
-    return panel.judge_responses([generation.state for generation in generations], is_plain)
+    return banks.classify_responses([generation.state for generation in generations], is_plain)
 
 
 def _write(
-    panel: Panel, rows: Rows, logits: Float[Tensor, "row vocabulary"]
+    banks: ProbeBanks, rows: Rows, logits: Float[Tensor, "row vocabulary"]
 ) -> tuple[Rows | None, list[Emission]]:
     """Writes a token of each text that is not complete, and ends those that are settled.
 
@@ -413,15 +422,15 @@ def _write(
                 emissions.append(Emission(generation.request, error, is_last=True))
             elif text := generation.accept(token):
                 emissions.append(Emission(generation.request, text))
-    settled = [generation for generation in rows.generations if generation.is_settled]
+    finished = [generation for generation in rows.generations if generation.is_finished]
     begin = time.perf_counter()
-    judgements = _judge_responses(panel, settled)
-    judging_s = time.perf_counter() - begin
+    text_verdicts = _classify_responses(banks, finished)
+    classification_s = time.perf_counter() - begin
     for generation in rows.generations:
-        generation.judging_s += judging_s
-    for generation, judgement in zip(settled, judgements, strict=True):
-        emissions.append(Emission(generation.request, generation.finished(judgement), is_last=True))
-    return rows.without([*settled, *lost]), emissions
+        generation.classification_s += classification_s
+    for generation, verdicts in zip(finished, text_verdicts, strict=True):
+        emissions.append(Emission(generation.request, generation.finished(verdicts), is_last=True))
+    return rows.without([*finished, *lost]), emissions
 
 
 def _clock(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
+from sidelight.engines.annotation import labels_spans
 from sidelight.engines.base import (
     Admission,
     Engine,
@@ -21,20 +22,19 @@ from sidelight.engines.base import (
     Event,
     GenerationError,
     Load,
-    PromptJudged,
+    PromptClassified,
     Sampling,
     admit_all,
+    require_monitored,
     require_same_model,
     require_verdicts,
-    require_watched,
 )
 from sidelight.engines.batch import Batch, Decoder
-from sidelight.engines.marks import labels_spans
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import TextCodec
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, Message, has_response
-from sidelight.probes.bank import Panel
+from sidelight.probes.bank import ProbeBanks
 from sidelight.probes.probe import Probe
 from sidelight.states.reader import Backbone
 
@@ -73,7 +73,7 @@ class LocalEngine(Engine):
             _log.warning(warning)
         self.max_tokens = backbone.encoder.max_tokens
         self._backbone = backbone
-        self._panel = self._load_panel(probes)
+        self._banks = self._load_banks(probes)
         self._codec = TextCodec(backbone.encoder)
         if limits is None:
             is_slow = backbone.device.type == "cpu"
@@ -86,7 +86,7 @@ class LocalEngine(Engine):
 
     @property
     def probes(self) -> Sequence[Probe]:
-        return self._panel.probes
+        return self._banks.probes
 
     @property
     def load(self) -> Load:
@@ -112,9 +112,9 @@ class LocalEngine(Engine):
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         self._require_ready()
-        panel = await asyncio.to_thread(self._load_panel, probes)
+        banks = await asyncio.to_thread(self._load_banks, probes)
         await asyncio.to_thread(require_verdicts, probes, device=self._backbone.device)
-        self._panel = panel
+        self._banks = banks
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
         return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
@@ -124,19 +124,21 @@ class LocalEngine(Engine):
         messages: Conversation,
         sampling: Sampling,
         *,
-        watch: Collection[str] = (),
+        monitored: Collection[str] = (),
         admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
-        panel = self._panel
-        watched = require_watched(watch, panel.probes)
+        banks = self._banks
+        monitored_names = require_monitored(monitored, banks.probes)
 
         async def events() -> AsyncGenerator[Event, None]:
             def encode() -> Request:
                 prompt, room = self._codec.encode_to_continue(
-                    messages, sampling.max_tokens, with_places=labels_spans(panel.probes)
+                    messages, sampling.max_tokens, with_places=labels_spans(banks.probes)
                 )
-                return Request(prompt, sampling, room, panel, watch=watched, admits=admits)
+                return Request(
+                    prompt, sampling, room, banks, monitored=monitored_names, admits=admits
+                )
 
             request = await self._encoded([messages], encode)
             self._require_ready()
@@ -152,42 +154,42 @@ class LocalEngine(Engine):
 
         return events()
 
-    def judge(
+    def classify(
         self,
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-    ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        panel = self._panel
-        with_places = bool(explain) or labels_spans(panel.probes)
+    ) -> Coroutine[Any, Any, list[PromptClassified]]:
+        banks = self._banks
+        with_places = bool(explain) or labels_spans(banks.probes)
 
         def encode(turns: Sequence[Message]) -> Request:
             return Request(
                 self._codec.encode(turns, with_places=with_places),
                 Sampling(),
                 max_tokens=0,
-                panel=panel,
+                banks=banks,
                 has_response=has_response(turns),
                 explain=frozenset(explain or ()),
             )
 
-        async def judged() -> list[PromptJudged]:
+        async def events() -> list[PromptClassified]:
             requests = await self._encoded(
                 conversations, lambda: [encode(turns) for turns in conversations]
             )
-            events: list[PromptJudged] = []
+            events: list[PromptClassified] = []
             self._require_ready()
             self._queue.join(requests)
             try:
                 for request in requests:
                     event = _event(await request.outbox.get())
-                    assert isinstance(event, PromptJudged)
+                    assert isinstance(event, PromptClassified)
                     events.append(event)
             finally:
                 self._queue.leave(requests)
             return events
 
-        return judged()
+        return events()
 
     async def _encoded(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
         """The encoded texts of a request.
@@ -204,9 +206,9 @@ class LocalEngine(Engine):
         finally:
             self._encoding -= 1
 
-    def _load_panel(self, probes: Sequence[Probe]) -> Panel:
+    def _load_banks(self, probes: Sequence[Probe]) -> ProbeBanks:
         require_same_model(probes, self._backbone.fingerprint)
-        return Panel(probes, device=self._backbone.device)
+        return ProbeBanks(probes, device=self._backbone.device)
 
     def _require_ready(self) -> None:
         if not self.is_ready:
@@ -225,9 +227,9 @@ class LocalEngine(Engine):
         A text that is being written waits for one pass over prompts at most.
         """
         batch, queue, turn = self._batch, self._queue, self._queue.latest_turn
-        given_up = {request for request in batch.requests if request not in queue.awaited}
-        if given_up:
-            await self._pass(partial(batch.drop, given_up), batch.requests)
+        abandoned = {request for request in batch.requests if request not in queue.awaited}
+        if abandoned:
+            await self._pass(partial(batch.drop, abandoned), batch.requests)
 
         waiting = queue.find_next(batch.requests)
         if waiting and turn(waiting) <= min(map(turn, batch.prefills), default=inf):

@@ -58,17 +58,22 @@ def compare_engines(
     Raises:
         VerdictError: A probe gives no verdict on a text.
     """
-    judged = {
-        name: asyncio.run(_judge_in_batches(make, conversations, batch_sizes))
+    probabilities = {
+        name: asyncio.run(_classify_in_batches(make, conversations, batch_sizes))
         for name, make in engines.items()
     }
     first = batch_sizes[0]
     pairs = [
-        (f"{left} - {right}", judged[left][first], judged[right][first], True)
+        (f"{left} - {right}", probabilities[left][first], probabilities[right][first], True)
         for left, right in combinations(engines, 2)
     ]
     pairs += [
-        (f"{name}, batch {size} - {first}", judged[name][size], judged[name][first], False)
+        (
+            f"{name}, batch {size} - {first}",
+            probabilities[name][size],
+            probabilities[name][first],
+            False,
+        )
         for name in engines
         for size in batch_sizes[1:]
     ]
@@ -79,7 +84,7 @@ def compare_engines(
     ]
 
 
-async def _judge_in_batches(
+async def _classify_in_batches(
     make: Callable[[], Engine],
     conversations: Sequence[Sequence[Message]],
     batch_sizes: Sequence[int],
@@ -91,10 +96,10 @@ async def _judge_in_batches(
     try:
         for size, by_probe in verdicts.items():
             for start in range(0, len(conversations), size):
-                for judged in await engine.judge(conversations[start : start + size]):
-                    if judged.judgement.failed:
-                        raise verdict_failure(judged.judgement.failed)
-                    for verdict in judged.judgement.verdicts:
+                for event in await engine.classify(conversations[start : start + size]):
+                    if event.verdicts.failed:
+                        raise verdict_failure(event.verdicts.failed)
+                    for verdict in event.verdicts.verdicts:
                         by_probe[verdict.probe].append(verdict)
     finally:
         await engine.close()

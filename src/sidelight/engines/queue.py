@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sidelight.engines.base import Admission, EngineBusyError, Event, Sampling, admit_all
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt
-from sidelight.probes.bank import Panel
+from sidelight.probes.bank import ProbeBanks
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Request:
 
     Attributes:
         max_tokens: Most tokens to write, within the context; 0: the text is only judged.
-        panel: The probes that judge it.
+        banks: The probes that judge it.
         has_response: Whether the prompt ends with the response to judge, which may be empty.
-        watch: Names of probes that are judged after each token of the response.
+        monitored: Names of probes that are judged after each token of the response.
         admits: Whether to write at all, once the prompt has been judged.
         explain: Names of probes whose verdicts on the prompt are explained.
-        outbox: What happens to it, for whoever waits.
+        outbox: What happens to it, for the caller that waits.
     """
 
     prompt: EncodedPrompt
     sampling: Sampling
     max_tokens: int
-    panel: Panel
+    banks: ProbeBanks
     has_response: bool = False
-    watch: frozenset[str] = frozenset()
+    monitored: frozenset[str] = frozenset()
     admits: Admission = admit_all
     explain: frozenset[str] = frozenset()
     outbox: "asyncio.Queue[Emission]" = field(default_factory=lambda: asyncio.Queue())
@@ -94,7 +94,7 @@ class RequestQueue:
     have one turn. Checks may overtake, since they need no running row.
 
     Attributes:
-        awaited: Every request that somebody still waits for, whether or not it was taken.
+        awaited: Every request with a caller that still waits, whether or not it was taken.
         has_work: Set when requests join.
     """
 
@@ -123,7 +123,7 @@ class RequestQueue:
         self.has_work.set()
 
     def leave(self, requests: Iterable[Request]) -> None:
-        """Nobody waits for these requests any more."""
+        """These requests have no caller left."""
         for request in requests:
             self.awaited.pop(request, None)
         self._waiting = [request for request in self._waiting if request in self.awaited]
@@ -168,7 +168,9 @@ class RequestQueue:
         return not request.is_check or len(request.prompt) > self._limits.prefill_tokens
 
     def _fits_running(self, request: Request, running: Sequence[Request]) -> bool:
-        kept = [other for other in running if self._needs_room(other)]
-        longest = max(other.cache_tokens for other in (*kept, request))
-        fits_cache = not kept or (len(kept) + 1) * longest <= self._limits.cache_tokens
-        return len(kept) < self._limits.running and fits_cache
+        cached = [
+            running_request for running_request in running if self._needs_room(running_request)
+        ]
+        longest = max(running_request.cache_tokens for running_request in (*cached, request))
+        fits_cache = not cached or (len(cached) + 1) * longest <= self._limits.cache_tokens
+        return len(cached) < self._limits.running and fits_cache

@@ -67,17 +67,17 @@ class StopGate:
 
     def __init__(self, stop: Sequence[str]):
         self._stop = tuple(text for text in stop if text)
-        self._held = ""
+        self._pending = ""
         self.is_closed = False
 
     def push(self, text: str) -> str:
         """The part of the text so far that can be sent now."""
-        self._held += text
+        self._pending += text
         # The first one to be complete counts, so that the cut does not depend on the pieces.
         ends = [
             (start + len(stop), start)
             for stop in self._stop
-            if (start := self._held.find(stop)) >= 0
+            if (start := self._pending.find(stop)) >= 0
         ]
         if ends:
             self.is_closed = True
@@ -86,17 +86,17 @@ class StopGate:
             length
             for stop in self._stop
             # No more than is held: each prefix of a long one is copied.
-            for length in range(1, min(len(stop), len(self._held) + 1))
-            if self._held.endswith(stop[:length])
+            for length in range(1, min(len(stop), len(self._pending) + 1))
+            if self._pending.endswith(stop[:length])
         )
-        return self._release(len(self._held) - max(begun, default=0))
+        return self._release(len(self._pending) - max(begun, default=0))
 
     def flush(self) -> str:
         """The text that is still held back when no more comes."""
-        return "" if self.is_closed else self._release(len(self._held))
+        return "" if self.is_closed else self._release(len(self._pending))
 
     def _release(self, end: int) -> str:
-        passed, self._held = self._held[:end], self._held[end:]
+        passed, self._pending = self._pending[:end], self._pending[end:]
         return passed
 
 
@@ -128,8 +128,8 @@ class Sampler:
             return self._invert(probabilities)
         ranked, token_ids = probabilities.sort(descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked
-        kept = torch.where(before < self._top_p, ranked, 0.0)
-        return token_ids[self._invert(kept)]
+        nucleus = torch.where(before < self._top_p, ranked, 0.0)
+        return token_ids[self._invert(nucleus)]
 
     def _invert(self, weights: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
         """The index at which the running sum of ``weights`` passes a uniform share of the whole."""
@@ -162,7 +162,7 @@ class TextCodec:
     async def in_thread(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
         """The result of ``encode`` for these texts, computed in a thread of which there are few.
 
-        It is not called for texts that their length alone refuses, nor if nobody waits any more.
+        It is not called for texts that their length alone refuses, nor if no caller is left.
 
         Raises:
             ContextLengthError: A text is too long.

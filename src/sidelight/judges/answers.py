@@ -23,11 +23,11 @@ _MOST_IN_A_ROW = 20
 
 def answers_file(settings: JudgeSettings) -> Path:
     """Where the answers of a judge are kept: in the user's cache, by all that decides them."""
-    return cache_root() / "judges" / f"{settings.identity}.jsonl"
+    return cache_root() / "judges" / f"{settings.digest}.jsonl"
 
 
 @dataclass
-class KeptAnswers:
+class StoredAnswers:
     """The answers of one judge. Processes may share a file: each answer is one short line.
 
     Attributes:
@@ -39,9 +39,9 @@ class KeptAnswers:
     probabilities: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
-    def read(path: Path) -> "KeptAnswers":
+    def read(path: Path) -> "StoredAnswers":
         """The answers in a file, which may not be there yet."""
-        kept = KeptAnswers(path)
+        stored = StoredAnswers(path)
         lines = path.read_bytes().splitlines() if path.exists() else ()
         for line in lines:
             # A process that is killed leaves half a line.
@@ -51,8 +51,8 @@ class KeptAnswers:
             except (ValueError, TypeError):
                 continue
             if 0 <= probability <= 1:
-                kept.probabilities[str(digest)] = probability
-        return kept
+                stored.probabilities[str(digest)] = probability
+        return stored
 
     def keep(self, question: Question, probability: float) -> None:
         """Adds an answer, which survives the process from then on."""
@@ -86,9 +86,11 @@ class Answers:
         return ", ".join(f"{reason} {count}" for reason, count in self.failures.most_common())
 
 
-def cost_sentence(settings: JudgeSettings, questions: Sequence[Question], kept: KeptAnswers) -> str:
+def cost_sentence(
+    settings: JudgeSettings, questions: Sequence[Question], stored: StoredAnswers
+) -> str:
     """What asking will cost, for the user to read before it begins."""
-    asked = kept.unanswered(questions)
+    asked = stored.unanswered(questions)
     sizes = sum(question.characters for question in asked)
     minutes = len(asked) / settings.budget_per_minute
     least = f", {minutes:.0f} minutes or more" if minutes >= 1 else ""
@@ -96,19 +98,19 @@ def cost_sentence(settings: JudgeSettings, questions: Sequence[Question], kept: 
     return (
         f"{len(asked):,} questions to {settings.model} at {settings.url} ({sizes:,} characters of "
         f"text; at most {settings.concurrency} at once and {settings.budget_per_minute:,} a minute"
-        f"{least}). {known:,} answers are known. All are kept in {kept.path}"
+        f"{least}). {known:,} answers are known. All are kept in {stored.path}"
     )
 
 
 def ask_all(
-    settings: JudgeSettings, questions: Sequence[Question], kept: KeptAnswers, *, name: str
+    settings: JudgeSettings, questions: Sequence[Question], stored: StoredAnswers, *, name: str
 ) -> Answers:
     """Asks every question that has no answer yet, within the judge's concurrency and budget.
 
     Args:
         settings: The judge.
         questions: In any order; equal ones are asked once.
-        kept: The answers so far; new ones are kept as they come.
+        stored: The answers so far; new ones are kept as they come.
         name: Of the judge in messages.
 
     Raises:
@@ -116,14 +118,14 @@ def ask_all(
             key or client is missing.
     """
     failures: Counter[FailureReason] = Counter()
-    asked = kept.unanswered(questions)
+    asked = stored.unanswered(questions)
     if asked:
-        failures = asyncio.run(_ask(settings, asked, kept, name))
-    return Answers([kept.probabilities.get(question.digest) for question in questions], failures)
+        failures = asyncio.run(_ask(settings, asked, stored, name))
+    return Answers([stored.probabilities.get(question.digest) for question in questions], failures)
 
 
 async def _ask(
-    settings: JudgeSettings, questions: Sequence[Question], kept: KeptAnswers, name: str
+    settings: JudgeSettings, questions: Sequence[Question], stored: StoredAnswers, name: str
 ) -> Counter[FailureReason]:
     client, failures = JudgeClient(settings, name=name), Counter[FailureReason]()
     left, in_a_row = iter(questions), 0
@@ -142,7 +144,7 @@ async def _ask(
                 ) from error
             return
         in_a_row = 0
-        kept.keep(question, answer.probability)
+        stored.keep(question, answer.probability)
 
     async def work(advance: Progress) -> None:
         for question in left:

@@ -26,17 +26,17 @@ class Budget:
     def take(self, key_id: str | None) -> bool:
         """Takes one question; False: there is none left."""
         now = time.monotonic()
-        own = None
+        bucket = None
         if key_id is not None:
-            own = self._keys.setdefault(key_id, _Bucket(self._per_key, now))
-            _fill(own, self._per_key, now)
+            bucket = self._keys.setdefault(key_id, _Bucket(self._per_key, now))
+            _fill(bucket, self._per_key, now)
         _fill(self._all, self._per_minute, now)
         # A key without questions left must not use up those of others.
-        if (own is not None and own.left < 1) or self._all.left < 1:
+        if (bucket is not None and bucket.left < 1) or self._all.left < 1:
             return False
         self._all.left -= 1
-        if own is not None:
-            own.left -= 1
+        if bucket is not None:
+            bucket.left -= 1
         return True
 
 

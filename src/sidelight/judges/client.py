@@ -19,7 +19,7 @@ from sidelight.judges.question import JudgeAnswer, JudgeError, Question
 from sidelight.judges.settings import JUDGE_HEADER, JudgeSettings, is_loopback, port_of
 
 _MOST_BYTES = 2**20
-_KEPT_ANSWERS = 4096
+_CACHED_ANSWERS = 4096
 # Listening there is listening on loopback, too.
 _ANY = ("0.0.0.0", "::", "")
 
@@ -118,7 +118,7 @@ class JudgeClient:
             ) from error
         probability = self._read(answer)
         self._answers[question.digest] = probability
-        if len(self._answers) > _KEPT_ANSWERS:
+        if len(self._answers) > _CACHED_ANSWERS:
             self._answers.popitem(last=False)
         return JudgeAnswer(probability, time.perf_counter() - started)
 

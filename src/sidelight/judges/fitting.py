@@ -101,7 +101,7 @@ class DeferralReport:
     @property
     def findings(self) -> list[str]:
         """What follows, in one or two sentences."""
-        share, gain, alone = f"{self.fit.share:.3g}", self.gain, self.judge_gain
+        share, gain, gained = f"{self.fit.share:.3g}", self.gain, self.judge_gain
         if (gain.low or 0) > 0:
             lines = [
                 f"Deferring a share of {share} gains {_signed(gain)} of recall at 1 % false "
@@ -113,9 +113,9 @@ class DeferralReport:
                 f"changes recall at 1 % false positives by {_signed(gain)}. Serve the probe alone, "
                 "or try another judge or criterion."
             ]
-        if alone is not None and (alone.low or 0) > 0:
+        if gained is not None and (gained.low or 0) > 0:
             lines.append(
-                f"The judge alone would be better, by {_signed(alone)}: ask it about every text, "
+                f"The judge alone would be better, by {_signed(gained)}: ask it about every text, "
                 "if its cost allows, or defer a larger share."
             )
         return lines
@@ -125,13 +125,16 @@ class DeferralReport:
         from sidelight.data.plots import plot_deferral
 
         points = [self.probe, *self.points]
-        figures = [point.recall_at_1pct_fpr for point in points]
-        alone = self.judge and self.judge.recall_at_1pct_fpr.value
+        estimates = [point.recall_at_1pct_fpr for point in points]
+        judge_recall = self.judge and self.judge.recall_at_1pct_fpr.value
         return plot_deferral(
             [point.deferred / self.rows for point in points],
-            [(own.value or 0, own.low or 0, own.high or 0) for own in figures],
+            [
+                (estimate.value or 0, estimate.low or 0, estimate.high or 0)
+                for estimate in estimates
+            ],
             probe=self.probe.recall_at_1pct_fpr.value or 0,
-            judge=alone,
+            judge=judge_recall,
             path=folder / "second_stage.png",
             title=title,
         )
@@ -148,7 +151,7 @@ class DeferralReport:
             "gain": self.gain.to_dict(),
             "judge_gain": self.judge_gain and self.judge_gain.to_dict(),
             "fit": self.fit.model_dump(mode="json"),
-            "decisions": {name: asdict(own) for name, own in self.decisions.items()},
+            "decisions": {name: asdict(counts) for name, counts in self.decisions.items()},
             "findings": self.findings,
         }
 
@@ -158,9 +161,9 @@ def _signed(estimate: Estimate) -> str:
 
 
 def _point_json(point: DeferralPoint) -> dict[str, Any]:
-    figures = {name: getattr(point, name).to_dict() for name in _METRICS}
+    metrics = {name: getattr(point, name).to_dict() for name in _METRICS}
     counted = {"share": point.share, "threshold": point.threshold, "deferred": point.deferred}
-    return {**counted, **figures}
+    return {**counted, **metrics}
 
 
 def require_fittable(card: ProbeCard, examples: LabelledExamples, share: float) -> None:
@@ -202,11 +205,11 @@ def defer_thresholds(probe: Probe, share: float, most: float = 1.0) -> dict[floa
         share: One that is wanted beside ``SHARES``.
         most: The largest; 1 is every text.
     """
-    (label,), (own,) = probe.task.output_labels, probe.thresholds
+    (label,), (threshold,) = probe.task.output_labels, probe.thresholds
     has_background = len(probe.card.background) > 0
     shares = sorted({*SHARES, share}) if has_background else [0.0]
     found = {
-        each: min(own, probe.share_threshold(label, each)) if each else own
+        each: min(threshold, probe.share_threshold(label, each)) if each else threshold
         for each in shares
         if each <= max(most, share)
     }
@@ -234,8 +237,8 @@ def combined_out_of_fold(
         is_left_out = np.zeros(len(found), dtype=np.bool_)
         is_left_out[fold] = True
         fitted, used = is_deferred & ~is_left_out, is_deferred & is_left_out
-        own = fit_combination(scores[fitted], answers[fitted], holds[fitted])
-        found[used] = own.apply(scores[used], answers[used])
+        combination = fit_combination(scores[fitted], answers[fitted], holds[fitted])
+        found[used] = combination.apply(scores[used], answers[used])
     return found
 
 
@@ -273,22 +276,22 @@ def fit_judge(
     """
     rule = rule or ThresholdRule.parse(probe.card.training.threshold_rule)
     is_asked = scores >= min(thresholds.values())
-    is_kept = _answered(is_asked, answers)
-    examples = examples.select(np.flatnonzero(is_kept).tolist())
-    scores, answers, holds = scores[is_kept], answers[is_kept], examples.labels == 1
+    is_answered = _answered(is_asked, answers)
+    examples = examples.select(np.flatnonzero(is_answered).tolist())
+    scores, answers, holds = scores[is_answered], answers[is_answered], examples.labels == 1
     folds, measure = complete_folds(examples), partial(_measure, probe.task, holds=holds)
     combine = partial(combined_out_of_fold, scores, answers, holds, folds=folds)
-    alone = measure(scores)
+    probe_only = measure(scores)
     measured: dict[float, Draws] = {}
     points: list[DeferralPoint] = []
-    for own, threshold in sorted(thresholds.items()):
+    for asked_share, threshold in sorted(thresholds.items()):
         is_deferred = scores >= threshold
         combined = combine(is_deferred)
         ranked = measure(np.where(is_deferred, combined, scores))
         recall = measure(combined)["recall_at_1pct_fpr"]
-        measured[own] = {**ranked, "recall_at_1pct_fpr": recall}
-        points.append(_point(own, threshold, int(is_deferred.sum()), measured[own]))
-    judged = measure(answers) if is_asked.all() else None
+        measured[asked_share] = {**ranked, "recall_at_1pct_fpr": recall}
+        points.append(_point(asked_share, threshold, int(is_deferred.sum()), measured[asked_share]))
+    judge_only = measure(answers) if is_asked.all() else None
     is_deferred = scores >= thresholds[share]
     combined = combine(is_deferred)
     flags = {
@@ -299,25 +302,25 @@ def fit_judge(
     return DeferralReport(
         len(scores),
         int(holds.sum()),
-        int((~is_kept).sum()),
-        _point(None, 1.0, 0, alone),
+        int((~is_answered).sum()),
+        _point(None, 1.0, 0, probe_only),
         tuple(points),
-        None if judged is None else _point(1.0, 0.0, len(scores), judged),
-        _difference(measured[share], alone),
-        None if judged is None else _difference(judged, measured[share]),
+        None if judge_only is None else _point(1.0, 0.0, len(scores), judge_only),
+        _difference(measured[share], probe_only),
+        None if judge_only is None else _difference(judge_only, measured[share]),
         JudgeFit(
-            judge=judge.identity,
+            judge=judge.digest,
             model=judge.model,
             **_fitted(scores, answers, holds, combined, is_deferred, rule),
             share=share,
             texts=describe_examples(examples),
             recall=Estimate.of(measured[share]["recall_at_1pct_fpr"]),
-            recall_of_probe=Estimate.of(alone["recall_at_1pct_fpr"]),
+            recall_of_probe=Estimate.of(probe_only["recall_at_1pct_fpr"]),
             date=datetime.now(UTC).date().isoformat(),
         ),
         {
-            name: Decisions(int((own & holds).sum()), int((own & ~holds).sum()))
-            for name, own in flags.items()
+            name: Decisions(int((asked_share & holds).sum()), int((asked_share & ~holds).sum()))
+            for name, asked_share in flags.items()
         },
     )
 
@@ -340,10 +343,10 @@ def _point(share: float | None, threshold: float, deferred: int, draws: Draws) -
     return DeferralPoint(share, threshold, deferred, recall, auprc)
 
 
-def _difference(one: Draws, other: Draws) -> Estimate:
+def _difference(one: Draws, another: Draws) -> Estimate:
     """In recall at 1 % false positives, paired by resample."""
     name = "recall_at_1pct_fpr"
-    return Estimate.of(one[name] - other[name])
+    return Estimate.of(one[name] - another[name])
 
 
 def _fitted(

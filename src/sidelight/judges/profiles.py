@@ -110,9 +110,9 @@ class Profile:
             ) from e
 
     def _read_label(self, choice: Json) -> float:
-        said = _word(choice["message"]["content"] or "")
-        if said in self.positive or said in self.negative:
-            return _SURE if said in self.positive else 1 - _SURE
+        answer = _word(choice["message"]["content"] or "")
+        if answer in self.positive or answer in self.negative:
+            return _SURE if answer in self.positive else 1 - _SURE
         raise JudgeError("unreadable", "The judge's answer is none of its labels.")
 
     def _read_scores(self, choice: Json) -> float:
@@ -123,11 +123,11 @@ class Profile:
                 "The judge's answer has no log-probabilities. Ask a server that returns 'logprobs' "
                 "of chats, or kind 'decisions'.",
             )
-        said = ""
+        answer = ""
         for token in tokens:
-            if self.marker in said.lower() and _word(token["token"]):
+            if self.marker in answer.lower() and _word(token["token"]):
                 return self._share(token.get("top_logprobs") or [token])
-            said += token["token"]
+            answer += token["token"]
         raise JudgeError("unreadable", "The judge's answer ends before its verdict.")
 
     def _share(self, alternatives: Sequence[Json]) -> float:

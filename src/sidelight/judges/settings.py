@@ -101,7 +101,7 @@ class JudgeSettings(BaseModel):
         return self
 
     @property
-    def identity(self) -> str:
+    def digest(self) -> str:
         """Twelve hexadecimal digits of all that decides an answer: what a fit is bound to."""
         fields = self.model_dump(include={"model", "kind", "profile", "criterion", "category"})
         text = json.dumps(fields | {"extra": self.extra}, sort_keys=True, ensure_ascii=False)
@@ -131,14 +131,14 @@ class JudgeSettings(BaseModel):
 
 def _require_url(url: str) -> None:
     try:
-        parts = urlsplit(url)
-        host, scheme = parts.hostname or "", parts.scheme
-        _ = parts.port
+        split = urlsplit(url)
+        host, scheme = split.hostname or "", split.scheme
+        _ = split.port
     except ValueError as error:
         raise ValueError(f"url is no address ({error})") from error
     if scheme not in ("http", "https") or not host:
         raise ValueError("url must begin with https://, or http:// on this machine")
-    if parts.username or parts.password or parts.query or parts.fragment:
+    if split.username or split.password or split.query or split.fragment:
         raise ValueError("url must hold no user, query or fragment. Keys go into 'key_env'")
     if scheme == "http" and not is_loopback(host):
         raise ValueError(
@@ -157,8 +157,8 @@ def is_loopback(host: str) -> bool:
 
 
 def port_of(url: str) -> int:
-    parts = urlsplit(url)
-    return parts.port or (443 if parts.scheme == "https" else 80)
+    split = urlsplit(url)
+    return split.port or (443 if split.scheme == "https" else 80)
 
 
 def judges_from(tables: Any, folder: Path, place: str) -> dict[str, JudgeSettings]:

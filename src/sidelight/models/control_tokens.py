@@ -85,7 +85,7 @@ class ContentTokenizer:
         return len(tokens)
 
     def holds_controls(self, text: str) -> bool:
-        """Whether a text has control tokens if nobody prevents it, as another server may not."""
+        """Whether a text has control tokens if it is not prevented, as another server may not."""
         backend = self._tokenizer.backend_tokenizer
         (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
         return not self._names.keys().isdisjoint(tokens.ids)
@@ -134,19 +134,21 @@ class ContentTokenizer:
 
     def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> list[Token]:
         """Encodes a run without looking for control tokens; it begins at character ``at``."""
-        tokenizer = self._continuing if at else self._beginning
+        tokenizer = self._continuing if at else self._prefix_tokenizer
         run = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         pairs = zip(run.ids, run.offsets, strict=True)
         return [(token_id, at + start, at + end) for token_id, (start, end) in pairs]
 
     @cached_property
-    def _beginning(self) -> PlainTokenizer:
+    def _prefix_tokenizer(self) -> PlainTokenizer:
         """Knows no control tokens; for what stands at the beginning of a text."""
         return self._without_controls(self._tokenizer.backend_tokenizer.to_str())
 
     @cached_property
     def _continuing(self) -> PlainTokenizer:
-        """As ``_beginning``, for what stands later: no blank is put before its first word."""
+        """As ``_prefix_tokenizer``, for what stands later: no blank is put before its first
+        word.
+        """
         definition = self._tokenizer.backend_tokenizer.to_str()
         return self._without_controls(
             re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', definition)
@@ -162,8 +164,8 @@ class ContentTokenizer:
         plain.encode_special_tokens = True
         return plain
 
-    def _find_controls(self, piece: str) -> list[Token]:
-        return self._controls_in(self._tokenise(piece, add_special_tokens=False), piece)
+    def _find_controls(self, text: str) -> list[Token]:
+        return self._controls_in(self._tokenise(text, add_special_tokens=False), text)
 
     def _controls_in(self, tokens: Sequence[Token], text: str) -> list[Token]:
         controls: list[Token] = []

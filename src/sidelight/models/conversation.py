@@ -100,7 +100,7 @@ def as_read(text: Conversation) -> Conversation:
     return [replace(turn, content=read(turn.content, turn.invisible)) for turn in text]
 
 
-class Part(IntEnum):
+class TokenRole(IntEnum):
     """The part of a prompt that a token belongs to."""
 
     UNREAD = 0
@@ -149,15 +149,19 @@ class Reads:
         return self.side != "prompt"
 
     @property
-    def parts(self) -> frozenset[Part]:
+    def token_roles(self) -> frozenset[TokenRole]:
         """The kinds of token that are read."""
-        template = {Part.TEMPLATE} if self.template else set[Part]()
+        template = {TokenRole.TEMPLATE} if self.template else set[TokenRole]()
         prompt = {*_TEXT, *template}
-        sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
+        sides = {
+            "prompt": prompt,
+            "response": {TokenRole.RESPONSE},
+            "both": {*prompt, TokenRole.RESPONSE},
+        }
         return frozenset(sides[self.side])
 
 
-def require_whole_characters(text: str, *, place: str) -> None:
+def require_valid_unicode(text: str, *, place: str) -> None:
     """Checks that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
     try:
         text.encode()
@@ -189,7 +193,7 @@ class EncodedPrompt:
 
     Attributes:
         token_ids: One id per token.
-        parts: One ``Part`` per token.
+        token_roles: One ``TokenRole`` per token.
         is_plain: Whether it is plain text, without a chat template around it.
         is_attributed: Whether each turn is known to be of the role that its message has.
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
@@ -200,7 +204,7 @@ class EncodedPrompt:
     """
 
     token_ids: tuple[int, ...]
-    parts: tuple[Part, ...]
+    token_roles: tuple[TokenRole, ...]
     is_plain: bool = field(default=False, kw_only=True)
     is_attributed: bool = field(default=False, kw_only=True, compare=False)
     dropped: int = field(default=0, kw_only=True)
@@ -230,7 +234,7 @@ class EncodedPrompt:
         if not self.places or all(map(str.__eq__, sent, self.texts)):
             return self
         pairs = zip(sent, self.texts, strict=False)
-        origins = (None if own == read else visible_places(own) for own, read in pairs)
+        origins = (None if written == read else visible_places(written) for written, read in pairs)
         return replace(self, origins=tuple(origins))
 
     def mask(self, reads: Reads) -> "Bool[Tensor, ' token']":
@@ -238,18 +242,20 @@ class EncodedPrompt:
         # Reading a file of texts must not wait for torch.
         import torch
 
-        return torch.from_numpy(read_tokens(bytes(self.parts), reads))
+        return torch.from_numpy(read_tokens(bytes(self.token_roles), reads))
 
     def only(self, tokens: Int[np.ndarray, " _"]) -> "EncodedPrompt":
         """The same prompt, of which no other tokens are read."""
-        kept = {*tokens.tolist()}
-        parts = (part if i in kept else Part.UNREAD for i, part in enumerate(self.parts))
-        return replace(self, parts=tuple(parts))
+        readable = {*tokens.tolist()}
+        token_roles = (
+            role if i in readable else TokenRole.UNREAD for i, role in enumerate(self.token_roles)
+        )
+        return replace(self, token_roles=tuple(token_roles))
 
     @property
     def fixed(self) -> int:
         """Tokens that ``shortened`` never removes: the template's and the system prompt's."""
-        return sum(part not in (*_TEXT, Part.RESPONSE) for part in self.parts)
+        return sum(role not in (*_TEXT, TokenRole.RESPONSE) for role in self.token_roles)
 
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
         """Removes tokens of the text, and none of the template, until ``limit`` remain.
@@ -269,8 +275,8 @@ class EncodedPrompt:
         excess = len(self) - limit
         if excess <= 0:
             return self
-        prompt = [i for i, part in enumerate(self.parts) if part in _TEXT]
-        response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
+        prompt = [i for i, role in enumerate(self.token_roles) if role in _TEXT]
+        response = [i for i, role in enumerate(self.token_roles) if role == TokenRole.RESPONSE]
         room = limit - self.fixed
         if room <= 0:
             raise ContextLengthError(
@@ -280,53 +286,55 @@ class EncodedPrompt:
             )
         side = (reads or Reads()).side
         least = {"prompt": room, "both": room // 2, "response": 0}[side]
-        held = min(len(prompt), max(least, room - len(response)))
-        gone = {*(prompt[held:] if side == "prompt" else prompt[: len(prompt) - held])}
-        gone |= {*response[room - held :]}
-        kept = [i for i in range(len(self)) if i not in gone]
+        prompt_tokens = min(len(prompt), max(least, room - len(response)))
+        gone = {
+            *(prompt[prompt_tokens:] if side == "prompt" else prompt[: len(prompt) - prompt_tokens])
+        }
+        gone |= {*response[room - prompt_tokens :]}
+        remaining = [i for i in range(len(self)) if i not in gone]
         return replace(
             self,
-            token_ids=tuple(self.token_ids[i] for i in kept),
-            parts=tuple(self.parts[i] for i in kept),
+            token_ids=tuple(self.token_ids[i] for i in remaining),
+            token_roles=tuple(self.token_roles[i] for i in remaining),
             dropped=excess,
         )
 
 
-def piece_lengths(parts: bytes) -> list[int]:
+def lengths_of_turns(token_roles: bytes) -> list[int]:
     """The tokens of each piece of a prompt: a turn's text, with what precedes the first or follows.
 
     Args:
-        parts: The ``Part`` of each token; one or more.
+        token_roles: The ``TokenRole`` of each token; one or more.
     """
-    of_tokens = np.frombuffer(parts, np.uint8)
+    of_tokens = np.frombuffer(token_roles, np.uint8)
     is_text = np.isin(of_tokens, _TEXT)
     is_first = is_text & ~np.append(False, is_text[:-1])
     begins = np.flatnonzero(is_first)
-    return np.diff([0, *begins[1:], len(parts)]).tolist()
+    return np.diff([0, *begins[1:], len(token_roles)]).tolist()
 
 
-def read_tokens(parts: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
+def read_tokens(token_roles: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
     """True for the tokens of a prompt that a probe reads.
 
     Args:
-        parts: The ``Part`` of each token.
+        token_roles: The ``TokenRole`` of each token.
         reads: What the probe reads.
     """
-    kinds = np.frombuffer(parts, np.uint8)
-    is_read = np.isin(kinds, [*reads.parts])
-    if reads.scope == "last_turn" and Part.PROMPT in kinds:
-        last = int(np.flatnonzero(kinds == Part.PROMPT)[-1])
-        ends = np.cumsum(piece_lengths(parts))
-        piece = int(np.searchsorted(ends, last, side="right"))
+    kinds = np.frombuffer(token_roles, np.uint8)
+    is_read = np.isin(kinds, [*reads.token_roles])
+    if reads.scope == "last_turn" and TokenRole.PROMPT in kinds:
+        last = int(np.flatnonzero(kinds == TokenRole.PROMPT)[-1])
+        ends = np.cumsum(lengths_of_turns(token_roles))
+        turn = int(np.searchsorted(ends, last, side="right"))
         # Without a turn of a user, the whole is read.
-        is_read[: ends[piece - 1] if piece else 0] = False
-        is_read[ends[piece] :] = False
+        is_read[: ends[turn - 1] if turn else 0] = False
+        is_read[ends[turn] :] = False
     return is_read
 
 
-# What somebody has written, rather than a template.
-_TEXT = (Part.PROMPT, Part.REPLY, Part.SYSTEM, Part.TOOL)
-_NO_REPLY = (Part.PROMPT, Part.SYSTEM)
+# Written by a user, a tool or the model, rather than by a template.
+_TEXT = (TokenRole.PROMPT, TokenRole.REPLY, TokenRole.SYSTEM, TokenRole.TOOL)
+_NO_REPLY = (TokenRole.PROMPT, TokenRole.SYSTEM)
 # A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 64
@@ -334,7 +342,7 @@ _NEAREST_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Unit:
+class Segment:
     """A part of a prompt that is judged by itself, beside the whole.
 
     Attributes:
@@ -346,7 +354,7 @@ class Unit:
     turn: int
 
 
-def judged_units(parts: bytes) -> list[Unit]:
+def split_segments(token_roles: bytes) -> list[Segment]:
     """The parts of a prompt that are judged beside the whole, lest other turns outweigh them.
 
     Each turn with a text is judged by itself, a short one with the turns after it, or else before
@@ -354,12 +362,12 @@ def judged_units(parts: bytes) -> list[Unit]:
     also judged together, without what stands between them.
 
     Args:
-        parts: The ``Part`` of each token.
+        token_roles: The ``TokenRole`` of each token.
     """
-    lengths = piece_lengths(parts)
+    lengths = lengths_of_turns(token_roles)
     count, ends = len(lengths), np.cumsum(lengths)
     starts = ends - lengths
-    kinds = np.frombuffer(parts, np.uint8)
+    kinds = np.frombuffer(token_roles, np.uint8)
     texts = [
         int(np.isin(kinds[start:end], _TEXT).sum()) for start, end in zip(starts, ends, strict=True)
     ]
@@ -373,8 +381,8 @@ def judged_units(parts: bytes) -> list[Unit]:
             # Of a long neighbour what is next to it, or many short turns would copy it.
             before, after = slice(-_NEAREST_TOKENS, None), slice(_NEAREST_TOKENS)
             tokens = [
-                piece if i == first else piece[before if i < first else after]
-                for i, piece in zip(range(start, stop), tokens, strict=True)
+                turn_tokens if i == first else turn_tokens[before if i < first else after]
+                for i, turn_tokens in zip(range(start, stop), tokens, strict=True)
             ]
         spans.setdefault(tuple(range(start, stop)), tokens)
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
@@ -383,24 +391,24 @@ def judged_units(parts: bytes) -> list[Unit]:
     users = tuple(i for i in range(count) if is_users[starts[i] : ends[i]].any())
     spans[users] = [np.arange(starts[i], ends[i]) for i in users]
     return [
-        Unit(np.concatenate(tokens), unit[0])
-        for unit, tokens in spans.items()
-        if 0 < len(unit) < count
+        Segment(np.concatenate(tokens), turns[0])
+        for turns, tokens in spans.items()
+        if 0 < len(turns) < count
     ]
 
 
-def tool_rows(parts: bytes) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " turn"]]:
-    """The tokens of all turns of tools, as those of a ``Unit``, and which turns these are."""
-    lengths = piece_lengths(parts)
+def tool_rows(token_roles: bytes) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " turn"]]:
+    """The tokens of all turns of tools, as those of a ``Segment``, and which turns these are."""
+    lengths = lengths_of_turns(token_roles)
     turn_of = np.repeat(np.arange(len(lengths)), lengths)
-    turns = np.unique(turn_of[np.frombuffer(parts, np.uint8) == Part.TOOL])
+    turns = np.unique(turn_of[np.frombuffer(token_roles, np.uint8) == TokenRole.TOOL])
     return np.flatnonzero(np.isin(turn_of, turns)), turns
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:
     """The length of the longest beginning that all texts share."""
-    columns = zip(*texts, strict=False)
-    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+    positions = zip(*texts, strict=False)
+    return len(list(takewhile(lambda tokens: len(set(tokens)) == 1, positions)))
 
 
 def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:

@@ -19,15 +19,15 @@ from sidelight.models.conversation import (
     Conversation,
     EncodedPrompt,
     Message,
-    Part,
     Place,
     PlainText,
     PromptFormat,
+    TokenRole,
     characters,
     contents,
-    require_whole_characters,
+    require_valid_unicode,
 )
-from sidelight.models.turns import ChatFormat, are_attributed, token_parts
+from sidelight.models.turns import ChatFormat, are_attributed, roles_of_tokens
 
 # What a template writes around longer conversations is not cached.
 _CACHED_TURNS = 200
@@ -66,7 +66,7 @@ class PromptEncoder:
 
     @property
     def warning(self) -> str | None:
-        """A warning for whoever sends chats to this model; None: it has a chat template."""
+        """A warning about chats sent to this model; None: it has a chat template."""
         if self.tokenizer.chat_template:
             return None
         return (
@@ -82,31 +82,34 @@ class PromptEncoder:
         return ChatFormat(self.tokenizer)
 
     def recognise(
-        self, token_ids: Sequence[int], said: Sequence[Message] | None = None
+        self, token_ids: Sequence[int], chat: Sequence[Message] | None = None
     ) -> EncodedPrompt:
-        """The prompt that has these ids, whoever has encoded it; ``said`` are its messages, if any.
+        """The prompt that has these ids; ``chat`` are its messages, if any.
 
         Ids that are not a conversation are plain text, and all are if the format is ``raw``.
         """
         ids = tuple(token_ids)
         turns = () if self.prompt_format == "raw" else self.chat_format.turns(ids)
         if turns:
-            parts = token_parts(turns, len(ids), has_response=False)
-            tools = [own.content for own in said or () if own.role in ("tool", "function")]
+            token_roles = roles_of_tokens(turns, len(ids), has_response=False)
+            tools = [
+                message.content for message in chat or () if message.role in ("tool", "function")
+            ]
             is_attributed = (
-                said is not None
-                and are_attributed(turns, [own.role for own in said])
+                chat is not None
+                and are_attributed(turns, [message.role for message in chat])
                 # A control token can hide the marker before it.
                 and not any(map(self._contents.holds_controls, tools))
             )
-            return EncodedPrompt(ids, parts, is_attributed=is_attributed)
+            return EncodedPrompt(ids, token_roles, is_attributed=is_attributed)
         # What the tokenizer itself writes around a text. Within it, the same ids are a client's.
         around = set(self.tokenizer("")["input_ids"])
         text = [i for i, token_id in enumerate(ids) if token_id not in around] or [len(ids)]
-        parts = (
-            Part.PROMPT if text[0] <= i <= text[-1] else Part.TEMPLATE for i in range(len(ids))
+        token_roles = (
+            TokenRole.PROMPT if text[0] <= i <= text[-1] else TokenRole.TEMPLATE
+            for i in range(len(ids))
         )
-        return EncodedPrompt(ids, tuple(parts), is_plain=True)
+        return EncodedPrompt(ids, tuple(token_roles), is_plain=True)
 
     def encode(
         self, messages: Conversation, response: str | None = None, *, with_places: bool = False
@@ -123,9 +126,9 @@ class PromptEncoder:
         # A text that is far too long is only counted. Beside the template, a turn can have a token
         # less than by itself, but not half of them.
         if characters(messages, response) > self.max_tokens:
-            whole = "\n".join(filter(None, contents(messages, response)))
-            require_whole_characters(whole, place="The text")
-            tokens = self._contents.count(whole)
+            joined = "\n".join(filter(None, contents(messages, response)))
+            require_valid_unicode(joined, place="The text")
+            tokens = self._contents.count(joined)
             if tokens > 2 * self.max_tokens:
                 raise self._excess(f"{tokens} tokens without its template")
         encoded = self.encode_any_length(messages, response, with_places=with_places)
@@ -135,7 +138,7 @@ class PromptEncoder:
         return encoded
 
     def require_within_context(self, prompt: EncodedPrompt) -> None:
-        """Checks that the backbone accepts a prompt, whoever has encoded it.
+        """Checks that the backbone accepts a prompt.
 
         Raises:
             ContextLengthError: It is too long.
@@ -166,7 +169,7 @@ class PromptEncoder:
         """As ``encode``, without a limit: for training, which cuts by itself and reports it."""
         texts = contents(messages, response)
         for text in texts:
-            require_whole_characters(text, place="The text")
+            require_valid_unicode(text, place="The text")
         is_plain = isinstance(messages, PlainText)
         turns = [Message("user", messages.content)] if is_plain else [*messages]
         if not turns:
@@ -188,29 +191,33 @@ class PromptEncoder:
             (start, start + len(content)) for start, content in zip(starts, contents, strict=True)
         ]
         tokens = self._contents.encode_raw(prompt + (response or ""))
-        parts = (
+        token_roles = (
             # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
-            Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
-            for start, end in map(_whole, tokens)
+            TokenRole.TEMPLATE
+            if end == 0
+            else TokenRole.PROMPT
+            if start < len(prompt)
+            else TokenRole.RESPONSE
+            for start, end in map(_token_range, tokens)
         )
-        encoded = EncodedPrompt(_ids(tokens), tuple(parts), is_plain=True)
+        encoded = EncodedPrompt(_ids(tokens), tuple(token_roles), is_plain=True)
         return encoded, _places(tokens, spans, [0] * len(spans))
 
     def _encode_chat(
         self, messages: Sequence[Message], response: str | None
     ) -> tuple[EncodedPrompt, Iterator[Place | None]]:
         # Few chat templates know the role "developer", which speaks as the system.
-        said = [replace(m, role="system") if m.role == "developer" else m for m in messages]
+        chat = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         if response is not None:
-            said.append(Message("assistant", response))
-        roles = tuple(turn.role for turn in said)
+            chat.append(Message("assistant", response))
+        roles = tuple(turn.role for turn in chat)
         for_generation = response is None
-        rendered = self._render(said, for_generation=for_generation)
+        rendered = self._render(chat, for_generation=for_generation)
         is_short = len(roles) <= _CACHED_TURNS
         find_frame = self._cached_frame if is_short else self._render_frame
         # A template may write today's date.
         literals, markers = find_frame(roles, for_generation=for_generation, _day=date.today())
-        spans = self._content_spans(rendered, said, literals)
+        spans = self._content_spans(rendered, chat, literals)
         edges = [0, *(edge for span in spans for edge in span), len(rendered)]
         template = list(zip(edges[::2], edges[1::2], strict=True))
         tokens = self._contents.encode_chat(rendered, template)
@@ -226,10 +233,10 @@ class PromptEncoder:
                 "The text contains what the model's chat template writes between turns. Remove it, "
                 f"or {_USE_RAW}."
             )
-        parts = token_parts(turns, len(ids), has_response=response is not None)
-        pairs = zip(said, spans, strict=True)
+        token_roles = roles_of_tokens(turns, len(ids), has_response=response is not None)
+        pairs = zip(chat, spans, strict=True)
         skipped = [turn.content.find(rendered[start:end]) for turn, (start, end) in pairs]
-        encoded = EncodedPrompt(ids, parts, is_attributed=are_attributed(turns, roles))
+        encoded = EncodedPrompt(ids, token_roles, is_attributed=are_attributed(turns, roles))
         return encoded, _places(tokens, spans, skipped)
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
@@ -269,13 +276,15 @@ class PromptEncoder:
         self, roles: tuple[str, ...], *, for_generation: bool, _day: date
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The text of the template before, between and after turns of these roles: its markers."""
-        marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
-        marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
-        rendered = self._render(marked, for_generation=for_generation)
+        sentinels = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
+        placeholders = [
+            Message(role, sentinel) for role, sentinel in zip(roles, sentinels, strict=True)
+        ]
+        rendered = self._render(placeholders, for_generation=for_generation)
         literals: list[str] = []
         cursor = 0
-        for mark in marks:
-            start = rendered.find(mark, cursor)
+        for sentinel in sentinels:
+            start = rendered.find(sentinel, cursor)
             if start < 0:
                 raise SidelightError(
                     "The chat template leaves a turn out (roles: "
@@ -283,7 +292,7 @@ class PromptEncoder:
                     f"{_USE_RAW}."
                 )
             literals.append(rendered[cursor:start])
-            cursor = start + len(mark)
+            cursor = start + len(sentinel)
         tokens = self.tokenizer(rendered, add_special_tokens=False, verbose=False)
         literals.append(rendered[cursor:])
         return tuple(literals), self.chat_format.markers(tokens["input_ids"])
@@ -293,7 +302,7 @@ def _ids(tokens: Sequence[Token]) -> tuple[int, ...]:
     return tuple(token_id for token_id, _, _ in tokens)
 
 
-def _whole(token: Token) -> Range:
+def _token_range(token: Token) -> Range:
     """The range of a token; tokenizers that trim blanks give (end, end) for a blank one."""
     _, start, end = token
     return (end - 1 if start == end > 0 else start, end)
@@ -311,7 +320,7 @@ def _places(
             written the content in another way.
     """
     ends = [end for _, end in spans]
-    for first, last in map(_whole, tokens):
+    for first, last in map(_token_range, tokens):
         message = bisect_right(ends, first)
         if message == len(ends) or last <= spans[message][0] or skipped[message] < 0:
             yield None

@@ -58,9 +58,9 @@ _ALWAYS = (
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202c\u2066-\u2069"
 _SUSPECTS = rf"{_ALWAYS}\u200b-\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef"
 # Accents and vowel points, which are part of a word too.
-_MARKS = "\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670"
-_PART_OF_WORD = rf"\w|[{_SUSPECTS}{_MARKS}]"
-_NO_EDGE = rf"{_PART_OF_WORD}|[{_DIRECTIONS}]"
+_DIACRITICS = "\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670"
+_WORD_CHARACTER = rf"\w|[{_SUSPECTS}{_DIACRITICS}]"
+_NO_EDGE = rf"{_WORD_CHARACTER}|[{_DIRECTIONS}]"
 _JOINS = "|".join(
     (
         rf"(?:(?<=[{_PICTURES}])|(?<=[{_PICTURES}]\ufe0f))\u200d[{_PICTURES}]",
@@ -82,13 +82,13 @@ _UNNEEDED = (
 )
 _ANY_DIRECTION = rf"[{_DIRECTIONS}]+"
 # In a text that runs from right to left, only inside a word.
-_INSIDE_WORD = rf"(?<={_PART_OF_WORD})[{_DIRECTIONS}]+(?={_PART_OF_WORD})"
+_INSIDE_WORD = rf"(?<={_WORD_CHARACTER})[{_DIRECTIONS}]+(?={_WORD_CHARACTER})"
 _RUNS_LEFT = re.compile(f"[{_RIGHT_TO_LEFT}]")
 # Characters that may be invisible; a text without any is returned unchanged.
 _SUSPECT = re.compile(f"[{_SUSPECTS}{_DIRECTIONS}]")
 _INVISIBLE, _INVISIBLE_BESIDE_RTL = (
-    re.compile(f"({_FLAGS})|(?=[{_SUSPECTS}{_DIRECTIONS}])(?:{'|'.join((*_UNNEEDED, own))})")
-    for own in (_ANY_DIRECTION, _INSIDE_WORD)
+    re.compile(f"({_FLAGS})|(?=[{_SUSPECTS}{_DIRECTIONS}])(?:{'|'.join((*_UNNEEDED, needless))})")
+    for needless in (_ANY_DIRECTION, _INSIDE_WORD)
 )
 # Letters of scripts that have look-alikes in each other; of Greek these alone, since formulas mix.
 _SCRIPTS = (
@@ -100,7 +100,9 @@ _SCRIPTS = (
     "\u13a0-\u13ff\uab70-\uabbf",
 )
 _NOT_LATIN = re.compile(f"[{''.join(_SCRIPTS[1:])}]")
-_MIXED = re.compile("|".join(f"[{own}](?=[{''.join(_SCRIPTS)}])[^{own}]" for own in _SCRIPTS))
+_MIXED = re.compile(
+    "|".join(f"[{needless}](?=[{''.join(_SCRIPTS)}])[^{needless}]" for needless in _SCRIPTS)
+)
 
 
 def visible(text: str) -> str:

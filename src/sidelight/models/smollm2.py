@@ -157,9 +157,9 @@ def _convert(source: Path, target: Path) -> None:
         )
         tokenizer.model_max_length = MAX_TOKENS
         # A folder of its own: a temporary one can be read by its owner only.
-        staged = Path(scratch) / "model"
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        (staged / "config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", "utf-8")
+        converted = Path(scratch) / "model"
+        model.save_pretrained(converted)
+        tokenizer.save_pretrained(converted)
+        (converted / "config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", "utf-8")
         if not target.exists():
-            staged.rename(target)
+            converted.rename(target)

@@ -17,10 +17,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from sidelight.models.control_tokens import Tokenizer, control_tokens
-from sidelight.models.conversation import Part
+from sidelight.models.conversation import TokenRole
 
 # Any other role counts as a user.
-_PARTS = {"assistant": Part.REPLY, "tool": Part.TOOL, "system": Part.SYSTEM}
+_TOKEN_ROLES = {"assistant": TokenRole.REPLY, "tool": TokenRole.TOOL, "system": TokenRole.SYSTEM}
 OUTSIDE = "outside"
 """The role of text that stands before the first turn and that the template does not write."""
 
@@ -41,7 +41,9 @@ class Turn:
     stop: int
 
 
-def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tuple[Part, ...]:
+def roles_of_tokens(
+    turns: Sequence[Turn], tokens: int, *, has_response: bool
+) -> tuple[TokenRole, ...]:
     """The part of each token of a conversation.
 
     What surrounds turns without text is not read, so that they add nothing to what others say. Only
@@ -54,23 +56,27 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
     """
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), None)
     if first is None:
-        first, kinds = 0, [Part.PROMPT] * len(turns)
+        first, kinds = 0, [TokenRole.PROMPT] * len(turns)
     else:
-        kinds = [Part.UNREAD] * first
-        kinds += [_PARTS.get(turn.role, Part.PROMPT) for turn in turns[first:]]
+        kinds = [TokenRole.UNREAD] * first
+        kinds += [_TOKEN_ROLES.get(turn.role, TokenRole.PROMPT) for turn in turns[first:]]
     end = tokens
     if has_response and turns[-1].role == "assistant":
-        kinds[-1] = Part.RESPONSE
+        kinds[-1] = TokenRole.RESPONSE
         end = turns[-1].start
     begin = turns[first].start
-    parts = [Part.UNREAD] * begin + [Part.TEMPLATE] * (end - begin) + [Part.UNREAD] * (tokens - end)
+    token_roles = (
+        [TokenRole.UNREAD] * begin
+        + [TokenRole.TEMPLATE] * (end - begin)
+        + [TokenRole.UNREAD] * (tokens - end)
+    )
     has_text = any(turn.start < turn.stop for turn in turns[first:])
     ends = [*(turn.start for turn in turns[1:]), tokens]
     for turn, kind, next_start in zip(turns, kinds, ends, strict=True):
-        parts[turn.start : turn.stop] = [kind] * (turn.stop - turn.start)
+        token_roles[turn.start : turn.stop] = [kind] * (turn.stop - turn.start)
         if turn.start == turn.stop and has_text:
-            parts[turn.start : next_start] = [Part.UNREAD] * (next_start - turn.start)
-    return tuple(parts)
+            token_roles[turn.start : next_start] = [TokenRole.UNREAD] * (next_start - turn.start)
+    return tuple(token_roles)
 
 
 def are_attributed(turns: Sequence[Turn], roles: Iterable[str]) -> bool:
@@ -100,7 +106,7 @@ _NOT_A_TOKEN = "\ufffd"
 # What stands in for everything that a client can write in a turn, while a template is learned. Only
 # letters, since every vocabulary has them.
 _TURNS = "abcdef"
-_MARK = re.compile(f"sidelightmark([{_TURNS}])x")
+_SENTINEL = re.compile(f"sidelightmark([{_TURNS}])x")
 _ROLES = ("user", "assistant", "tool", "system")
 # Roles that may follow each other.
 _NEXT = {
@@ -113,10 +119,10 @@ _NEXT = {
 class ChatFormat:
     """The marks of turns in one chat template.
 
-    A turn begins where the tokens that the template writes before a role's content stand, whoever
-    wrote them, and reaches to the next such place, less what the template writes after a content.
-    So every token between two markers belongs to a turn, and text that imitates markers is read as
-    the model reads it.
+    A turn begins where the tokens that the template writes before a role's content stand,
+    whatever their source, and reaches to the next such place, less what the template writes after a
+    content. So every token between two markers belongs to a turn, and text that imitates markers is
+    read as the model reads it.
 
     Args:
         tokenizer: With a chat template.
@@ -241,29 +247,29 @@ def _literals(
     first: set[str] = set()
     after: set[tuple[str, str, bool]] = set()
 
-    def add(literal: str, *, role: str, marks: int, is_end: bool = False) -> None:
+    def add(literal: str, *, role: str, sentinels: int, is_end: bool = False) -> None:
         if not role:
             first.add(literal)
             return
-        if marks > 1:
+        if sentinels > 1:
             # The end of a call's arguments, which a content may end like.
             symbol = re.search(_SYMBOL, literal)
             literal = literal[symbol.start() :] if symbol else ""
         after.add((role, literal, is_end))
 
     for text, roles, is_for_generation in conversations:
-        cursor, role, turn, marks = 0, "", -1, 0
-        for mark in _MARK.finditer(text):
-            if _TURNS.index(mark[1]) == turn:
+        cursor, role, turn, sentinels = 0, "", -1, 0
+        for sentinel in _SENTINEL.finditer(text):
+            if _TURNS.index(sentinel[1]) == turn:
                 # What stands between the marks of one turn is part of its content.
-                marks += 1
+                sentinels += 1
             else:
-                add(text[cursor : mark.start()], role=role, marks=marks)
-                turn, marks = _TURNS.index(mark[1]), 1
+                add(text[cursor : sentinel.start()], role=role, sentinels=sentinels)
+                turn, sentinels = _TURNS.index(sentinel[1]), 1
                 role = roles[turn]
-                before[role].add(text[cursor : mark.start()])
-            cursor = mark.end()
-        add(text[cursor:], role=role, marks=marks, is_end=True)
+                before[role].add(text[cursor : sentinel.start()])
+            cursor = sentinel.end()
+        add(text[cursor:], role=role, sentinels=sentinels, is_end=True)
         if role and is_for_generation:
             before["assistant"].add(text[cursor:])
     return before, first, after
@@ -274,12 +280,12 @@ def _rendered(tokenizer: Tokenizer) -> Iterator[_Rendered]:
     for roles in (("system",), *_sequences(("user",), 5), *_sequences(("system", "user"), 5)):
         yield from _renderings(tokenizer, [_message(*turn) for turn in enumerate(roles)], roles)
     roles = ("user", "assistant", "tool", "tool", "assistant", "user")
-    mark = _message(1, "assistant")["content"]
-    arguments = {mark: mark}
+    sentinel = _message(1, "assistant")["content"]
+    arguments = {sentinel: sentinel}
     for written in (arguments, json.dumps(arguments)):
         messages = [_message(*turn) for turn in enumerate(roles)]
-        function = {"name": mark, "arguments": written}
-        call = {"id": mark, "type": "function", "function": function}
+        function = {"name": sentinel, "arguments": written}
+        call = {"id": sentinel, "type": "function", "function": function}
         messages[1] |= {"content": "", "tool_calls": [call]}
         for end in range(3, len(roles) + 1):
             yield from _renderings(tokenizer, messages[:end], roles[:end])
@@ -294,9 +300,9 @@ def _sequences(roles: tuple[str, ...], longest: int) -> Iterator[tuple[str, ...]
 
 
 def _message(index: int, role: str) -> dict[str, Any]:
-    mark = f"sidelightmark{_TURNS[index]}x"
-    message: dict[str, Any] = {"role": role, "content": mark}
-    return message | ({"tool_call_id": mark, "name": mark} if role == "tool" else {})
+    sentinel = f"sidelightmark{_TURNS[index]}x"
+    message: dict[str, Any] = {"role": role, "content": sentinel}
+    return message | ({"tool_call_id": sentinel, "name": sentinel} if role == "tool" else {})
 
 
 def _renderings(
@@ -335,25 +341,26 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
         literals = before[role] - taken
         taken |= literals
         # A template may write the system's and the tools' turns as the user's.
-        others = (
+        earlier = (
             set[str]().union(
-                *(before[other] for other in _ROLES[:2] if other != role), taken - literals
+                *(before[role_before] for role_before in _ROLES[:2] if role_before != role),
+                taken - literals,
             )
             - literals
         )
         for literal in sorted(literals, key=lambda text: (len(text), text)):
-            markers = [text for text, other_role in roles.items() if other_role == role]
+            markers = [text for text, text_role in roles.items() if text_role == role]
             begins = [literal.rfind(text) for text in markers if text in literal]
             if begins and re.search(_SYMBOL, literal):
                 marker = literal[max(begins) :]
             else:
-                marker = _shortest(literal, others, openers)
+                marker = _shortest(literal, earlier, openers)
             # A system's marker that only goes on in words where another role's ends can be imitated
             # by that role's content: then the system's text counts as part of that content.
             imitates = role == "system" and any(
                 marker.startswith(text) and not _CONTROL.search(marker, len(text))
-                for text, other_role in roles.items()
-                if other_role != role
+                for text, text_role in roles.items()
+                if text_role != role
             )
             if marker and not imitates:
                 roles.setdefault(marker, role)
@@ -367,14 +374,14 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
 _BLANKS = re.compile(r"[ĊĠĉč▁\s]|<0x(?:0[9AD]|20)>")
 
 
-def _shortest(literal: str, others: set[str], openers: set[str]) -> str:
+def _shortest(literal: str, earlier: set[str], openers: set[str]) -> str:
     """The shortest marker at the end of a literal, from a known first character if there is one."""
     starts = [symbol.start() for symbol in re.finditer(_SYMBOL, literal)]
     if not starts:
         # A template without control tokens marks turns by words, at the beginning of a line.
         return literal if _BLANKS.sub("", literal) else ""
     suffixes = [literal[start:] for start in reversed(starts)]
-    telling = [s for s in suffixes if not any(other.endswith(s) for other in others)]
+    telling = [s for s in suffixes if not any(text.endswith(s) for text in earlier)]
     return next((s for s in telling if s[0] in openers), telling[0] if telling else "")
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from sidelight.errors import SidelightError
 from sidelight.judges.question import FailureReason
 from sidelight.policy.rules import Action, BoundRule
-from sidelight.types import Judgement, Span, Verdict
+from sidelight.types import Span, Verdict, Verdicts
 
-DecisionOutcome = Literal["flagged", "passed", "failed", "unfinished"]
+DecisionStatus = Literal["flagged", "passed", "failed", "unfinished"]
 Agreement = Literal["same", "different", "failed"]
 
 
@@ -88,11 +88,11 @@ class Decision:
         """What the verdict comes from."""
         if self.verdict is None:
             return "nothing"
-        is_judged = self.second is not None and self.second.probability is not None
-        return "judge" if is_judged else "probe"
+        has_opinion = self.second is not None and self.second.probability is not None
+        return "judge" if has_opinion else "probe"
 
     @property
-    def outcome(self) -> DecisionOutcome:
+    def status(self) -> DecisionStatus:
         if self.is_unfinished:
             return "unfinished"
         if self.verdict is None:
@@ -137,21 +137,21 @@ class PolicyError(SidelightError):
         self.status = status
 
 
-def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
-    """The decisions on the judgement of a text of so many tokens.
+def decide(bound: BoundRule, verdicts: Verdicts, *, tokens: int) -> Decision:
+    """The decisions on the verdicts about a text of so many tokens.
 
     A missing verdict is never taken for a harmless one.
     """
     is_too_long = bound.is_too_long(tokens)
-    verdict = None if is_too_long else judgement.verdict(bound.name)
-    deferred, tools = None, judgement.tools
+    verdict = None if is_too_long else verdicts.verdict(bound.name)
+    deferred, tools = None, verdicts.tools
     is_of_tools = bound.rule.turns == "tool" and tools is not None
     if verdict is not None and bound.is_redacting and verdict.spans is None:
         verdict = None
     if verdict is not None:
         if bound.rule.defer is not None:
-            alone = tools.verdict(bound.name) if is_of_tools and tools else verdict
-            scored = None if alone is None else bound.decide(alone)
+            isolated = tools.verdict(bound.name) if is_of_tools and tools else verdict
+            scored = None if isolated is None else bound.decide(isolated)
             deferred = scored if scored and bound.defers(scored) else None
         verdict = _decided(bound, verdict, tools)
     return Decision(
@@ -164,12 +164,12 @@ def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
     )
 
 
-def _decided(bound: BoundRule, verdict: Verdict, tools: Judgement | None) -> Verdict:
+def _decided(bound: BoundRule, verdict: Verdict, tools: Verdicts | None) -> Verdict:
     """The verdict at the rule's thresholds, which turns that do not count do not reach."""
     if bound.rule.turns == "all" or tools is None:
         return bound.decide(verdict)
-    alone = tools.verdict(bound.name)
-    if alone is not None and (decided := bound.decide(alone)).flagged:
+    isolated = tools.verdict(bound.name)
+    if isolated is not None and (decided := bound.decide(isolated)).flagged:
         return decided
     return bound.probe.task.decide(
         bound.name, verdict.probabilities, {}, turn=verdict.turn, version=verdict.version

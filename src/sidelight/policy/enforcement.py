@@ -9,7 +9,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
+from sidelight.engines.base import (
+    Event,
+    PromptClassified,
+    ResponseScored,
+    TextDelta,
+    verdict_failure,
+)
 from sidelight.models.conversation import Conversation, PlainText
 from sidelight.models.invisible import Invisible
 from sidelight.policy.decisions import Decision, PolicyError, decide
@@ -19,25 +25,27 @@ from sidelight.policy.second_stage import AsksJudges, SecondStage
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Judgement by one side's probes: of a prompt that may be answered, or of an answer so far."""
+class Classified:
+    """Classification by one side's probes: of a prompt that may be answered, or of an answer so
+    far.
+    """
 
     tokens: int
     decisions: tuple[Decision, ...]
 
 
-# What may be sent of an answer: ``Judged`` of the prompt, any number of ``TextDelta`` and, if they
-# are asked for, of ``Judged`` of the answer, ``Ended``.
-Passed = Judged | TextDelta | Ended
+# What may be sent of an answer: ``Classified`` of the prompt, any number of ``TextDelta`` and, if
+# they are asked for, of ``Classified`` of the answer, ``Ended``.
+Passed = Classified | TextDelta | Ended
 
 
 class TextObserver(Protocol):
     """Records what happens to one text. An error that it raises ends the text."""
 
-    def prompt(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
+    def prompt(self, event: PromptClassified, decisions: Sequence[Decision]) -> None:
         """The prompt was judged."""
 
-    def late(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
+    def shadow_opinions(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
         """Judges were asked about probes in shadow mode, beside which others had decided."""
 
     def read(self, event: Event) -> None:
@@ -56,7 +64,7 @@ class Enforcement:
     Args:
         rules: One for every loaded probe, whether or not the client chose it.
         observe: Gives the observer of the text when the work on it begins.
-        tells_scores: Whether to pass what probes of the output say after each token.
+        stream_scores: Whether to pass what probes of the output say after each token.
         judges: Asks the judges that rules defer to; None: no rule does.
         invisible: How the policy handles invisible characters.
 
@@ -70,28 +78,28 @@ class Enforcement:
         rules: Sequence[BoundRule],
         observe: Callable[[Conversation], TextObserver],
         *,
-        tells_scores: bool = False,
+        stream_scores: bool = False,
         judges: AsksJudges | None = None,
         invisible: Invisible = "off",
     ):
         assert judges is not None or not any(bound.rule.defer for bound in rules), "no judges"
-        self._tells_scores = tells_scores
+        self._stream_scores = stream_scores
         self._judges = judges
         self._invisible: Invisible = invisible
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
-        self._decided: tuple[PromptJudged, tuple[Decision, ...]] | None = None
-        self.admitted: Judged | None = None
+        self._decided: tuple[PromptClassified, tuple[Decision, ...]] | None = None
+        self.admitted: Classified | None = None
         self.ended: Ended | None = None
 
     @property
-    def watch(self) -> list[str]:
+    def monitored(self) -> list[str]:
         """The probes to read after each token: those of the output, if one may cut or redact it."""
-        is_read = self._tells_scores or any(bound.is_enforced for bound in self._output)
+        is_read = self._stream_scores or any(bound.is_enforced for bound in self._output)
         return [bound.name for bound in self._output] if is_read else []
 
-    def admits(self, event: PromptJudged) -> bool:
+    def admits(self, event: PromptClassified) -> bool:
         """Whether the prompt is answered; the engine asks before it draws the first token.
 
         A prompt that a judge decides about is answered, and nothing of it is sent until it has.
@@ -118,22 +126,24 @@ class Enforcement:
         observer = self._observe(text)
         async with aclosing(events):
             prompt = await anext(events)
-            assert isinstance(prompt, PromptJudged)
-            decisions, stage = self._decisions(prompt), None
+            assert isinstance(prompt, PromptClassified)
+            decisions, second_stage = self._decisions(prompt), None
             if self._judges is not None and self.admits(prompt):
                 asked = text if asked is None else asked
-                stage = SecondStage(self._judges, asked, decisions, invisible=self._invisible)
-                decisions = await _settled(decisions, stage, observer)
-            observer.prompt(prompt, _without_late(decisions, stage))
+                second_stage = SecondStage(
+                    self._judges, asked, decisions, invisible=self._invisible
+                )
+                decisions = await _after_second_stage(decisions, second_stage, observer)
+            observer.prompt(prompt, _without_shadow_opinions(decisions, second_stage))
             _require_passed(prompt, decisions)
-            self.admitted = Judged(prompt.tokens, decisions)
+            self.admitted = Classified(prompt.tokens, decisions)
             yield self.admitted
             holding = HoldBack(self._output)
             is_begun = False
             try:
                 async for event in events:
                     observer.read(event)
-                    passing = self._passed(event, events, holding, stage, observer)
+                    passing = self._passed(event, events, holding, second_stage, observer)
                     async with aclosing(passing) as passed:
                         async for each in passed:
                             is_begun = True
@@ -148,7 +158,7 @@ class Enforcement:
         event: Event,
         events: AsyncGenerator[Event, None],
         holding: HoldBack,
-        stage: SecondStage | None,
+        second_stage: SecondStage | None,
         observer: TextObserver,
     ) -> AsyncGenerator[Passed, None]:
         """What may be sent after an event, once the judges that it leads to have answered."""
@@ -157,12 +167,14 @@ class Enforcement:
             if passed and isinstance(ended := passed[-1], Ended):
                 # Before the last of the text is sent, with the engine's slot already free.
                 await events.aclose()
-                if stage is not None:
-                    own = await _settled(ended.decisions, stage, observer, response=holding.text)
-                    ended = replace(ended, decisions=own)
+                if second_stage is not None:
+                    decisions = await _after_second_stage(
+                        ended.decisions, second_stage, observer, response=holding.text
+                    )
+                    ended = replace(ended, decisions=decisions)
                     passed = [*passed[:-1], ended]
                 self.ended = ended
-                observer.end(_without_late(ended.decisions, stage))
+                observer.end(_without_shadow_opinions(ended.decisions, second_stage))
             for each in (*running, *passed):
                 if isinstance(each, TextDelta):
                     observer.delta()
@@ -170,59 +182,63 @@ class Enforcement:
             questions = holding.questions()
             if self.ended is not None or not questions:
                 return
-            assert stage is not None, "rules that defer come with judges"
+            assert second_stage is not None, "rules that defer come with judges"
             opinions = await asyncio.gather(
-                *(stage.opinion(bound, holding.text) for bound in questions)
+                *(second_stage.opinion(bound, holding.text) for bound in questions)
             )
             names = (bound.name for bound in questions)
             passed, running = holding.answer(dict(zip(names, opinions, strict=True))), ()
 
-    def _running(self, event: Event) -> Sequence[Judged]:
+    def _running(self, event: Event) -> Sequence[Classified]:
         """What probes of the output say so far, if it is passed on."""
-        if not self._tells_scores or not isinstance(event, ResponseScored):
+        if not self._stream_scores or not isinstance(event, ResponseScored):
             return ()
         scores = _decide_all(self._output, event)
         nothing = (replace(each, action="none", deferred=None) for each in scores)
-        return [Judged(event.tokens, tuple(nothing))]
+        return [Classified(event.tokens, tuple(nothing))]
 
-    def _decisions(self, prompt: PromptJudged) -> tuple[Decision, ...]:
+    def _decisions(self, prompt: PromptClassified) -> tuple[Decision, ...]:
         """The decisions on the prompt, made once for equal verdicts."""
         if self._decided is None or self._decided[0] != prompt:
             self._decided = prompt, _decide_all(self._input, prompt)
         return self._decided[1]
 
 
-async def _settled(
+async def _after_second_stage(
     decisions: Sequence[Decision],
-    stage: SecondStage,
+    second_stage: SecondStage,
     observer: TextObserver,
     *,
     response: str | None = None,
 ) -> tuple[Decision, ...]:
-    """The decisions, with what judges say; those of shadows come later, and nobody waits."""
+    """The decisions, with what judges say; those of shadows come later, without delay for the
+    client.
+    """
     shadows = [d for d in decisions if d.rule.is_shadow and d.deferred is not None]
-    settled = await stage.settle([d for d in decisions if d not in shadows], response)
+    decided = await second_stage.resolve([d for d in decisions if d not in shadows], response)
 
     async def later() -> None:
-        observer.late(await stage.settle(shadows, response), settled)
+        observer.shadow_opinions(await second_stage.resolve(shadows, response), decided)
 
     if shadows:
-        stage.judges.later(later())
-    by_name = {decision.rule.name: decision for decision in settled}
+        second_stage.judges.later(later())
+    by_name = {decision.rule.name: decision for decision in decided}
     return tuple(by_name.get(decision.rule.name, decision) for decision in decisions)
 
 
-def _without_late(decisions: Sequence[Decision], stage: SecondStage | None) -> Sequence[Decision]:
+def _without_shadow_opinions(
+    decisions: Sequence[Decision], second_stage: SecondStage | None
+) -> Sequence[Decision]:
     """The decisions that are made; those that a judge is still asked about are recorded later."""
     if all(decision.deferred is None for decision in decisions):
         return decisions
-    if stage is None:
+    if second_stage is None:
         return [replace(decision, deferred=None) for decision in decisions]
     return [decision for decision in decisions if decision.deferred is None]
 
 
 def check_decisions(
-    rules: Sequence[BoundRule], event: PromptJudged, sides: Collection[Side]
+    rules: Sequence[BoundRule], event: PromptClassified, sides: Collection[Side]
 ) -> list[Decision]:
     """The decisions of the probes on a text after which nothing is written."""
     return [*_decide_all([bound for bound in rules if bound.side in sides], event)]
@@ -231,7 +247,7 @@ def check_decisions(
 async def checked_decisions(
     decisions: Sequence[Decision],
     observer: TextObserver,
-    stage: SecondStage | None,
+    second_stage: SecondStage | None,
     response: str | None = None,
 ) -> list[Decision]:
     """The decisions, with what judges say.
@@ -241,13 +257,13 @@ async def checked_decisions(
     Args:
         decisions: Of ``check_decisions``.
         observer: Of the text.
-        stage: Asks judges; None: no rule defers.
+        second_stage: Asks judges; None: no rule defers.
         response: The answer in the text, as judges get it.
     """
-    if stage is not None:
-        decisions = await _settled(decisions, stage, observer, response=response)
-    shown: dict[Action, Action] = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
-    return [replace(d, action=shown.get(d.action, d.action)) for d in decisions]
+    if second_stage is not None:
+        decisions = await _after_second_stage(decisions, second_stage, observer, response=response)
+    reported: dict[Action, Action] = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
+    return [replace(d, action=reported.get(d.action, d.action)) for d in decisions]
 
 
 def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None:
@@ -265,9 +281,9 @@ def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None
 
 
 def _decide_all(
-    rules: Sequence[BoundRule], event: PromptJudged | ResponseScored
+    rules: Sequence[BoundRule], event: PromptClassified | ResponseScored
 ) -> tuple[Decision, ...]:
-    return tuple(decide(bound, event.judgement, tokens=event.tokens) for bound in rules)
+    return tuple(decide(bound, event.verdicts, tokens=event.tokens) for bound in rules)
 
 
 def _is_refused(decision: Decision) -> bool:
@@ -275,7 +291,7 @@ def _is_refused(decision: Decision) -> bool:
     return decision.is_blocking and decision.deferred is None
 
 
-def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
+def _require_passed(event: PromptClassified, decisions: Sequence[Decision]) -> None:
     blocked = [d for d in decisions if d.action == "block"]
     if blocked:
         message = f"The prompt was blocked by {_names(blocked)}."
@@ -285,7 +301,7 @@ def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
         return
     status = 400
     too_long = next((d.rule for d in failed if d.is_too_long), None)
-    chats_only = [d for d in failed if not d.rule.probe.can_judge(is_plain=event.is_plain)]
+    chats_only = [d for d in failed if not d.rule.probe.can_classify(is_plain=event.is_plain)]
     if too_long is not None:
         message = (
             f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' may judge at most "

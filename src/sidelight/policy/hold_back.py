@@ -27,15 +27,15 @@ from sidelight.engines.base import (
     Event,
     Finished,
     FinishReason,
-    PromptJudged,
+    PromptClassified,
     ResponseScored,
     TextDelta,
 )
 from sidelight.policy.decisions import Decision, SecondOpinion, decide
 from sidelight.policy.redaction import redacted
 from sidelight.policy.rules import BoundRule
-from sidelight.policy.second_stage import judged_verdict
-from sidelight.types import Judgement, Span, Verdict
+from sidelight.policy.second_stage import opinion_verdict
+from sidelight.types import Span, Verdict, Verdicts
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Ended:
     decisions: tuple[Decision, ...]
 
 
-def redacted_spans(rules: Iterable[BoundRule], judgement: Judgement) -> list[Span]:
+def redacted_spans(rules: Iterable[BoundRule], verdicts: Verdicts) -> list[Span]:
     """The words of an answer that rules redact."""
     return [
         span
         for bound in rules
-        if bound.is_redacting and (verdict := judgement.verdict(bound.name)) is not None
+        if bound.is_redacting and (verdict := verdicts.verdict(bound.name)) is not None
         for span in bound.decide(verdict).spans or ()
     ]
 
@@ -74,15 +74,15 @@ class HoldBack:
         self._enforced = {bound.name: _RuleState(bound) for bound in rules if bound.is_enforced}
         self._redacts = any(bound.is_redacting for bound in rules)
         self._keeps_text = bool(self._enforced) or any(bound.rule.defer for bound in rules)
-        self._held: list[TextDelta] = []
+        self._pending: list[TextDelta] = []
         # All that was written, and how many characters of it were released.
         self._text = ""
         self._released = 0
-        # Characters that keep their spans, whatever follows; None: nobody knows.
-        self._settled: int | None = None
+        # Number of leading characters whose spans are final; None if unknown.
+        self._final_end: int | None = None
         self._scored_tokens = 0
         self._written_tokens = 0
-        self._running = Judgement()
+        self._running = Verdicts()
         # The text is complete, and a judge is still asked about it.
         self._finished: Finished | None = None
 
@@ -116,13 +116,13 @@ class HoldBack:
                     self._text += event.text
                 if not self._enforced:
                     return [event]
-                self._held.append(event)
+                self._pending.append(event)
                 return []
             case ResponseScored():
                 return self._after_score(event)
             case Finished():
                 return self._after_all(event)
-            case PromptJudged():
+            case PromptClassified():
                 return []
 
     def unfinished(self) -> list[Decision]:
@@ -131,8 +131,8 @@ class HoldBack:
         return [replace(d, action="none", is_unfinished=True, deferred=None) for d in known]
 
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
-        self._scored_tokens, self._settled = event.tokens, event.settled
-        self._running = event.judgement
+        self._scored_tokens, self._final_end = event.tokens, event.final_characters
+        self._running = event.verdicts
         for state in self._enforced.values():
             state.step(self._running, tokens=event.tokens)
         return self._after_step()
@@ -144,10 +144,10 @@ class HoldBack:
         if any(tokens < state.first_decidable_token for state in states):
             return []
         tokens = min((state.released_tokens(tokens) for state in states), default=tokens)
-        characters = self._final_characters(self._settled or 0) if self._redacts else None
+        characters = self._final_characters(self._final_end or 0) if self._redacts else None
         return self._release(tokens, self._running, characters=characters)
 
-    def _final_characters(self, settled: int) -> int:
+    def _final_characters(self, final: int) -> int:
         """The first characters whose placeholders are final.
 
         A later word may join the last span, so a rule that ignores spans cannot tell yet.
@@ -156,38 +156,38 @@ class HoldBack:
             verdict = self._running.verdict(bound.name)
             if bound.is_redacting and bound.rule.ignore is not None and verdict is not None:
                 for span in verdict.spans or ():
-                    if span.end >= settled:
-                        settled = min(settled, span.start)
-        return settled
+                    if span.end >= final:
+                        final = min(final, span.start)
+        return final
 
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
-        judgement, tokens = event.judgement, self._written_tokens
+        verdicts, tokens = event.verdicts, self._written_tokens
         for state in self._enforced.values():
-            state.finish(judgement, tokens=tokens, is_judged=self._scored_tokens >= tokens)
-        self._running, self._finished = judgement, event
+            state.finish(verdicts, tokens=tokens, is_scored=self._scored_tokens >= tokens)
+        self._running, self._finished = verdicts, event
         return [] if self.questions() else self._end(event)
 
     def _end(self, event: Finished) -> Sequence[TextDelta | Ended]:
-        judgement, tokens = event.judgement, self._written_tokens
+        verdicts, tokens = event.verdicts, self._written_tokens
         if any(state.is_cut for state in self._enforced.values()):
-            return [self._cut(judgement)]
-        decisions = self._decisions(judgement)
+            return [self._cut(verdicts)]
+        decisions = self._decisions(verdicts)
         end = Ended(event.reason, event.completion_tokens, decisions)
-        if self._redacts and event.is_stopped and self._settled is not None:
-            self._drop_unsettled_words(self._settled, redacted_spans(self._rules, judgement))
-        return [*self._release(tokens, judgement), end]
+        if self._redacts and event.is_stopped and self._final_end is not None:
+            self._drop_unsettled_words(self._final_end, redacted_spans(self._rules, verdicts))
+        return [*self._release(tokens, verdicts), end]
 
     def _release(
-        self, tokens: int, judgement: Judgement, *, characters: int | None = None
+        self, tokens: int, verdicts: Verdicts, *, characters: int | None = None
     ) -> list[TextDelta]:
         """The held text that comes from the first tokens, and ends within the first characters."""
-        spans = redacted_spans(self._rules, judgement)
+        spans = redacted_spans(self._rules, verdicts)
         released: list[TextDelta] = []
-        while self._held and self._held[0].tokens <= tokens:
-            end = self._released + len(self._held[0].text)
+        while self._pending and self._pending[0].tokens <= tokens:
+            end = self._released + len(self._pending[0].text)
             if characters is not None and end > characters:
                 break
-            delta = self._held.pop(0)
+            delta = self._pending.pop(0)
             if spans:
                 text = redacted(self._text, spans, start=self._released, end=end)
                 delta = replace(delta, text=text)
@@ -203,22 +203,22 @@ class HoldBack:
         if not re.search(r"\w", self._text[characters:]):
             return
         self._text, start = self._text[:characters], self._released
-        for i, delta in enumerate(self._held):
+        for i, delta in enumerate(self._pending):
             end = start + len(delta.text)
-            self._held[i] = replace(delta, text=self._text[start:end])
+            self._pending[i] = replace(delta, text=self._text[start:end])
             start = end
 
-    def _cut(self, judgement: Judgement) -> Ended:
-        self._held.clear()
+    def _cut(self, verdicts: Verdicts) -> Ended:
+        self._pending.clear()
         tokens = max(self._scored_tokens, self._written_tokens)
-        return Ended("content_filter", tokens, self._decisions(judgement))
+        return Ended("content_filter", tokens, self._decisions(verdicts))
 
-    def _decisions(self, judgement: Judgement) -> tuple[Decision, ...]:
+    def _decisions(self, verdicts: Verdicts) -> tuple[Decision, ...]:
         tokens = max(self._scored_tokens, self._written_tokens)
         return tuple(
-            self._enforced[bound.name].decision(judgement, tokens=tokens)
+            self._enforced[bound.name].decision(verdicts, tokens=tokens)
             if bound.is_enforced
-            else decide(bound, judgement, tokens=self._written_tokens)
+            else decide(bound, verdicts, tokens=self._written_tokens)
             for bound in self._rules
         )
 
@@ -237,7 +237,7 @@ class _RuleState:
         hold_back = rule.consecutive if rule.hold_back is None else rule.hold_back
         self.bound = bound
         # What a rule that redacts holds back are characters.
-        self._held_tokens = hold_back if bound.is_blocking else 0
+        self._hold_back_tokens = hold_back if bound.is_blocking else 0
         self.first_decidable_token = rule.warm_up + rule.consecutive if bound.is_blocking else 0
         self._has_flagged = False
         self._has_failed = False
@@ -254,8 +254,8 @@ class _RuleState:
     def released_tokens(self, tokens: int) -> int:
         """How many of so many judged tokens may be sent."""
         if self._deferral is not None:
-            return self._deferral.released_tokens(tokens, self._held_tokens)
-        return tokens - self._held_tokens
+            return self._deferral.released_tokens(tokens, self._hold_back_tokens)
+        return tokens - self._hold_back_tokens
 
     def is_due(self, *, tokens: int, is_end: bool) -> bool:
         """Whether its judge is to be asked now."""
@@ -270,9 +270,9 @@ class _RuleState:
         else:
             self._has_flagged |= flagged
 
-    def step(self, judgement: Judgement, *, tokens: int) -> None:
+    def step(self, verdicts: Verdicts, *, tokens: int) -> None:
         """Takes the scores of one more token; one without a score is a failure."""
-        verdict = decide(self.bound, judgement, tokens=tokens).verdict
+        verdict = decide(self.bound, verdicts, tokens=tokens).verdict
         is_next, self._tokens = tokens == self._tokens + 1, tokens
         if verdict is not None and not all(map(math.isfinite, verdict.probabilities.values())):
             verdict = None
@@ -287,30 +287,30 @@ class _RuleState:
             if is_complete:
                 self._deferral.is_flagged_by_probe = True
 
-    def finish(self, judgement: Judgement, *, tokens: int, is_judged: bool) -> None:
+    def finish(self, verdicts: Verdicts, *, tokens: int, is_scored: bool) -> None:
         """Takes the verdict on the whole text; an empty one has nothing to judge."""
         if not tokens:
             return
-        verdict = decide(self.bound, judgement, tokens=tokens).verdict
-        if verdict is None or not is_judged:
+        verdict = decide(self.bound, verdicts, tokens=tokens).verdict
+        if verdict is None or not is_scored:
             self._has_failed = True
         elif self._deferral is not None:
             self._deferral.finish(verdict, tokens)
         else:
             self._has_flagged |= verdict.flagged and self.bound.is_blocking
 
-    def decision(self, judgement: Judgement, *, tokens: int) -> Decision:
+    def decision(self, verdicts: Verdicts, *, tokens: int) -> Decision:
         second = None if self._deferral is None else self._deferral.opinion(self._has_flagged)
         if self._has_failed and not self._has_flagged:
-            return replace(decide(self.bound, Judgement(), tokens=tokens), second=second)
+            return replace(decide(self.bound, Verdicts(), tokens=tokens), second=second)
         if self.bound.is_redacting:
-            return decide(self.bound, judgement, tokens=tokens)
-        verdict = judgement.verdict(self.bound.name)
+            return decide(self.bound, verdicts, tokens=tokens)
+        verdict = verdicts.verdict(self.bound.name)
         if verdict is None:
             return Decision(self.bound, None, "none", second=second)
         verdict = self.bound.decide(verdict)
         if second is not None:
-            verdict = judged_verdict(self.bound, verdict, is_flagged=self._has_flagged)
+            verdict = opinion_verdict(self.bound, verdict, is_flagged=self._has_flagged)
         action = "block" if self._has_flagged else "none"
         return Decision(self.bound, verdict, action, second=second)
 
@@ -365,10 +365,10 @@ class _Deferral:
             return False
         return is_end or self._asked is None or tokens - self._asked >= self._every
 
-    def released_tokens(self, tokens: int, held: int) -> int:
+    def released_tokens(self, tokens: int, hold_back: int) -> int:
         if self._open is None:
-            return max(self._passed, tokens - held)
-        return max(self._passed, min(tokens, self._open - 1) - held)
+            return max(self._passed, tokens - hold_back)
+        return max(self._passed, min(tokens, self._open - 1) - hold_back)
 
     def answer(self, opinion: SecondOpinion, tokens: int) -> bool | None:
         """Whether the text is flagged; None: nothing says so, and the rule's failure holds."""

@@ -52,14 +52,14 @@ class Ignore:
                     f"Cannot read {path}, which a rule ignores the words of: {error}. Name a text "
                     "file in UTF-8 with one entry per line."
                 ) from error
-        whole = replace(self, words=words, file=None)
-        for source, pattern in zip(self.patterns, whole._patterns, strict=True):
+        complete = replace(self, words=words, file=None)
+        for source, pattern in zip(self.patterns, complete._patterns, strict=True):
             if pattern.fullmatch("") is not None:
                 raise SidelightError(
                     f"The pattern '{source}' under 'ignore' also matches an empty text, so it may "
                     "match anything. Write one that needs at least a character that you mean."
                 )
-        return whole
+        return complete
 
     @cached_property
     def _words(self) -> frozenset[str]:
@@ -72,11 +72,11 @@ class Ignore:
 
 def split(spans: Iterable[Span], ignore: Ignore) -> tuple[list[Span], list[Span]]:
     """The spans that count, and those that are ignored."""
-    kept: list[Span] = []
+    counted: list[Span] = []
     ignored: list[Span] = []
     for span in spans:
-        (ignored if ignore.covers(span) else kept).append(span)
-    return kept, ignored
+        (ignored if ignore.covers(span) else counted).append(span)
+    return counted, ignored
 
 
 def _normalised(text: str) -> str:

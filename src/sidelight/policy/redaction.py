@@ -18,13 +18,13 @@ def redacted(text: str, spans: Iterable[Span], *, start: int = 0, end: int | Non
         end: The one after the last; None: that of the text.
     """
     end = len(text) if end is None else end
-    pieces: list[str] = []
+    segments: list[str] = []
     written, run_end = start, 0
     for span in sorted(spans, key=lambda span: (span.start, span.label)):
         if span.start >= end:
             break
         if span.start >= max(start, run_end):
-            pieces += [text[written : span.start], f"[{span.label}]"]
+            segments += [text[written : span.start], f"[{span.label}]"]
         run_end = max(run_end, span.end)
         written = min(max(written, run_end), end)
-    return "".join([*pieces, text[written:end]])
+    return "".join([*segments, text[written:end]])

@@ -1,9 +1,9 @@
 """The terms of one request, and its outcome, as clients and gateways see it.
 
-Both servers fix the ``Terms`` before they judge anything, and keep an ``Outcome`` while they
-answer. Two words say what a client gets: the probes that answers report are ``chosen``, and what it
-sees of their decisions is ``Disclosed``. Answers are written from that type alone, with two
-exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
+Both servers fix the ``RequestContext`` before they judge anything, and keep a ``RequestResult``
+while they answer. Two words say what a client gets: the probes that answers report are ``chosen``,
+and what it sees of their decisions is ``VisibleVerdict``. Answers are written from that type alone,
+with two exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
 ``server.guardrail`` names every probe that flags in LiteLLM's ``blocked_reason``. Each client drops
 other fields that it does not know, so the same verdicts go into a header, the typed ``moderation``
 field, and the ``sidelight`` field.
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from sidelight.engines.base import verdict_failure
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.policy.decisions import Decision, PolicyError
-from sidelight.policy.enforcement import Enforcement, Judged, TextObserver
+from sidelight.policy.enforcement import Classified, Enforcement, TextObserver
 from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.policy.second_stage import AsksJudges
 from sidelight.probes.probe import Probe
@@ -39,7 +39,7 @@ CategoryNames = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Disclosed:
+class VisibleVerdict:
     """One probe's decision as a client sees it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Disclosed:
         verdict: As ``labels_only`` gives it if there are no scores; None: the probe gave none.
         has_scores: Whether the verdict's probabilities are the probe's.
         is_too_long: As in the decision.
-        marks: As the rule gives them.
+        headers: As the rule gives them.
         decided_by: What the verdict comes from, and what a judge said; None: it is not disclosed.
     """
 
@@ -57,7 +57,7 @@ class Disclosed:
     verdict: Verdict | None
     has_scores: bool
     is_too_long: bool
-    marks: Sequence[tuple[str, str]]
+    headers: Sequence[tuple[str, str]]
     decided_by: Json | None = None
 
     def to_json(self) -> Json:
@@ -93,13 +93,15 @@ def labels_only(verdict: Verdict) -> Verdict:
     would rank scores that are withheld. Nor are there ``spans``, which would tell what to change.
     """
     label = verdict.labels[0] if verdict.labels else ""
-    held = {name: float(name in verdict.labels) for name in verdict.probabilities}
+    indicators = {name: float(name in verdict.labels) for name in verdict.probabilities}
     version = verdict.version
-    return Verdict(verdict.probe, label, verdict.labels, held, verdict.flagged, version=version)
+    return Verdict(
+        verdict.probe, label, verdict.labels, indicators, verdict.flagged, version=version
+    )
 
 
 @dataclass(frozen=True)
-class Terms:
+class RequestContext:
     """The terms of one request, which do not change while it is served.
 
     Attributes:
@@ -109,7 +111,7 @@ class Terms:
         chosen: The probes that answers report, in order; none of them is a shadow.
         observe: Gives the observer of a text; with ``is_prompt_known``, the decisions on its
             prompt are recorded already.
-        sees_all: Whether who asks sees what rules do not disclose.
+        is_admin: Whether who asks sees what rules do not disclose.
         judges: Asks those that rules defer to; None: no rule does.
     """
 
@@ -118,10 +120,10 @@ class Terms:
     rules: tuple[BoundRule, ...]
     chosen: tuple[BoundRule, ...]
     observe: Callable[..., TextObserver] = field(compare=False)
-    sees_all: bool = False
+    is_admin: bool = False
     judges: AsksJudges | None = field(default=None, compare=False)
 
-    def choose(self, names: Sequence[str] | None, *, for_text: bool = False) -> "Terms":
+    def choose(self, names: Sequence[str] | None, *, for_text: bool = False) -> "RequestContext":
         """The same, reporting the probes of these names; None: all that clients see.
 
         Args:
@@ -144,7 +146,7 @@ class Terms:
             chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_enforced)
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
-    def with_enforced(self) -> "Terms":
+    def with_enforced(self) -> "RequestContext":
         """The same, also reporting every probe whose rule blocks or redacts."""
         names = {bound.name for bound in self.chosen}
         enforced = (b for b in self.rules if b.mode in ("block", "redact") and b.name not in names)
@@ -190,26 +192,26 @@ class Terms:
         names = {bound.name for bound in self.chosen}
         return [decision for decision in decisions if decision.rule.name in names]
 
-    def disclosed(self, decisions: Iterable[Decision]) -> list[Disclosed]:
+    def visible(self, decisions: Iterable[Decision]) -> list[VisibleVerdict]:
         """The decisions of the chosen probes, as the client sees them."""
-        return disclosed_by(self.of_chosen(decisions), sees_all=self.sees_all)
+        return visible_to(self.of_chosen(decisions), is_admin=self.is_admin)
 
     def entries(self, decisions: Iterable[Decision]) -> list[Json]:
         """The entries of the ``sidelight`` field: verdicts, then the probes that gave none."""
-        return _entries(self.disclosed(decisions))
+        return _entries(self.visible(decisions))
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks of every probe for a gateway."""
-        marks = _marks(disclosed_by(decisions, sees_all=self.sees_all))
-        return {**_verdict_header(self.disclosed(decisions)), **marks}
+        headers = _rule_headers(visible_to(decisions, is_admin=self.is_admin))
+        return {**_verdict_header(self.visible(decisions)), **headers}
 
     def moderation(self, decisions: Iterable[Decision], not_run: str) -> Json:
         """One side of the ``moderation`` field; ``not_run`` if no chosen probe is on that side."""
-        disclosed = self.disclosed(decisions)
-        failed = [each for each in disclosed if each.verdict is None]
+        visible_verdicts = self.visible(decisions)
+        failed = [each for each in visible_verdicts if each.verdict is None]
         if failed:
             return _error("verdict_failed", _failure(failed))
-        if not disclosed:
+        if not visible_verdicts:
             return _error("not_run", not_run)
         results = [
             {
@@ -217,37 +219,37 @@ class Terms:
                 "model": each.probe,
                 **category_fields([each], self.categories),
             }
-            for each in disclosed
+            for each in visible_verdicts
         ]
         return {"type": "moderation_results", "model": self.model, "results": results}
 
 
-class Outcome:
+class RequestResult:
     """The outcome of a request so far: the texts that follow each of its prompts.
 
     Attributes:
-        terms: What holds for it.
+        context: What holds for it.
         texts: For each prompt, its texts.
         refusal: Why it is refused, if it is.
         adapter: The LoRA adapter that writes its texts; None: the model by itself.
     """
 
-    def __init__(self, terms: Terms):
-        self.terms = terms
+    def __init__(self, context: RequestContext):
+        self.context = context
         self.texts: list[list[Enforcement]] = []
         self.refusal: SidelightError | None = None
         self.adapter: str | None = None
 
-    def begin(self, texts: int, *, tells_scores: bool = False) -> list[Enforcement]:
+    def begin(self, texts: int, *, stream_scores: bool = False) -> list[Enforcement]:
         """Notes a prompt that so many texts follow; its decisions are recorded with the first."""
-        terms = self.terms
+        context = self.context
         begun = [
             Enforcement(
-                terms.rules,
-                partial(terms.observe, is_prompt_known=number > 0),
-                tells_scores=tells_scores,
-                judges=terms.judges,
-                invisible=terms.policy.invisible_characters,
+                context.rules,
+                partial(context.observe, is_prompt_known=number > 0),
+                stream_scores=stream_scores,
+                judges=context.judges,
+                invisible=context.policy.invisible_characters,
             )
             for number in range(texts)
         ]
@@ -266,7 +268,7 @@ class Outcome:
         return [text for texts in self.texts for text in texts]
 
     @property
-    def prompts(self) -> list[Judged]:
+    def prompts(self) -> list[Classified]:
         """The prompts that are answered."""
         return [prompt for texts in self.texts if (prompt := _admitted(texts))]
 
@@ -281,7 +283,7 @@ class Outcome:
     def headers(self, *, is_stream: bool) -> dict[str, str]:
         """The headers of an answer; those of a stream tell of prompts alone, however far it is."""
         response = [] if is_stream else self.response_decisions
-        return self.terms.headers([*self.prompt_decisions, *response])
+        return self.context.headers([*self.prompt_decisions, *response])
 
     def extension(self) -> Json:
         """The ``sidelight`` field. Of several texts, each entry names its ``choice``."""
@@ -290,7 +292,7 @@ class Outcome:
             prompt = _admitted(texts)
             of_prompt = prompt.decisions if prompt else ()
             ends = (text.ended.decisions if text.ended else () for text in texts)
-            choices += [self.terms.entries([*of_prompt, *of_text]) for of_text in ends]
+            choices += [self.context.entries([*of_prompt, *of_text]) for of_text in ends]
         if len(choices) == 1:
             (verdicts,) = choices
         else:
@@ -302,32 +304,32 @@ class Outcome:
 
     def moderation(self) -> Json | None:
         """The ``moderation`` field; None: no probe is chosen."""
-        if not self.terms.chosen:
+        if not self.context.chosen:
             return None
-        prompt = self.terms.moderation(
+        prompt = self.context.moderation(
             self.prompt_decisions, "No chosen probe reads the prompt alone."
         )
-        if self.terms.reads_response and not all(text.ended for text in self.choices):
+        if self.context.reads_response and not all(text.ended for text in self.choices):
             response = _error("pending", "The response is still being written.")
         else:
-            response = self.terms.moderation(
+            response = self.context.moderation(
                 self.response_decisions, "No chosen probe reads the response."
             )
         return {"input": prompt, "output": response}
 
 
-def _admitted(texts: Sequence[Enforcement]) -> Judged | None:
+def _admitted(texts: Sequence[Enforcement]) -> Classified | None:
     """That of a prompt, by the first of its texts that was admitted."""
     return next((text.admitted for text in texts if text.admitted), None)
 
 
-def category_fields(disclosed: Iterable[Disclosed], names: CategoryNames) -> Json:
+def category_fields(visible_verdicts: Iterable[VisibleVerdict], names: CategoryNames) -> Json:
     """Whether each category of these verdicts is flagged, its score, and that text was read.
 
     A multi-class verdict is never flagged, so neither are its categories; its label is in the
     ``sidelight`` field.
     """
-    verdicts = [each.verdict for each in disclosed if each.verdict is not None]
+    verdicts = [each.verdict for each in visible_verdicts if each.verdict is not None]
     scores: dict[str, float] = {}
     flags: dict[str, bool] = {}
     for verdict in verdicts:
@@ -342,28 +344,30 @@ def category_fields(disclosed: Iterable[Disclosed], names: CategoryNames) -> Jso
     }
 
 
-def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
+def refusal_headers(decisions: Sequence[Decision], *, is_admin: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
-    disclosed = disclosed_by(decisions, sees_all=sees_all)
-    return {**_verdict_header(disclosed), **_marks(disclosed)}
+    visible_verdicts = visible_to(decisions, is_admin=is_admin)
+    return {**_verdict_header(visible_verdicts), **_rule_headers(visible_verdicts)}
 
 
-def disclosed_by(decisions: Iterable[Decision], *, sees_all: bool) -> list[Disclosed]:
-    """The decisions that a client sees, never a shadow's; ``sees_all``: it has an admin key."""
-    disclosed: list[Disclosed] = []
+def visible_to(decisions: Iterable[Decision], *, is_admin: bool) -> list[VisibleVerdict]:
+    """The decisions that a client sees, never a shadow's; ``is_admin``: it has an admin key."""
+    visible_verdicts: list[VisibleVerdict] = []
     for decision in decisions:
         rule, verdict = decision.rule, decision.verdict
         if rule.is_shadow:
             continue
-        has_scores, marks = rule.discloses_scores(sees_all=sees_all), rule.marks(verdict)
+        has_scores, headers = rule.discloses_scores(is_admin=is_admin), rule.headers(verdict)
         if verdict is not None and not has_scores:
             verdict = labels_only(verdict)
         name, version = rule.name, rule.probe.version
-        decided_by = _decided_by(decision) if sees_all and rule.rule.defer else None
-        disclosed.append(
-            Disclosed(name, version, verdict, has_scores, decision.is_too_long, marks, decided_by)
+        decided_by = _decided_by(decision) if is_admin and rule.rule.defer else None
+        visible_verdicts.append(
+            VisibleVerdict(
+                name, version, verdict, has_scores, decision.is_too_long, headers, decided_by
+            )
         )
-    return disclosed
+    return visible_verdicts
 
 
 def _decided_by(decision: Decision) -> Json:
@@ -371,23 +375,23 @@ def _decided_by(decision: Decision) -> Json:
     return {"decided_by": decision.decided_by, **judge}
 
 
-def _entries(disclosed: Iterable[Disclosed]) -> list[Json]:
-    in_order = sorted(disclosed, key=lambda each: each.verdict is None)
+def _entries(visible_verdicts: Iterable[VisibleVerdict]) -> list[Json]:
+    in_order = sorted(visible_verdicts, key=lambda each: each.verdict is None)
     return [each.to_json() for each in in_order]
 
 
-def _verdict_header(disclosed: Sequence[Disclosed]) -> dict[str, str]:
+def _verdict_header(visible_verdicts: Sequence[VisibleVerdict]) -> dict[str, str]:
     """Compact ASCII JSON.
 
     Probabilities are rounded. If the header would be too long for proxies, only probe, label and
     flag are left; if it still is, one entry with ``error``.
     """
-    keys, entries = ("probe", "label", "flagged", "error"), _entries(disclosed)
+    keys, entries = ("probe", "label", "flagged", "error"), _entries(visible_verdicts)
     short = [{key: entry[key] for key in keys if key in entry} for entry in entries]
     full = [dict(entry) for entry in short]
-    for entry, whole in zip(full, entries, strict=True):
-        if "probabilities" in whole:
-            scores = whole["probabilities"].items()
+    for entry, complete in zip(full, entries, strict=True):
+        if "probabilities" in complete:
+            scores = complete["probabilities"].items()
             entry["probabilities"] = {label: round(p, _HEADER_DIGITS) for label, p in scores}
     too_long = [{"error": "too_long"}]
     texts = [json.dumps(each, separators=(",", ":")) for each in (full, short, too_long)]
@@ -395,20 +399,20 @@ def _verdict_header(disclosed: Sequence[Disclosed]) -> dict[str, str]:
     return {VERDICTS_HEADER: fitting}
 
 
-def _marks(disclosed: Sequence[Disclosed]) -> dict[str, str]:
+def _rule_headers(visible_verdicts: Sequence[VisibleVerdict]) -> dict[str, str]:
     """The headers that rules mark an answer with, for a gateway."""
-    marks = dict.fromkeys(mark for each in disclosed for mark in each.marks)
+    headers = dict.fromkeys(header for each in visible_verdicts for header in each.headers)
     # Labels are a user's own words: a comma or a line break must not reach a header.
     return {
-        header: ", ".join(quote(name, safe=" /-_.:@") for own, name in marks if own == header)
-        for header in sorted({header for header, _ in marks})
+        header: ", ".join(quote(name, safe=" /-_.:@") for key, name in headers if key == header)
+        for header in sorted({header for header, _ in headers})
     }
 
 
-def _failure(failed: Sequence[Disclosed]) -> str:
+def _failure(failed: Sequence[VisibleVerdict]) -> str:
     too_long = dict.fromkeys(each.probe for each in failed if each.is_too_long)
-    other = dict.fromkeys(each.probe for each in failed if each.probe not in too_long)
-    reasons = [str(verdict_failure(other))] if other else []
+    failures = dict.fromkeys(each.probe for each in failed if each.probe not in too_long)
+    reasons = [str(verdict_failure(failures))] if failures else []
     if too_long:
         reasons.append(
             f"No verdict from {', '.join(too_long)}: the text is longer than the policy lets it "

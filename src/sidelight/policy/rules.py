@@ -72,7 +72,7 @@ class Rule:
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
         on_failure: Whether a rule that blocks or redacts blocks what could not be judged;
             ``probe``: where the judge gave no verdict, the probe's counts.
-        defer: Who decides where the probe is unsure; None: nobody but the probe.
+        defer: Who decides where the probe is unsure; None: the probe.
         max_tokens: Longest text that the probe judges; None: any.
         ignore: Spans that do not count; None: all count.
         turns: Input only: ``tool``: nothing follows from turns of other roles.
@@ -181,14 +181,14 @@ class BoundRule:
         """Whether clients never see it."""
         return self.mode == "shadow"
 
-    def discloses_scores(self, *, sees_all: bool = False) -> bool:
-        """Whether a client sees the scores of its verdicts; ``sees_all``: it has an admin key.
+    def discloses_scores(self, *, is_admin: bool = False) -> bool:
+        """Whether a client sees the scores of its verdicts; ``is_admin``: it has an admin key.
 
         A client that sees the scores of what blocks it can search for a text that passes.
         """
         default: Disclosure = "labels" if self.is_enforced else "scores"
-        is_disclosed = sees_all or (self.rule.disclose or default) == "scores"
-        return is_disclosed and not self.is_shadow
+        is_visible = is_admin or (self.rule.disclose or default) == "scores"
+        return is_visible and not self.is_shadow
 
     @property
     def explains(self) -> bool:
@@ -208,8 +208,8 @@ class BoundRule:
         if self.probe.task.kind == "multiclass":
             return {} if threshold is None else dict.fromkeys(self.rule.labels, threshold)
         return {
-            label: own if threshold is None else threshold
-            for label, own in self.probe.card.label_thresholds.items()
+            label: stored if threshold is None else threshold
+            for label, stored in self.probe.card.label_thresholds.items()
             if not self.rule.labels or label in self.rule.labels
         }
 
@@ -222,11 +222,11 @@ class BoundRule:
         """
         if self.rule.defer is None:
             return math.inf
-        ((label, own),) = self.thresholds.items()
+        ((label, threshold),) = self.thresholds.items()
         share = self.rule.defer.share
         if not share or not len(self.probe.card.background):
-            return own
-        return min(own, self.probe.share_threshold(label, share))
+            return threshold
+        return min(threshold, self.probe.share_threshold(label, share))
 
     def defers(self, verdict: Verdict) -> bool:
         """Whether the judge decides about a text, by the probe's verdict on it."""
@@ -246,7 +246,7 @@ class BoundRule:
         if fit is None:
             return probability >= JUDGE_THRESHOLD
         assert self.judge is not None, "only rules that defer have answers"
-        assert fit.judge == self.judge.identity, "policies with another judge are refused"
+        assert fit.judge == self.judge.digest, "policies with another judge are refused"
         (label,) = self.thresholds
         return fit.flags(scored.probabilities[label], probability)
 
@@ -256,22 +256,24 @@ class BoundRule:
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
         scores, spans, thresholds = verdict.probabilities, verdict.spans, self.thresholds
-        marked = verdict.labels
+        annotated = verdict.labels
         ignored: list[Span] = []
         if spans and self.rule.ignore is not None:
             spans, ignored = split(spans, self.rule.ignore)
             # What the text has of such a label are the ignored words.
-            alone = {span.label for span in ignored} - {span.label for span in spans}
-            thresholds = {name: least for name, least in thresholds.items() if name not in alone}
+            ignored_labels = {span.label for span in ignored} - {span.label for span in spans}
+            thresholds = {
+                name: least for name, least in thresholds.items() if name not in ignored_labels
+            }
         if self.rule.threshold is not None:
-            marked = ()
+            annotated = ()
             spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
         decided = self.probe.task.decide(
             self.name,
             scores,
             thresholds,
             spans,
-            marked,
+            annotated,
             turn=verdict.turn,
             version=verdict.version,
         )
@@ -292,7 +294,7 @@ class BoundRule:
             case "flag" | "block" | "shadow" as mode:
                 return mode if verdict.flagged else "none"
 
-    def marks(self, verdict: Verdict | None) -> Sequence[tuple[str, str]]:
+    def headers(self, verdict: Verdict | None) -> Sequence[tuple[str, str]]:
         """The headers that tell a gateway of a verdict, each with a name: a probe, or a route."""
         match self.mode:
             case "flag" | "redact" | "block":
@@ -335,11 +337,11 @@ def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
         known = [probe.name for probe in probes if side_of(probe.card) == side]
         for name in policy.side(side):
             if name not in known:
-                others = [probe.name for probe in probes if side_of(probe.card) != side]
+                wrong_side = [probe.name for probe in probes if side_of(probe.card) != side]
                 table = f"{'input' if side == 'output' else 'output'}.{name}"
                 remedy = (
                     f" It reads the other side: write [{table}], or train it on the {side}."
-                    if name in others
+                    if name in wrong_side
                     else did_you_mean(name, known)
                 )
                 raise SidelightError(
@@ -364,7 +366,7 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             "does (sidelight train --spans COLUMN), or leave 'ignore' out."
         )
     reads, form, kind = bound.probe.reads, bound.probe.card.prompt_format, bound.probe.task.kind
-    is_known = bound.side == "input" and form != "raw" and bound.probe.judges_turns
+    is_known = bound.side == "input" and form != "raw" and bound.probe.classifies_turns
     if bound.rule.turns == "tool" and not is_known:
         remedy = (
             "train one on a model with a chat template (--tokenizer, if its file lacks one)"
@@ -433,10 +435,10 @@ def _require_deferrable(bound: BoundRule, defer: Defer) -> None:
             "defer.share = 0, which defers only what the probe flags."
         )
     fit, judge = bound.probe.card.judge_fit, bound.judge
-    if fit is not None and fit.judge != judge.identity:
+    if fit is not None and fit.judge != judge.digest:
         raise SidelightError(
             f"Probe '{bound.name}' was fitted to judge {fit.model} ({fit.judge}), but the policy "
-            f"defers to '{defer.judge}', which is {judge.model} ({judge.identity}): another model, "
+            f"defers to '{defer.judge}', which is {judge.model} ({judge.digest}): another model, "
             "profile or criterion. Fit it to this judge (sidelight eval --judge), or serve the "
             "probe without a fit, whose judge decides alone."
         )
@@ -536,8 +538,8 @@ def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
                 if isinstance(ignore := rule.get("ignore"), dict):
                     tables.append((f"{side}.{name}.ignore.", ignore, _IGNORE_KEYS))
                 if isinstance(defer := rule.get("defer"), dict):
-                    own = _DEFER_KEYS - ({"judge_every"} if side == "input" else set())
-                    tables.append((f"{side}.{name}.defer.", defer, own))
+                    defer_keys = _DEFER_KEYS - ({"judge_every"} if side == "input" else set())
+                    tables.append((f"{side}.{name}.defer.", defer, defer_keys))
     for place, keys_of, known in tables:
         for key in keys_of:
             if key not in known:

@@ -56,7 +56,7 @@ class SecondStage:
         self._turns = [Message("user", text.content)] if isinstance(text, PlainText) else [*text]
         self._redacting = [d for d in prompt_decisions if _redacts(d, "input")]
 
-    async def settle(
+    async def resolve(
         self, decisions: Sequence[Decision], response: str | None = None
     ) -> list[Decision]:
         """The decisions, with the answers of judges about the deferred ones, asked at once.
@@ -66,14 +66,14 @@ class SecondStage:
             response: As a judge gets it; rules of the output ask about it.
         """
 
-        async def settled(decision: Decision) -> Decision:
+        async def final(decision: Decision) -> Decision:
             if decision.deferred is None:
                 return decision
             about = response if decision.rule.side == "output" else None
             opinion = await self.opinion(decision.rule, about, is_of_tools=decision.is_of_tools)
             return second_decision(decision, opinion)
 
-        return [*await asyncio.gather(*map(settled, decisions))]
+        return [*await asyncio.gather(*map(final, decisions))]
 
     async def opinion(
         self, bound: BoundRule, response: str | None = None, *, is_of_tools: bool = False
@@ -92,7 +92,7 @@ class SecondStage:
         """The question about the prompt or the response, without what rules redact.
 
         Raises:
-            JudgeError: Nobody knows what to redact.
+            JudgeError: It is unknown what to redact.
         """
         if any(d.verdict is None or d.verdict.spans is None for d in self._redacting):
             raise JudgeError("not_redacted", "What is to be redacted is unknown.")
@@ -130,12 +130,12 @@ def second_decision(decision: Decision, second: SecondOpinion) -> Decision:
         return Decision(bound, None, bound.action(None), second=second)
     is_flagged = bound.agrees(scored, second.probability)
     by_probe = decision.verdict is not None and decision.verdict.flagged
-    verdict = judged_verdict(bound, scored, is_flagged=is_flagged)
+    verdict = opinion_verdict(bound, scored, is_flagged=is_flagged)
     second = replace(second, is_changed=is_flagged != by_probe)
     return Decision(bound, verdict, bound.action(verdict), second=second)
 
 
-def judged_verdict(bound: BoundRule, scored: Verdict, *, is_flagged: bool) -> Verdict:
+def opinion_verdict(bound: BoundRule, scored: Verdict, *, is_flagged: bool) -> Verdict:
     """The probe's scores with the judge's decision."""
     thresholds = dict.fromkeys(bound.thresholds, 0.0) if is_flagged else {}
     return bound.probe.task.decide(

@@ -31,7 +31,12 @@ def weaknesses(
             for name, rule in policy.side(side).items()
             for weakness in _of_rule(f"[{side}.{name}]", rule, side)
         ),
-        *(weakness for own in bound if own.mode == "block" for weakness in _of_probe(own, bound)),
+        *(
+            weakness
+            for blocking in bound
+            if blocking.mode == "block"
+            for weakness in _of_probe(blocking, bound)
+        ),
         *(_of_guardrail(policy, bound) if behind_litellm else ()),
     ]
 
@@ -55,7 +60,7 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
             "invisible_characters is off, so zero-width spaces between its letters hide an attack. "
             'Say "strip".'
         )
-    formats = {own.probe.card.prompt_format for own in bound if own.name in blocking}
+    formats = {each.probe.card.prompt_format for each in bound if each.name in blocking}
     if policy.system_turns == "trust" and formats != {"raw"}:
         yield (
             'system_turns = "trust" answers a conversation whose leading system turn holds the '
@@ -70,7 +75,7 @@ def _of_guardrail(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
         (side, name): rule.mode for side in sides for name, rule in policy.side(side).items()
     }
     # Without a threshold, as with several classes, nothing is flagged.
-    modes |= {(own.side, own.name): own.mode if own.thresholds else "shadow" for own in bound}
+    modes |= {(each.side, each.name): each.mode if each.thresholds else "shadow" for each in bound}
     for (side, name), mode in modes.items():
         if mode in ("score", "flag", "route"):
             yield (
@@ -112,7 +117,7 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
         )
     if rule.disclose == "scores":
         yield (
-            f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '
+            f'{place} disclose = "scores" shows a blocked user how near the next attempt is. '
             "Leave it out, and give your own applications an admin key."
         )
     if rule.turns == "tool":
@@ -120,25 +125,25 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
             f'{place} turns = "tool" lets through an attack in any other turn, and clients write '
             "the roles. Leave it out unless your own application makes the messages."
         )
-    held = rule.consecutive if rule.hold_back is None else rule.hold_back
-    if side == "output" and held < rule.consecutive - 1:
+    window = rule.consecutive if rule.hold_back is None else rule.hold_back
+    if side == "output" and window < rule.consecutive - 1:
         yield (
-            f"{place} hold_back = {held} sends a part of the {rule.consecutive} tokens that cut "
+            f"{place} hold_back = {window} sends a part of the {rule.consecutive} tokens that cut "
             f"the text. Set it to {rule.consecutive - 1} or more, or leave it out."
         )
 
 
-def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
-    probe = own.probe
+def _of_probe(rule: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
+    probe = rule.probe
     labels = set(probe.task.labels)
-    for other in () if own.discloses_scores() else bound:
-        is_double = other.side == own.side and set(other.probe.task.labels) == labels
-        if is_double and other.discloses_scores():
+    for twin in () if rule.discloses_scores() else bound:
+        is_double = twin.side == rule.side and set(twin.probe.task.labels) == labels
+        if is_double and twin.discloses_scores():
             yield (
-                f"Probe '{other.name}' tells its scores and has the labels of '{own.name}', which "
+                f"Probe '{twin.name}' tells its scores and has the labels of '{rule.name}', which "
                 'blocks. Give it a rule with disclose = "labels".'
             )
-    if own.side == "output":
+    if rule.side == "output":
         return
     if probe.card.prompt_format != "raw" and probe.reads.scope == "last_turn":
         yield (
@@ -158,7 +163,7 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             f"Probe '{probe.name}' reads states of any norm, so one token of a large norm can "
             "outweigh an attack. Train it again with this version, on two classes."
         )
-    blocks_long = own.fails_closed and own.rule.max_tokens is not None
+    blocks_long = rule.fails_closed and rule.rule.max_tokens is not None
     if is_diluted and not probe.card.training.contexts.get("inside") and not blocks_long:
         yield (
             f"Probe '{probe.name}' learned from texts by themselves, so an attack is outweighed in "

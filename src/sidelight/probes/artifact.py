@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.models.conversation import Part
+from sidelight.models.conversation import TokenRole
 from sidelight.probes.bank import Bank
 from sidelight.probes.card import (
     CARD_LIBRARY,
@@ -39,10 +39,10 @@ from sidelight.storage import replacing, sync
 _PARAMETER = "mechanism."
 # The parts of a made-up text, and how many standard deviations its states are from the mean one. An
 # attention sink has a hundred times the norm of other tokens.
-_PARTS = bytes([Part.PROMPT, Part.RESPONSE] * 4)
+_TOKEN_ROLES = bytes([TokenRole.PROMPT, TokenRole.RESPONSE] * 4)
 _DEVIATIONS = (0.0, 1.0, 100.0)
 # States of a language model deviate by this much in some dimensions.
-_ORDINARY = 10.0
+_USUAL_SCALE = 10.0
 
 
 def save_probe(probe: Probe, directory: Path) -> Path:
@@ -125,14 +125,14 @@ def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
     bank, scaling = Bank([probe], device=device), probe.standardisation
     tap, generator = bank.tap(), torch.Generator().manual_seed(0)
     # The scale of a layer of weight 0 is infinite.
-    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1).clamp(min=_ORDINARY)
+    scales = torch.where(scaling.scale.isfinite(), scaling.scale, 1).clamp(min=_USUAL_SCALE)
     for layer, (mean, scale) in enumerate(zip(scaling.mean, scales, strict=True)):
-        noise = torch.randn(len(_DEVIATIONS), len(_PARTS), len(mean), generator=generator)
+        noise = torch.randn(len(_DEVIATIONS), len(_TOKEN_ROLES), len(mean), generator=generator)
         deviations = torch.tensor(_DEVIATIONS)[:, None, None] * noise
         tap(layer, (mean.cpu() + scale.cpu() * deviations).to(device))
-    parts = [_PARTS] * len(_DEVIATIONS)
+    token_roles = [_TOKEN_ROLES] * len(_DEVIATIONS)
     try:
-        for text in bank.prompt_logits(tap.projected().flatten(0, 1), parts)[0]:
+        for text in bank.prompt_logits(tap.projected().flatten(0, 1), token_roles)[0]:
             numbers = [*probe.verdict(text.logits).probabilities.values()]
             numbers += [] if text.tokens is None else text.tokens.flatten().tolist()
             if not np.isfinite(numbers).all():
@@ -156,7 +156,9 @@ def _assemble(card: ProbeCard, tensors: dict[str, Tensor]) -> Probe:
     weights = {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
     with torch.device("meta"):
         claimed = build_mechanism(spec, geometry).state_dict()
-    claims, stored = ({(name, own.shape) for name, own in x.items()} for x in (claimed, weights))
+    claims, stored = (
+        {(name, tensor.shape) for name, tensor in x.items()} for x in (claimed, weights)
+    )
     if wrong := sorted({name for name, _ in claims ^ stored}):
         raise ValueError(
             f"its weights {', '.join(wrong)} are not those of a '{spec.name}' of these sizes"

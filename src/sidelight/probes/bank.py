@@ -1,9 +1,9 @@
 """Many probes on one backbone, served by one thin matmul per layer.
 
 The probes' projections are concatenated, so 50 probes run as many matmuls as one. Probes that do
-the same to their columns do it in one call. ``Bank`` summarises and judges; ``Panel`` decides which
-probes are judged when. Neither holds a request: states are values that the caller keeps, splits,
-packs and merges.
+the same to their columns do it in one call. ``Bank`` summarises and judges; ``ProbeBanks`` decides
+which probes are judged when. Neither holds a request: states are values that the caller keeps,
+splits, packs and merges.
 """
 
 import time
@@ -22,9 +22,9 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.models.conversation import (
     EncodedPrompt,
     Reads,
-    Unit,
-    judged_units,
+    Segment,
     read_tokens,
+    split_segments,
     tool_rows,
 )
 from sidelight.probes.card import require_distinct_names
@@ -32,7 +32,7 @@ from sidelight.probes.explanation import Explanation, explain
 from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection
-from sidelight.types import Judgement, TokenLabel, Verdict
+from sidelight.types import TokenLabel, Verdict, Verdicts
 
 NUMBERS_AT_ONCE = 2**21
 """Most numbers that are summarised in one call; more would not fit a processor's cache."""
@@ -50,13 +50,13 @@ class BankState:
 
     def split(self) -> list["BankState"]:
         """Each request by itself."""
-        return [BankState(parts) for parts in zip(*(s.split() for s in self.states), strict=True)]
+        return [BankState(states) for states in zip(*(s.split() for s in self.states), strict=True)]
 
     @staticmethod
-    def pack(parts: Sequence["BankState"]) -> "BankState":
+    def pack(states: Sequence["BankState"]) -> "BankState":
         """The requests of all parts, in order."""
-        columns = zip(*(part.states for part in parts), strict=True)
-        return BankState(tuple(Ragged.pack(column) for column in columns))
+        by_group = zip(*(state.states for state in states), strict=True)
+        return BankState(tuple(Ragged.pack(group_states) for group_states in by_group))
 
 
 class BankTap:
@@ -79,26 +79,28 @@ class BankTap:
         if layer == 0:
             self._passes.append({})
         if layer < self.depth:
-            columns = self._projection.layer(layer, hidden.flatten(0, 1).float())
-            self._passes[-1][layer] = columns.unflatten(0, hidden.shape[:2])
+            projections = self._projection.layer(layer, hidden.flatten(0, 1).float())
+            self._passes[-1][layer] = projections.unflatten(0, hidden.shape[:2])
         self.seconds += time.perf_counter() - begin
 
-    def projected(self) -> Float[Tensor, "batch token layer column"]:
+    def projected(self) -> Float[Tensor, "batch token layer projection"]:
         """The columns of all passes since the last call, joined along the tokens.
 
         Each pass goes on with the same texts. A layer that should have been read and was not has
         NaN, hence no verdict.
         """
-        projected = torch.cat([self._stacked(columns) for columns in self._passes], 1)
+        projected = torch.cat([self._stacked(projections) for projections in self._passes], 1)
         self._passes.clear()
         return projected
 
     def _stacked(
-        self, columns: Mapping[int, Float[Tensor, "batch token column"]]
-    ) -> Float[Tensor, "batch token layer column"]:
-        missing, above = (torch.full_like(columns[0], value) for value in (torch.nan, 0.0))
+        self, projections: Mapping[int, Float[Tensor, "batch token column"]]
+    ) -> Float[Tensor, "batch token layer projection"]:
+        missing, above = (torch.full_like(projections[0], value) for value in (torch.nan, 0.0))
         layers = range(len(self._projection.weight))
-        read = (columns.get(layer, missing) if layer < self.depth else above for layer in layers)
+        read = (
+            projections.get(layer, missing) if layer < self.depth else above for layer in layers
+        )
         return torch.stack([*read], 2)
 
 
@@ -118,16 +120,18 @@ class _ProbeGroup:
         self.reads = probes[0].reads
         self.mechanisms = [probe.mechanism for probe in probes]
 
-    def summarise(self, columns: Float[Tensor, "row layer column"], lengths: Tensor) -> Ragged:
+    def summarise(
+        self, projections: Float[Tensor, "row layer projection"], lengths: Tensor
+    ) -> Ragged:
         """The state of each segment, from the probes' columns side by side."""
         if len(self.indices) == 1:
-            return self.mechanisms[0].summarise(Ragged(columns, lengths))
-        side_by_side = columns.unflatten(2, (len(self.indices), -1)).flatten(1, 2)
-        numbers_per_layer = columns.numel() // side_by_side.shape[1]
+            return self.mechanisms[0].summarise(Ragged(projections, lengths))
+        side_by_side = projections.unflatten(2, (len(self.indices), -1)).flatten(1, 2)
+        numbers_per_layer = projections.numel() // side_by_side.shape[1]
         layers_at_once = max(1, NUMBERS_AT_ONCE // max(1, numbers_per_layer))
         states = [
-            self.mechanisms[0].summarise(Ragged(piece, lengths)).values
-            for piece in side_by_side.split(layers_at_once, 1)
+            self.mechanisms[0].summarise(Ragged(chunk, lengths)).values
+            for chunk in side_by_side.split(layers_at_once, 1)
         ]
         return Ragged.one_row_each(torch.cat(states, 1))
 
@@ -136,10 +140,10 @@ class _ProbeGroup:
         members = len(self.indices)
         if members == 1:
             return [self.mechanisms[0].finish(state)]
-        parts = state.values.unflatten(1, (-1, members)).unbind(2)
+        split_values = state.values.unflatten(1, (-1, members)).unbind(2)
         return [
             mechanism.finish(Ragged(values, state.lengths))
-            for mechanism, values in zip(self.mechanisms, parts, strict=True)
+            for mechanism, values in zip(self.mechanisms, split_values, strict=True)
         ]
 
 
@@ -171,7 +175,7 @@ class Bank:
         # The columns are laid out group by group.
         in_order = [index for group in self._groups for index in group.indices]
         ends = accumulate(widths[index] for index in in_order)
-        self._columns = {
+        self._projections = {
             probes[index].name: slice(end - widths[index], end)
             for index, end in zip(in_order, ends, strict=True)
         }
@@ -186,26 +190,30 @@ class Bank:
         """A tap for ``Backbone.tapped``."""
         return BankTap(self.projection)
 
-    def columns_of(
-        self, probe: str, columns: Float[Tensor, "token layer column"]
-    ) -> Float[Tensor, "token layer probe_column"]:
+    def projections_of(
+        self, probe: str, projections: Float[Tensor, "token layer projection"]
+    ) -> Float[Tensor, "token layer probe_projection"]:
         """A probe's own columns, among those of all."""
-        return columns[..., self._columns[probe]]
+        return projections[..., self._projections[probe]]
 
     @torch.inference_mode()
     def summarise(
-        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+        self, projections: Float[Tensor, "token layer projection"], token_roles: Sequence[bytes]
     ) -> BankState:
         """The state of each text; arguments as for ``prompt_logits``."""
-        device = columns.device
+        device = projections.device
         masks, lengths = dict[Reads, Tensor](), dict[Reads, Tensor]()
         for reads in self.reads:
-            is_read = [read_tokens(own, reads) for own in parts]
+            is_read = [read_tokens(text_roles, reads) for text_roles in token_roles]
             masks[reads] = torch.from_numpy(np.concatenate(is_read)).to(device)
-            lengths[reads] = torch.tensor([int(own.sum()) for own in is_read], device=device)
+            lengths[reads] = torch.tensor(
+                [int(text_roles.sum()) for text_roles in is_read], device=device
+            )
         states = [
-            group.summarise(part[masks[group.reads]], lengths[group.reads])
-            for group, part in zip(self._groups, columns.split(self._widths, -1), strict=True)
+            group.summarise(group_projections[masks[group.reads]], lengths[group.reads])
+            for group, group_projections in zip(
+                self._groups, projections.split(self._widths, -1), strict=True
+            )
         ]
         return BankState(tuple(states))
 
@@ -219,8 +227,8 @@ class Bank:
     def logits(self, state: BankState) -> list[np.ndarray]:
         """For each probe ``[request, output]``, float64."""
         by_index: dict[int, np.ndarray] = {}
-        for group, part in zip(self._groups, state.states, strict=True):
-            logits = (each.cpu().double().numpy() for each in group.logits(part))
+        for group, group_state in zip(self._groups, state.states, strict=True):
+            logits = (each.cpu().double().numpy() for each in group.logits(group_state))
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
@@ -228,17 +236,19 @@ class Bank:
     def text_logits(self, state: BankState) -> list[list[ProbeOutput]]:
         """For each probe, its logits of each request, and of its tokens where it labels them."""
         by_probe = [[ProbeOutput(logits) for logits in of_probe] for of_probe in self.logits(state)]
-        for group, part in zip(self._groups, state.states, strict=True):
-            if (labelled := group.mechanisms[0].token_logits(part)) is not None:
+        for group, group_state in zip(self._groups, state.states, strict=True):
+            if (labelled := group.mechanisms[0].token_logits(group_state)) is not None:
                 (index,) = group.indices
                 tokens = (each.values.cpu().double().numpy() for each in labelled.split())
                 pairs = zip(by_probe[index], tokens, strict=True)
-                by_probe[index] = [replace(logits, tokens=own) for logits, own in pairs]
+                by_probe[index] = [
+                    replace(logits, tokens=token_logits) for logits, token_logits in pairs
+                ]
         return by_probe
 
-    def judge(
+    def classify(
         self, outputs: Sequence[Sequence[ProbeOutput]], is_plain: Sequence[bool]
-    ) -> list[Judgement]:
+    ) -> list[Verdicts]:
         """For each text, what the probes say; those without a verdict are named as failed.
 
         Args:
@@ -246,67 +256,71 @@ class Bank:
             is_plain: For each text, whether it is plain text, on which probes of chats fail.
         """
         by_text = zip(*outputs, strict=True)
-        return [self._judgement(*each) for each in zip(by_text, is_plain, strict=True)]
+        return [self._verdicts(*each) for each in zip(by_text, is_plain, strict=True)]
 
-    def judge_tools(self, columns: Float[Tensor, "token layer column"], parts: bytes) -> Judgement:
-        """The judgement of the turns of tools in a prompt alone, if there are any."""
-        tokens, turns = tool_rows(parts)
+    def classify_tools(
+        self, projections: Float[Tensor, "token layer projection"], token_roles: bytes
+    ) -> Verdicts:
+        """The verdicts on the turns of tools in a prompt alone, if there are any."""
+        tokens, turns = tool_rows(token_roles)
         if not len(tokens):
-            return Judgement()
-        chosen = columns[torch.from_numpy(tokens).to(columns.device)]
-        own_parts = bytes(np.frombuffer(parts, np.uint8)[tokens])
-        (judged,) = self.judge(self.prompt_logits(chosen, [own_parts]), [False])
-        verdicts = (replace(each, turn=int(turns[each.turn or 0])) for each in judged.verdicts)
-        return Judgement(tuple(verdicts), judged.failed)
+            return Verdicts()
+        chosen = projections[torch.from_numpy(tokens).to(projections.device)]
+        tool_roles = bytes(np.frombuffer(token_roles, np.uint8)[tokens])
+        (found,) = self.classify(self.prompt_logits(chosen, [tool_roles]), [False])
+        verdicts = (replace(each, turn=int(turns[each.turn or 0])) for each in found.verdicts)
+        return Verdicts(tuple(verdicts), found.failed)
 
     def prompt_logits(
-        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+        self, projections: Float[Tensor, "token layer projection"], token_roles: Sequence[bytes]
     ) -> list[list[ProbeOutput]]:
-        """For each probe, its logits of each prompt, by turns where ``probe.judges_turns``.
+        """For each probe, its logits of each prompt, by turns where ``probe.classifies_turns``.
 
         Args:
-            columns: Those of all tokens, one prompt after the other.
-            parts: For each prompt, the ``Part`` of every token.
+            projections: Those of all tokens, one prompt after the other.
+            token_roles: For each prompt, the ``TokenRole`` of every token.
         """
-        wholes = self.text_logits(self.summarise(columns, parts))
-        units = [judged_units(prompt) for prompt in parts]
-        if not any(probe.judges_turns for probe in self.probes) or not any(units):
+        wholes = self.text_logits(self.summarise(projections, token_roles))
+        segments = [split_segments(prompt) for prompt in token_roles]
+        if not any(probe.classifies_turns for probe in self.probes) or not any(segments):
             return wholes
-        unit_logits = self._unit_logits(columns, parts, units)
+        segment_logits = self._segment_logits(projections, token_roles, segments)
         return [
             [
-                probe.highest(logits, of_prompt, whole)
-                for logits, of_prompt, whole in zip(by_prompt, units, of_probe, strict=True)
+                probe.highest(logits, of_prompt, text_output)
+                for logits, of_prompt, text_output in zip(
+                    by_prompt, segments, of_probe, strict=True
+                )
             ]
-            for probe, by_prompt, of_probe in zip(self.probes, unit_logits, wholes, strict=True)
+            for probe, by_prompt, of_probe in zip(self.probes, segment_logits, wholes, strict=True)
         ]
 
-    def _unit_logits(
+    def _segment_logits(
         self,
-        columns: Float[Tensor, "token layer column"],
-        parts: Sequence[bytes],
-        units: Sequence[Sequence[Unit]],
-    ) -> list[list[Float[np.ndarray, "unit output"]]]:
+        projections: Float[Tensor, "token layer projection"],
+        token_roles: Sequence[bytes],
+        segments: Sequence[Sequence[Segment]],
+    ) -> list[list[Float[np.ndarray, "segment output"]]]:
         """For each probe and prompt, the logits of the prompt's units."""
         rows: list[np.ndarray] = []
-        unit_parts: list[bytes] = []
+        segment_roles: list[bytes] = []
         start = 0
-        for prompt, of_prompt in zip(parts, units, strict=True):
-            for unit in of_prompt:
-                rows.append(start + unit.tokens)
-                unit_parts.append(bytes(np.frombuffer(prompt, np.uint8)[unit.tokens]))
+        for prompt, of_prompt in zip(token_roles, segments, strict=True):
+            for segment in of_prompt:
+                rows.append(start + segment.tokens)
+                segment_roles.append(bytes(np.frombuffer(prompt, np.uint8)[segment.tokens]))
             start += len(prompt)
-        chosen = columns[torch.from_numpy(np.concatenate(rows)).to(columns.device)]
-        ends = [*accumulate(map(len, units))]
-        logits = self.logits(self.summarise(chosen, unit_parts))
+        chosen = projections[torch.from_numpy(np.concatenate(rows)).to(projections.device)]
+        ends = [*accumulate(map(len, segments))]
+        logits = self.logits(self.summarise(chosen, segment_roles))
         return [np.split(of_probe, ends[:-1]) for of_probe in logits]
 
-    def _judgement(self, logits: Sequence[ProbeOutput], is_plain: bool) -> Judgement:
+    def _verdicts(self, logits: Sequence[ProbeOutput], is_plain: bool) -> Verdicts:
         verdicts: list[Verdict] = []
         failed: list[str] = []
         token_labels: dict[str, Sequence[TokenLabel]] = {}
         for probe, each in zip(self.probes, logits, strict=True):
-            if not probe.can_judge(is_plain=is_plain):
+            if not probe.can_classify(is_plain=is_plain):
                 failed.append(probe.name)
                 continue
             try:
@@ -317,13 +331,13 @@ class Bank:
             if probe.spans is not None:
                 token_labels[probe.name] = labels = probe.token_labels(each)
                 # Any of them may be a word, until an engine says where they stand.
-                marked = {label for _, label, _ in labels}
-                verdict = probe.labelled_verdict(verdict, None, marked)
+                annotated = {label for _, label, _ in labels}
+                verdict = probe.labelled_verdict(verdict, None, annotated)
             verdicts.append(verdict)
-        return Judgement(tuple(verdicts), tuple(failed), token_labels)
+        return Verdicts(tuple(verdicts), tuple(failed), token_labels)
 
 
-class Panel:
+class ProbeBanks:
     """The probes of an engine, in two banks that are judged at different times.
 
     Probes that read the prompt alone are judged when it ends. Probes that read the response can be
@@ -335,8 +349,8 @@ class Panel:
 
     Attributes:
         probes: All of them, in the given order.
-        early: Those that read the prompt alone; None if there are none.
-        late: Those that read the response; None if there are none.
+        prompt_probes: Those that read the prompt alone; None if there are none.
+        response_probes: Those that read the response; None if there are none.
 
     Raises:
         SidelightError: Two probes share a name.
@@ -345,18 +359,20 @@ class Panel:
     def __init__(self, probes: Sequence[Probe], *, device: torch.device | str = "cpu"):
         require_distinct_names([probe.name for probe in probes])
         self.probes = tuple(probes)
-        early = [probe for probe in probes if not probe.reads.includes_response]
-        late = [probe for probe in probes if probe.reads.includes_response]
-        self.early = Bank(early, device=device) if early else None
-        self.late = Bank(late, device=device) if late else None
+        prompt_probes = [probe for probe in probes if not probe.reads.includes_response]
+        response_probes = [probe for probe in probes if probe.reads.includes_response]
+        self.prompt_probes = Bank(prompt_probes, device=device) if prompt_probes else None
+        self.response_probes = Bank(response_probes, device=device) if response_probes else None
 
     @cached_property
     def projection(self) -> Projection | None:
-        """The projection to the columns of all probes, ``early`` before ``late``, if any."""
-        parts = [bank.projection for bank in (self.early, self.late) if bank]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return Projection.joined(parts)
+        """The projections of all probes, ``prompt_probes`` first; None without probes."""
+        projections = [
+            bank.projection for bank in (self.prompt_probes, self.response_probes) if bank
+        ]
+        if len(projections) < 2:
+            return projections[0] if projections else None
+        return Projection.joined(projections)
 
     def prompt_tap(self) -> BankTap | None:
         """A tap for a pass over prompts; None if there are no probes."""
@@ -364,95 +380,102 @@ class Panel:
 
     def response_tap(self) -> BankTap | None:
         """A tap for a pass over tokens of responses; None if no probe reads them."""
-        return self.late.tap() if self.late else None
+        return self.response_probes.tap() if self.response_probes else None
 
-    def judge_prompts(
+    def classify_prompts(
         self,
-        columns: Float[Tensor, "token layer column"],
-        parts: Sequence[bytes],
+        projections: Float[Tensor, "token layer projection"],
+        token_roles: Sequence[bytes],
         is_plain: Sequence[bool],
-    ) -> list[Judgement]:
+    ) -> list[Verdicts]:
         """For each prompt, what the early probes say.
 
         Args:
-            columns: The columns of all probes for all tokens, one prompt after the other.
-            parts: For each prompt, the ``Part`` of every token.
-            is_plain: As for ``Bank.judge``.
+            projections: The columns of all probes for all tokens, one prompt after the other.
+            token_roles: For each prompt, the ``TokenRole`` of every token.
+            is_plain: As for ``Bank.classify``.
         """
-        if (bank := self.early) is None:
-            return [Judgement()] * len(parts)
-        columns = columns[..., : bank.projection.weight.shape[2]]
-        judged = bank.judge(bank.prompt_logits(columns, parts), is_plain)
-        pieces = zip(columns.split([*map(len, parts)]), parts, strict=True)
-        tools = (bank.judge_tools(*piece) for piece in pieces)
-        pairs = zip(judged, tools, strict=True)
-        return [whole | Judgement(failed=own.failed, tools=own) for whole, own in pairs]
+        if (bank := self.prompt_probes) is None:
+            return [Verdicts()] * len(token_roles)
+        projections = projections[..., : bank.projection.weight.shape[2]]
+        text_verdicts = bank.classify(bank.prompt_logits(projections, token_roles), is_plain)
+        prompts = zip(projections.split([*map(len, token_roles)]), token_roles, strict=True)
+        tools = (bank.classify_tools(*prompt) for prompt in prompts)
+        pairs = zip(text_verdicts, tools, strict=True)
+        return [
+            verdicts | Verdicts(failed=tool_verdicts.failed, tools=tool_verdicts)
+            for verdicts, tool_verdicts in pairs
+        ]
 
     def read(
         self,
-        columns: Float[Tensor, "token layer column"],
-        parts: Sequence[bytes],
+        projections: Float[Tensor, "token layer projection"],
+        token_roles: Sequence[bytes],
         before: Sequence[BankState | None],
     ) -> list[BankState | None]:
         """For each text, what the late probes know after some more tokens.
 
         Args:
-            columns: The columns of all probes, or of the late ones alone, for all tokens, one text
-                after the other.
-            parts: For each text, the ``Part`` of every new token.
+            projections: The columns of all probes, or of the late ones alone, for all tokens, one
+                text after the other.
+            token_roles: For each text, the ``TokenRole`` of every new token.
             before: What the late probes knew about each text; None at its beginning.
         """
-        if self.late is None:
-            return [None] * len(parts)
-        width = self.late.projection.weight.shape[2]
-        new = self.late.summarise(columns[..., columns.shape[2] - width :], parts)
+        if self.response_probes is None:
+            return [None] * len(token_roles)
+        width = self.response_probes.projection.weight.shape[2]
+        new = self.response_probes.summarise(
+            projections[..., projections.shape[2] - width :], token_roles
+        )
         states = [state for state in before if state is not None]
         if len(states) == len(before):
             # All texts go on: one merge.
-            return [*self.late.merge(BankState.pack(states), new).split()]
+            return [*self.response_probes.merge(BankState.pack(states), new).split()]
         # Some begin here, as in a prefill or a step of vLLM.
         return [
-            state if old is None else self.late.merge(old, state)
+            state if old is None else self.response_probes.merge(old, state)
             for old, state in zip(before, new.split(), strict=True)
         ]
 
-    def judge_responses(
+    def classify_responses(
         self, states: Sequence[BankState | None], is_plain: Sequence[bool]
-    ) -> list[Judgement]:
+    ) -> list[Verdicts]:
         """For each text, what the late probes say about as much as they have read.
 
         Args:
             states: As ``read`` gives them.
-            is_plain: As for ``Bank.judge``, of the prompts that the texts begin with.
+            is_plain: As for ``Bank.classify``, of the prompts that the texts begin with.
         """
         present = [state for state in states if state is not None]
-        if self.late is None or not present:
-            return [Judgement()] * len(states)
+        if self.response_probes is None or not present:
+            return [Verdicts()] * len(states)
         assert len(present) == len(states)
-        return self.late.judge(self.late.text_logits(BankState.pack(present)), is_plain)
+        return self.response_probes.classify(
+            self.response_probes.text_logits(BankState.pack(present)), is_plain
+        )
 
     def explain(
         self,
-        columns: Float[Tensor, "token layer column"],
+        projections: Float[Tensor, "token layer projection"],
         prompt: EncodedPrompt,
         names: Collection[str],
     ) -> tuple[Explanation, ...]:
         """Why these probes say what they say of one text; one without a verdict is left out.
 
         Args:
-            columns: Of all probes, for every token.
+            projections: Of all probes, for every token.
             prompt: The text, with any response, and the places of its tokens.
             names: Names of probes; others are ignored.
         """
         explanations: list[Explanation] = []
-        for bank in filter(None, (self.early, self.late)):
+        for bank in filter(None, (self.prompt_probes, self.response_probes)):
             width = bank.projection.weight.shape[2]
-            part, columns = columns[..., :width], columns[..., width:]
+            bank_projections, projections = projections[..., :width], projections[..., width:]
             for probe in bank.probes:
                 if probe.name in names:
                     with suppress(VerdictError):
-                        own = bank.columns_of(probe.name, part)
-                        explanations.append(explain(probe, own, prompt))
+                        probe_projections = bank.projections_of(probe.name, bank_projections)
+                        explanations.append(explain(probe, probe_projections, prompt))
         return tuple(explanations)
 
 

@@ -34,7 +34,7 @@ from sidelight.statistics.combination import combined_log_odds
 from sidelight.statistics.thresholds import F1, OperatingCurve
 from sidelight.types import MechanismSpec, Task, visible
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PROBE = "probe.safetensors"
 README = "README.md"
 # The line of a card's front matter that tells it from another README.md.
@@ -46,7 +46,7 @@ _ENTRY = "sidelight"
 _HEADER_BYTES = 10**8
 # Dots alone name another folder.
 # The metrics that are shown of a probe.
-_SHOWN = ("auprc", "f1", "accuracy")
+_SUMMARY_METRICS = ("auprc", "f1", "accuracy")
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 
 
@@ -74,12 +74,12 @@ class TrainingTexts(Texts):
     """The texts that a probe was trained on.
 
     Attributes:
-        given_sha256: Hash of the texts before some were held out.
+        input_sha256: Hash of the texts before some were held out.
         texts: A short hash of each, as ``text_hashes`` gives them.
         annotators: Who labelled them; empty unless a judge labelled some.
     """
 
-    given_sha256: str = ""
+    input_sha256: str = ""
     texts: str = ""
     # Left out where it is empty, so that the versions of other probes stay as they are.
     annotators: tuple[Annotator, ...] = Field(default=(), exclude_if=lambda value: not value)
@@ -121,10 +121,10 @@ class Recalibration(_Record):
     texts: CalibrationTexts | None = None
 
 
-class KeptStates(_Record):
+class StatesRecord(_Record):
     """How the hidden states of a training were kept, and the bytes of a token's."""
 
-    kept: Literal["whole", "compressed"]
+    form: Literal["whole", "compressed"]
     streamed: bool
     token_bytes: NonNegativeInt
 
@@ -182,7 +182,7 @@ class TrainingRecord(_Record):
     """
 
     engine: str = ""
-    states: KeptStates | None = None
+    states: StatesRecord | None = None
     training: TrainingTexts = TrainingTexts()
     training_sha256: str = ""
     contexts: Mapping[str, NonNegativeInt] = {}
@@ -206,7 +206,7 @@ class TrainingRecord(_Record):
     @property
     def calibrated_on(self) -> CalibrationTexts:
         """The texts of the newest recalibration that had some, or else those of validation."""
-        newest_first = (own.texts for own in reversed(self.recalibrations))
+        newest_first = (recalibration.texts for recalibration in reversed(self.recalibrations))
         return next((texts for texts in newest_first if texts is not None), self.validation)
 
     @property
@@ -229,7 +229,7 @@ class JudgeFit(_Record):
     threshold.
 
     Attributes:
-        judge: ``JudgeSettings.identity`` of the judge that it holds for, and for no other.
+        judge: ``JudgeSettings.digest`` of the judge that it holds for, and for no other.
         model: What that judge's server calls its model.
         weight: Of the probe, from 0 to 1.
         threshold: Of the weighted sum, in log-odds.
@@ -528,8 +528,10 @@ def summary(card: ProbeCard) -> dict[str, str]:
         lines["flagging"] = _flagging(card)
     lines["calibration"] = card.calibration.kind
     if report := training.validation.report:
-        values = {name: report.metrics[name].value for name in _SHOWN if name in report.metrics}
-        figures = ", ".join(f"{name} {v:.3f}" for name, v in values.items() if v is not None)
+        values = {
+            name: report.metrics[name].value for name in _SUMMARY_METRICS if name in report.metrics
+        }
+        metrics = ", ".join(f"{name} {v:.3f}" for name, v in values.items() if v is not None)
         folds, contexts = training.folds, sum(training.contexts.values())
         lines |= {
             "parameters": f"{training.parameters:,}",
@@ -537,7 +539,7 @@ def summary(card: ProbeCard) -> dict[str, str]:
             + (f", and in {contexts:,} contexts" if contexts else "")
             + f", seed {training.seed}",
             **_labelled_by(training.training),
-            "validation": f"{figures} on {training.validation.rows:,} texts"
+            "validation": f"{metrics} on {training.validation.rows:,} texts"
             + (f", each of {folds} folds by a probe trained on the others" if folds else "")
             + (", before it was recalibrated" if training.recalibrations else ""),
         }

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import VerdictError
-from sidelight.models.conversation import EncodedPrompt, Place, judged_units, read_tokens
+from sidelight.models.conversation import EncodedPrompt, Place, read_tokens, split_segments
 from sidelight.probes.probe import Probe, ProbeOutput
 from sidelight.probes.ragged import Ragged
 from sidelight.types import Verdict
@@ -95,49 +95,49 @@ class Explanation:
 
 
 def explain(
-    probe: Probe, columns: Float[Tensor, "token layer column"], prompt: EncodedPrompt
+    probe: Probe, projections: Float[Tensor, "token layer projection"], prompt: EncodedPrompt
 ) -> Explanation:
     """The verdict on one text, and why.
 
     Args:
         probe: In evaluation mode.
-        columns: The probe's own, of every token.
+        projections: The probe's own, of every token.
         prompt: The text, with any response, and the places of its tokens.
 
     Raises:
         VerdictError: A logit is not finite, or a probe of chats would have to judge plain text.
     """
-    if not probe.can_judge(is_plain=prompt.is_plain):
+    if not probe.can_classify(is_plain=prompt.is_plain):
         raise VerdictError(
             f"Probe '{probe.name}' was trained on chats alone and cannot judge plain text. Send a "
             "message."
         )
-    parts = bytes(prompt.parts)
-    units = judged_units(parts) if probe.judges_turns else []
-    is_read = read_tokens(parts, probe.reads)
-    members = [*(unit.tokens for unit in units), np.arange(len(parts))]
+    token_roles = bytes(prompt.token_roles)
+    segments = split_segments(token_roles) if probe.classifies_turns else []
+    is_read = read_tokens(token_roles, probe.reads)
+    members = [*(segment.tokens for segment in segments), np.arange(len(token_roles))]
     read = [tokens[is_read[tokens]] for tokens in members]
     # On the CPU, where there is float64: Apple's GPUs have none.
-    columns, mechanism = columns.cpu(), deepcopy(probe.mechanism).cpu()
+    projections, mechanism = projections.cpu(), deepcopy(probe.mechanism).cpu()
     with torch.inference_mode():
-        logits = mechanism.logits(_texts(columns, read)).double().numpy()
-    decisive = probe.highest(logits[:-1], units, ProbeOutput(logits[-1]))
+        logits = mechanism.logits(_texts(projections, read)).double().numpy()
+    decisive = probe.highest(logits[:-1], segments, ProbeOutput(logits[-1]))
     verdict = probe.verdict(decisive.logits, turn=decisive.turn)
     labels = probe.task.output_labels
     label = labels[0] if probe.task.kind == "binary" else verdict.label
     targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]
     if probe.task.kind == "multiclass":
         targets -= 1 / len(labels)
-    unit = int(logits[:, labels.index(label)].argmax())
-    shares = mechanism.shares(_texts(columns, [read[unit]]), torch.from_numpy(targets)[None])
+    segment = int(logits[:, labels.index(label)].argmax())
+    shares = mechanism.shares(_texts(projections, [read[segment]]), torch.from_numpy(targets)[None])
     return Explanation(
         verdict=verdict,
         label=label,
-        logit=float(logits[unit] @ targets),
+        logit=float(logits[segment] @ targets),
         baseline=float(shares.baseline),
         steps=shares.steps,
         shares=shares.values.numpy(),
-        places=tuple(_as_sent(prompt, prompt.places[row]) for row in read[unit].tolist()),
+        places=tuple(_as_sent(prompt, prompt.places[row]) for row in read[segment].tolist()),
     )
 
 
@@ -149,8 +149,8 @@ def _as_sent(prompt: EncodedPrompt, place: Place | None) -> Place | None:
 
 
 def _texts(
-    columns: Float[Tensor, "token layer column"], tokens: Sequence[Int[np.ndarray, " _"]]
+    projections: Float[Tensor, "token layer projection"], tokens: Sequence[Int[np.ndarray, " _"]]
 ) -> Ragged:
     """These tokens of each text, end to end."""
     rows = torch.from_numpy(np.concatenate(tokens))
-    return Ragged(columns[rows], torch.tensor([*map(len, tokens)]))
+    return Ragged(projections[rows], torch.tensor([*map(len, tokens)]))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from sidelight.data.spans import SpanRule
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.models.conversation import PromptFormat, Reads, Unit
+from sidelight.models.conversation import PromptFormat, Reads, Segment
 from sidelight.probes.card import ProbeCard
 from sidelight.probes.mechanisms.base import Mechanism
 from sidelight.probes.standardisation import Projection, Standardisation
@@ -107,8 +107,8 @@ class Probe:
 
     def projection(self) -> Projection:
         """The map from hidden states to the few numbers that the probe needs of each of them."""
-        columns = self.mechanism.columns()
-        return self.standardisation.to(columns.device).fold(columns)
+        projections = self.mechanism.projections()
+        return self.standardisation.to(projections.device).fold(projections)
 
     def verdict(self, logits: np.ndarray, *, turn: int | None = None) -> Verdict:
         """The verdict on one text.
@@ -131,14 +131,14 @@ class Probe:
         )
 
     def labelled_verdict(
-        self, verdict: Verdict, spans: Sequence[Span] | None, marked: Iterable[str] = ()
+        self, verdict: Verdict, spans: Sequence[Span] | None, annotated: Iterable[str] = ()
     ) -> Verdict:
         """The verdict with the words that are labelled, whose labels hold too.
 
         Args:
             verdict: On the text, by its probabilities.
-            spans: Of the text; None: nobody knows where its tokens stand.
-            marked: The labels of its tokens, which then hold.
+            spans: Of the text; None: the places of its tokens are unknown.
+            annotated: The labels of its tokens, which then hold.
         """
         scores, thresholds = verdict.probabilities, self.card.label_thresholds
         return self.task.decide(
@@ -146,7 +146,7 @@ class Probe:
             scores,
             thresholds,
             spans,
-            marked,
+            annotated,
             turn=verdict.turn,
             version=verdict.version,
         )
@@ -157,20 +157,20 @@ class Probe:
             return []
         return self.spans.token_labels(text.tokens, self.task.output_labels)
 
-    def can_judge(self, *, is_plain: bool) -> bool:
+    def can_classify(self, *, is_plain: bool) -> bool:
         """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""
         return not (is_plain and self.card.prompt_format == "chat")
 
     @property
-    def judges_turns(self) -> bool:
+    def classifies_turns(self) -> bool:
         """Whether each turn of a prompt is judged; several classes say nothing of a part."""
         return self.reads.scope == "each_turn" and self.task.kind != "multiclass"
 
     def highest(
         self,
-        logits: Float[np.ndarray, "unit output"],
-        units: Sequence[Unit],
-        whole: ProbeOutput,
+        logits: Float[np.ndarray, "segment output"],
+        segments: Sequence[Segment],
+        text_output: ProbeOutput,
     ) -> ProbeOutput:
         """The highest logit of each label, of the units of a prompt and of the whole.
 
@@ -179,17 +179,17 @@ class Probe:
 
         Args:
             logits: Of each unit.
-            units: What each of them is.
-            whole: Of the whole prompt.
+            segments: What each of them is.
+            text_output: Of the whole prompt.
         """
-        if not self.judges_turns:
-            return whole
-        every = np.vstack([logits, whole.logits])
+        if not self.classifies_turns:
+            return text_output
+        every = np.vstack([logits, text_output.logits])
         if not np.isfinite(every).all():
-            return replace(whole, logits=np.full_like(whole.logits, np.nan))
-        unit = int(every.max(1).argmax())
-        turn = units[unit].turn if unit < len(units) else None
-        return replace(whole, logits=every.max(0), turn=turn)
+            return replace(text_output, logits=np.full_like(text_output.logits, np.nan))
+        segment = int(every.max(1).argmax())
+        turn = segments[segment].turn if segment < len(segments) else None
+        return replace(text_output, logits=every.max(0), turn=turn)
 
     def require_finite(self, logits: np.ndarray) -> None:
         """Checks that a text's logits, ``[output]``, can be judged.

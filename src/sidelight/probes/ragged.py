@@ -64,7 +64,7 @@ class Ragged:
         is_later = (is_top > 0) & (before > before[starts])
         return Ragged(torch.where(is_later, LOWEST, self.values), self.lengths)
 
-    def beginnings(self, lengths: Int[Tensor, " segment"]) -> "Ragged":
+    def prefixes(self, lengths: Int[Tensor, " segment"]) -> "Ragged":
         """The first rows of each segment; ``lengths`` says how many, and none exceeds its own."""
         starts = self.lengths.cumsum(0) - self.lengths
         rows = torch.arange(len(self.values), device=self.lengths.device)
@@ -80,21 +80,22 @@ class Ragged:
 
     def split(self) -> list["Ragged"]:
         """Each segment by itself."""
-        parts = self.values.split(self.lengths.tolist())
-        return [Ragged(values, self.lengths[i : i + 1]) for i, values in enumerate(parts)]
+        segments = self.values.split(self.lengths.tolist())
+        return [Ragged(values, self.lengths[i : i + 1]) for i, values in enumerate(segments)]
 
     @staticmethod
-    def pack(parts: Sequence["Ragged"]) -> "Ragged":
+    def pack(items: Sequence["Ragged"]) -> "Ragged":
         """All segments of all parts, in order."""
         return Ragged(
-            torch.cat([part.values for part in parts]), torch.cat([part.lengths for part in parts])
+            torch.cat([ragged.values for ragged in items]),
+            torch.cat([ragged.lengths for ragged in items]),
         )
 
-    def joined(self, other: "Ragged") -> "Ragged":
-        """Each segment followed by the same segment of ``other``."""
-        pairs = zip(self.split(), other.split(), strict=True)
+    def joined(self, suffix: "Ragged") -> "Ragged":
+        """Each segment followed by the same segment of ``suffix``."""
+        pairs = zip(self.split(), suffix.split(), strict=True)
         values = [torch.cat([left.values, right.values]) for left, right in pairs]
-        return Ragged(torch.cat(values), self.lengths + other.lengths)
+        return Ragged(torch.cat(values), self.lengths + suffix.lengths)
 
 
 # Padded tokens of a forward pass: enough to fill the matmuls, few enough for a laptop.

@@ -48,23 +48,23 @@ class Projection:
         is_normalised: Which columns those are; None if there are none.
     """
 
-    weight: Float[Tensor, "layer width column"]
+    weight: Float[Tensor, "layer width projection"]
     shift: Float[Tensor, "layer column"]
     is_normalised: Bool[Tensor, " column"] | None = None
 
     @staticmethod
-    def joined(parts: Sequence["Projection"]) -> "Projection":
+    def joined(projections: Sequence["Projection"]) -> "Projection":
         """The columns of all parts side by side."""
         flags = [
-            torch.zeros_like(part.shift[0], dtype=torch.bool)
-            if part.is_normalised is None
-            else part.is_normalised
-            for part in parts
+            torch.zeros_like(projection.shift[0], dtype=torch.bool)
+            if projection.is_normalised is None
+            else projection.is_normalised
+            for projection in projections
         ]
-        has_normalised = any(part.is_normalised is not None for part in parts)
+        has_normalised = any(projection.is_normalised is not None for projection in projections)
         return Projection(
-            torch.cat([part.weight for part in parts], 2),
-            torch.cat([part.shift for part in parts], 1),
+            torch.cat([projection.weight for projection in projections], 2),
+            torch.cat([projection.shift for projection in projections], 1),
             torch.cat(flags) if has_normalised else None,
         )
 
@@ -83,14 +83,14 @@ class Projection:
         """The projections of the first layers alone."""
         return replace(self, weight=self.weight[:layers], shift=self.shift[:layers])
 
-    def padded(self, columns: int, *, has_flags: bool) -> "Projection":
+    def padded(self, width: int, *, has_flags: bool) -> "Projection":
         """So many columns, the last of them 0 for any state.
 
         Args:
-            columns: At least as many as there are.
+            width: At least as many as there are.
             has_flags: Whether it says of each column if it is normalised, even if none is.
         """
-        missing = (0, columns - self.shift.shape[1])
+        missing = (0, width - self.shift.shape[1])
         flags = self.is_normalised
         if flags is None and has_flags:
             flags = torch.zeros_like(self.shift[0], dtype=torch.bool)
@@ -141,8 +141,8 @@ def project(
     """As ``Projection.layer``, of a layer's own tensors."""
     if is_normalised is None:
         return torch.addmm(shift, hidden, weight, out=out)
-    columns = torch.mm(hidden, weight, out=out)
-    return columns.mul_(torch.where(is_normalised, inverse_rms(hidden), 1)).add_(shift)
+    projections = torch.mm(hidden, weight, out=out)
+    return projections.mul_(torch.where(is_normalised, inverse_rms(hidden), 1)).add_(shift)
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,19 @@ class Standardisation:
         )
 
     def fold(
-        self, columns: Float[Tensor, "layer width column"], *, dtype: torch.dtype = torch.float32
+        self,
+        projections: Float[Tensor, "layer width projection"],
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> Projection:
-        """The projection of raw states that equals ``columns`` on standardised ones.
+        """The projection of raw states that equals ``projections`` on standardised ones.
 
         Args:
-            columns: A projection of standardised states.
+            projections: A projection of standardised states.
             dtype: Dtype of the states that will be projected. The weight is rounded to it before
                 the shift is computed, so that rounding cannot move the mean.
         """
-        weight = (columns / self.scale[..., None]).to(dtype)
+        weight = (projections / self.scale[..., None]).to(dtype)
         shift = -torch.einsum("ld,ldm->lm", self.mean, weight.float())
         flags = torch.ones_like(shift[0], dtype=torch.bool) if self.is_normalised else None
         return Projection(weight, shift, flags)

@@ -66,7 +66,7 @@ async def retrieve(name: str, request: ServerRequest) -> ModelCard:
 
 def _card(request: ServerRequest) -> ModelCard:
     visible = [bound.probe for bound in request.registry.rules if not bound.is_shadow]
-    cards = [ListedProbe.model_validate(_described(probe)) for probe in visible]
+    cards = [ListedProbe.model_validate(_probe_fields(probe)) for probe in visible]
     return ModelCard(
         id=request.engine.model,
         object="model",
@@ -76,7 +76,7 @@ def _card(request: ServerRequest) -> ModelCard:
     )
 
 
-def _described(probe: Probe) -> dict[str, Any]:
+def _probe_fields(probe: Probe) -> dict[str, Any]:
     return {
         "name": probe.name,
         "kind": probe.task.kind,
@@ -112,15 +112,15 @@ async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
     for bound in request.registry.rules:
         if bound.is_shadow:
             continue
-        is_told = bound.discloses_scores(sees_all=request.is_admin)
-        history = bound.probe.card.training
+        is_told = bound.discloses_scores(is_admin=request.is_admin)
+        training = bound.probe.card.training
         thresholds = [
-            ThresholdCard(label=label, threshold=threshold, curve=history.curves.get(label))
+            ThresholdCard(label=label, threshold=threshold, curve=training.curves.get(label))
             for label, threshold in bound.thresholds.items()
         ]
         cards.append(
             RuleCard(
-                **_described(bound.probe),
+                **_probe_fields(bound.probe),
                 mode=bound.mode,
                 thresholds=thresholds if is_told else None,
             )
@@ -162,7 +162,7 @@ def _served(request: ServerRequest) -> Probes[ServedProbe]:
         folder = request.registry.folders.get(bound.name)
         cards.append(
             ServedProbe(
-                **_described(bound.probe),
+                **_probe_fields(bound.probe),
                 side=bound.side,
                 mode=bound.mode,
                 thresholds=dict(bound.thresholds),

@@ -134,7 +134,7 @@ def application(
     app.add_middleware(
         Gatekeeper,
         access=config.access,
-        withholds=lambda: context.registry.withholds,
+        hides_scores=lambda: context.registry.hides_scores,
         defers=lambda: context.registry.defers,
         open_paths=open_paths,
         hosts=config.hosts,
@@ -157,7 +157,7 @@ def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
         config: The configuration.
 
     Raises:
-        SidelightError: The address cannot be listened on, or everybody beyond this machine would be
+        SidelightError: The address cannot be listened on, or clients beyond this machine would be
             served.
     """
     require_keys(config)
@@ -201,14 +201,14 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def require_keys(config: ServerConfig) -> None:
-    """Checks that nobody beyond this machine is served without a key, unless that is wanted.
+    """Check that no client beyond this machine is served without a key, unless that is wanted.
 
     Raises:
         SidelightError: They would be.
     """
     if config.host not in LOOPBACK and not config.access.keys and not config.allow_anonymous:
         raise SidelightError(
-            f"Everybody who reaches {config.host} would be served. Set SIDELIGHT_API_KEY or "
+            f"Anyone who can reach {config.host} could use this server. Set SIDELIGHT_API_KEY or "
             "--api-keys-file, or pass --allow-anonymous if something else keeps strangers out."
         )
 

@@ -22,9 +22,9 @@ from starlette.types import Receive, Scope, Send
 from sidelight.engines.base import FinishReason, Sampling, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, with_invisible
-from sidelight.policy.enforcement import Judged, Passed
+from sidelight.policy.enforcement import Classified, Passed
 from sidelight.policy.hold_back import Ended
-from sidelight.policy.request import Json, Outcome
+from sidelight.policy.request import Json, RequestResult
 from sidelight.server.errors import as_request_error
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
@@ -49,13 +49,13 @@ class CompletionFormat:
     """Formats one answer, of a chat or of a completion.
 
     Args:
-        outcome: What comes of the request.
+        result: What comes of the request.
         is_chat: Whether a text is a message, as chats have it, or stands in its choice.
         includes_usage: Whether a stream ends with a usage chunk.
     """
 
-    def __init__(self, outcome: Outcome, *, is_chat: bool, includes_usage: bool):
-        self._outcome, self._terms = outcome, outcome.terms
+    def __init__(self, result: RequestResult, *, is_chat: bool, includes_usage: bool):
+        self._result, self._context = result, result.context
         self._is_chat, self._includes_usage = is_chat, includes_usage
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -69,7 +69,7 @@ class CompletionFormat:
                 "logprobs": None,
                 "finish_reason": choice.ended and choice.ended.reason,
             }
-            for index, (text, choice) in enumerate(zip(texts, self._outcome.choices, strict=True))
+            for index, (text, choice) in enumerate(zip(texts, self._result.choices, strict=True))
         ]
         return {
             **self._fields("chat.completion" if self._is_chat else "text_completion"),
@@ -81,38 +81,40 @@ class CompletionFormat:
     async def chunks(self, events: AsyncGenerator[tuple[int, Passed], None]) -> AsyncGenerator[str]:
         """Verdicts, moderation, text, the reasons for the end, usage, ``[DONE]``.
 
-        A failure midway is the last event; no ``[DONE]`` follows, so that nobody takes the text
+        A failure midway is the last event; no ``[DONE]`` follows, so that no client takes the text
         for complete.
 
         Args:
             events: With the index of their choice; each prompt has been admitted.
         """
-        terms = self._terms
+        context = self._context
         openings: list[list[Json]] = []
-        for choice in self._outcome.choices:
+        for choice in self._result.choices:
             assert choice.admitted is not None
-            openings.append(terms.entries(choice.admitted.decisions))
+            openings.append(context.entries(choice.admitted.decisions))
         async with aclosing(events):
             try:
                 for index, verdicts in enumerate(openings):
                     opening = {**(_ROLE if self._is_chat else {}), **_numbered(verdicts)}
-                    yield self._chunk([self._piece(index, "", opening)])
-                if terms.chosen:
+                    yield self._chunk([self._choice(index, "", opening)])
+                if context.chosen:
                     yield self._chunk([], **self._verdicts())
                 async for index, event in events:
                     match event:
                         case TextDelta(text):
                             # Of a placeholder, the pieces after the first are empty.
                             if text:
-                                yield self._chunk([self._piece(index, text)])
-                        case Judged():
+                                yield self._chunk([self._choice(index, text)])
+                        case Classified():
                             yield self._chunk([], sidelight=self._running(index, event))
                         case Ended(reason):
-                            late = terms.entries(event.decisions)
+                            entries = context.entries(event.decisions)
                             first = len(openings[index])
-                            extra = _numbered(late, first=first) if terms.reads_response else {}
-                            yield self._chunk([self._piece(index, None, extra, reason)])
-                if terms.reads_response:
+                            extra = (
+                                _numbered(entries, first=first) if context.reads_response else {}
+                            )
+                            yield self._chunk([self._choice(index, None, extra, reason)])
+                if context.reads_response:
                     yield self._chunk([], **self._verdicts())
                 if self._includes_usage:
                     yield self._chunk([], usage=self._usage())
@@ -120,7 +122,7 @@ class CompletionFormat:
             except SidelightError as error:
                 yield _sse(as_request_error(error).body)
 
-    def _piece(
+    def _choice(
         self,
         index: int,
         text: str | None,
@@ -136,23 +138,23 @@ class CompletionFormat:
 
     def _verdicts(self) -> Json:
         return {
-            "moderation": self._outcome.moderation(),
-            "sidelight": self._outcome.extension(),
+            "moderation": self._result.moderation(),
+            "sidelight": self._result.extension(),
         }
 
-    def _running(self, index: int, running: Judged) -> Json:
+    def _running(self, index: int, running: Classified) -> Json:
         """The ``sidelight`` field while text ``index`` is written: verdicts with scores alone.
 
         A label would tell ordinary keys more of what blocks them than the cut does.
         """
-        entries = self._terms.entries(running.decisions)
+        entries = self._context.entries(running.decisions)
         verdicts = [entry for entry in entries if "probabilities" in entry]
         return {"running": {"index": index, "tokens": running.tokens, "verdicts": verdicts}}
 
     def _usage(self) -> dict[str, int]:
         """Tokens read and written; a prompt counts once, however many texts follow it."""
-        ends = [choice.ended for choice in self._outcome.choices]
-        prompt = sum(admitted.tokens for admitted in self._outcome.prompts)
+        ends = [choice.ended for choice in self._result.choices]
+        prompt = sum(admitted.tokens for admitted in self._result.prompts)
         written = sum(end.completion_tokens for end in ends if end)
         return {
             "prompt_tokens": prompt,
@@ -171,7 +173,7 @@ class CompletionFormat:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._terms.model,
+            "model": self._context.model,
         }
 
 
@@ -246,25 +248,25 @@ async def _answer(
 ) -> Response:
     request.require_model(body.model)
     sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
-    terms = await request.begin(prompts, body.probes, n=n, max_tokens=sampling.max_tokens)
+    context = await request.begin(prompts, body.probes, n=n, max_tokens=sampling.max_tokens)
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
-    outcome = Outcome(terms)
-    answer = CompletionFormat(outcome, is_chat=is_chat, includes_usage=options.include_usage)
-    tells_scores = bool(body.stream and options.include_scores)
+    result = RequestResult(context)
+    answer = CompletionFormat(result, is_chat=is_chat, includes_usage=options.include_usage)
+    stream_scores = bool(body.stream and options.include_scores)
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
-        read = with_invisible(prompt, terms.policy.invisible_characters)
-        for number, text in enumerate(outcome.begin(n, tells_scores=tells_scores)):
+        read = with_invisible(prompt, context.policy.invisible_characters)
+        for number, text in enumerate(result.begin(n, stream_scores=stream_scores)):
             events = request.engine.generate(
-                read, _reseeded(sampling, number), watch=text.watch, admits=text.admits
+                read, _reseeded(sampling, number), monitored=text.monitored, admits=text.admits
             )
             streams.append(text.guard(prompt, events))
     await unless_left(request, _wait_for_admission(streams))
     if body.stream:
-        headers = outcome.headers(is_stream=True)
+        headers = result.headers(is_stream=True)
         return EventStream(answer.chunks(_side_by_side(streams)), headers)
     texts = await unless_left(request, _collected(streams))
-    return JSONResponse(answer.completion(texts), headers=outcome.headers(is_stream=False))
+    return JSONResponse(answer.completion(texts), headers=result.headers(is_stream=False))
 
 
 async def _wait_for_admission(streams: Streams) -> None:

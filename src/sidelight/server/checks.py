@@ -9,20 +9,20 @@ from typing import Any, Generic, TypeVar
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from sidelight.engines.base import PromptJudged, verdict_failure
+from sidelight.engines.base import PromptClassified, verdict_failure
 from sidelight.models.conversation import Message, has_response
 from sidelight.models.invisible import visible
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions, checked_decisions
 from sidelight.policy.redaction import redacted
-from sidelight.policy.request import Terms, category_fields
+from sidelight.policy.request import RequestContext, category_fields
 from sidelight.policy.rules import BoundRule, Side
 from sidelight.policy.second_stage import SecondStage, redacted_response
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import RequestTextObserver
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import Extension, TextsRequest
-from sidelight.types import Judgement, Span, spans_json
+from sidelight.types import Span, Verdicts, spans_json
 
 # Clients send OpenAI's own names by default; here they mean: every probe.
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
@@ -31,16 +31,18 @@ router = APIRouter(route_class=Route)
 Result = TypeVar("Result")
 
 
-Checked = tuple[PromptJudged, Sequence[Decision]]
-"""One text, and what follows from each chosen probe, of which ``Terms`` give what may be sent."""
+Checked = tuple[PromptClassified, Sequence[Decision]]
+"""One text, and what follows from each chosen probe, of which ``RequestContext`` give what may
+be sent.
+"""
 
 
 async def check(
     request: ServerRequest,
-    terms: Terms,
+    context: RequestContext,
     conversations: Sequence[Sequence[Message]],
     *,
-    judges_prompt: bool = True,
+    decides_prompt: bool = True,
     counts_shadows: bool = False,
     tools: Collection[int] | None = None,
     trusted: Collection[int] = (),
@@ -53,9 +55,9 @@ async def check(
 
     Args:
         request: Which begins with these terms, and has awaited nothing since.
-        terms: What holds for it.
+        context: What holds for it.
         conversations: To judge.
-        judges_prompt: Whether the turns before the assistant's are judged; if they are made up, no
+        decides_prompt: Whether the turns before the assistant's are judged; if they are made up, no
             verdict on them counts.
         counts_shadows: Whether verdicts of probes in shadow mode suffice, which are only counted.
         tools: Indices of the conversations of one text that count as a tool's; None: all, since
@@ -68,26 +70,26 @@ async def check(
         RequestError: No chosen probe can judge one of them. An empty answer would look harmless.
     """
     if not counts_shadows and not all(map(is_answered, conversations)):
-        require_prompt_probe(terms)
-    invisible = terms.policy.invisible_characters
+        require_prompt_probe(context)
+    invisible = context.policy.invisible_characters
     read = [[replace(turn, invisible=invisible) for turn in turns] for turns in conversations]
-    judging = request.engine.judge(read, explain=explain)
-    events = await unless_left(request, judging)
+    classification = request.engine.classify(read, explain=explain)
+    events = await unless_left(request, classification)
 
-    async def decided(index: int, event: PromptJudged) -> Checked:
+    async def decided(index: int, event: PromptClassified) -> Checked:
         turns = conversations[index]
         if len(turns) == 1:
-            own = None if tools is None or index in tools else Judgement()
-            event = replace(event, judgement=replace(event.judgement, tools=own))
-        prompt: set[Side] = {"input"} if judges_prompt else set()
+            tool_verdicts = None if tools is None or index in tools else Verdicts()
+            event = replace(event, verdicts=replace(event.verdicts, tools=tool_verdicts))
+        prompt: set[Side] = {"input"} if decides_prompt else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
         is_trusted = index in trusted
-        rules = [bound for bound in terms.rules if not is_trusted or bound.mode == "redact"]
+        rules = [bound for bound in context.rules if not is_trusted or bound.mode == "redact"]
         observer = RequestTextObserver(request.observer, turns)
         decisions = check_decisions(rules, event, prompt | response)
-        decisions = await _settled(terms, turns, decisions, observer)
+        decisions = await _after_second_stage(context, turns, decisions, observer)
         observer.check(event, [each for each in decisions if each.deferred is None])
-        chosen = terms.of_chosen(decisions)
+        chosen = context.of_chosen(decisions)
         _require_verdicts(f"Text {index} (counted from 0)", turns, event.tokens, chosen)
         return event, chosen
 
@@ -104,17 +106,17 @@ async def _all(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     return [task.result() for task in tasks]
 
 
-async def _settled(
-    terms: Terms,
+async def _after_second_stage(
+    context: RequestContext,
     turns: Sequence[Message],
     decisions: Sequence[Decision],
     observer: RequestTextObserver,
 ) -> list[Decision]:
     """The decisions on one conversation, with what judges say of the chosen probes and shadows."""
-    if terms.judges is None:
+    if context.judges is None:
         return await checked_decisions(decisions, observer, None)
-    shadows = (bound for bound in terms.rules if bound.is_shadow)
-    asked = {bound.name for bound in (*terms.chosen, *shadows)}
+    shadows = (bound for bound in context.rules if bound.is_shadow)
+    asked = {bound.name for bound in (*context.chosen, *shadows)}
     decisions = [d if d.rule.name in asked else replace(d, deferred=None) for d in decisions]
     *prompt, last = turns
     response = None
@@ -122,20 +124,20 @@ async def _settled(
         response = redacted_response(last.content, decisions)
     else:
         prompt = turns
-    invisible = terms.policy.invisible_characters
-    stage = SecondStage(terms.judges, prompt, decisions, invisible=invisible)
-    return await checked_decisions(decisions, observer, stage, response)
+    invisible = context.policy.invisible_characters
+    second_stage = SecondStage(context.judges, prompt, decisions, invisible=invisible)
+    return await checked_decisions(decisions, observer, second_stage, response)
 
 
-def require_prompt_probe(terms: Terms) -> None:
+def require_prompt_probe(context: RequestContext) -> None:
     """Refuses a prompt that no chosen probe reads."""
-    if any(bound.side == "input" for bound in terms.chosen):
+    if any(bound.side == "input" for bound in context.chosen):
         return
     message = (
         "No chosen probe reads a prompt alone, so none can judge a text by itself. Load such a "
         "probe, or use /v1/chat/completions."
     )
-    if (prompt_rules := terms.on("input")) and all(bound.is_shadow for bound in prompt_rules):
+    if (prompt_rules := context.on("input")) and all(bound.is_shadow for bound in prompt_rules):
         message = (
             "Every probe that reads prompts is in shadow mode, so there is no verdict to report. "
             'Give one another mode in the policy, such as mode = "score".'
@@ -204,12 +206,12 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = await request.begin(texts, body.probes)
-    checked = await check(request, terms, texts)
+    context = await request.begin(texts, body.probes)
+    checked = await check(request, context, texts)
     results = [
         ModerationResult(
-            **category_fields(terms.disclosed(decisions), terms.categories),
-            sidelight=Extension(verdicts=terms.entries(decisions)),
+            **category_fields(context.visible(decisions), context.categories),
+            sidelight=Extension(verdicts=context.entries(decisions)),
         )
         for _, decisions in checked
     ]
@@ -232,32 +234,34 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     if body.model is not None:
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
-    terms = await request.begin(texts, body.probes)
+    context = await request.begin(texts, body.probes)
     # What is replaced says which words a probe has found.
     labelling = tuple(
         bound
-        for bound in terms.chosen
+        for bound in context.chosen
         if bound.probe.spans is not None
         and bound.side == "input"
-        and (bound.mode == "redact" or bound.discloses_scores(sees_all=terms.sees_all))
+        and (bound.mode == "redact" or bound.discloses_scores(is_admin=context.is_admin))
     )
-    if not labelling or (body.probes and len(labelling) < len(terms.chosen)):
+    if not labelling or (body.probes and len(labelling) < len(context.chosen)):
         raise RequestError(
             "Words are replaced by probes that label spans of prompts, and that the policy lets "
-            f"you read. Got {_listed(terms.chosen)}, of which these can: {_listed(labelling)}. "
+            f"you read. Got {_listed(context.chosen)}, of which these can: {_listed(labelling)}. "
             "Serve one that was trained with --spans.",
             code="no_span_probe",
             param="probes",
         )
     # An empty text has nothing to judge.
-    judged = [index for index, text in enumerate(body.input) if text]
-    checked = await check(request, replace(terms, chosen=labelling), [texts[i] for i in judged])
+    nonempty = [index for index, text in enumerate(body.input) if text]
+    checked = await check(request, replace(context, chosen=labelling), [texts[i] for i in nonempty])
     results = [Redaction(text="", spans=[]) for _ in texts]
-    for index, (_, decisions) in zip(judged, checked, strict=True):
-        disclosed = (d for d in decisions if d.rule.discloses_scores(sees_all=terms.sees_all))
+    for index, (_, decisions) in zip(nonempty, checked, strict=True):
+        visible_verdicts = (
+            d for d in decisions if d.rule.discloses_scores(is_admin=context.is_admin)
+        )
         results[index] = Redaction(
             text=redacted(body.input[index], spans_of(decisions)),
-            spans=spans_json(spans_of(disclosed)),
+            spans=spans_json(spans_of(visible_verdicts)),
         )
     return Results(id=f"redact-{uuid.uuid4().hex}", model=request.engine.model, results=results)
 
@@ -266,7 +270,7 @@ def spans_of(decisions: Iterable[Decision]) -> list[Span]:
     """The words that these probes have labelled, in order.
 
     Raises:
-        VerdictError: Nobody knows where those of a probe stand.
+        VerdictError: The places of the spans of a probe are unknown.
     """
     every: list[Span] = []
     for decision in decisions:

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from sidelight.errors import did_you_mean
 from sidelight.models.conversation import Message
-from sidelight.policy.request import Terms
+from sidelight.policy.request import RequestContext
 from sidelight.policy.rules import Side
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe
 from sidelight.server.errors import RequestError
@@ -120,13 +120,13 @@ class ClassifyResponse(BaseModel):
 @router.post("/v1/classify", name="create")
 async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
     """Texts are classified by the one probe that ``model`` names."""
-    terms = _of_one_probe(await request.begin(body.conversations("input")), body.model)
-    (bound,) = terms.chosen
+    context = _of_one_probe(await request.begin(body.conversations("input")), body.model)
+    (bound,) = context.chosen
     conversations = body.conversations(bound.side)
     checked = await check(
-        request, terms, conversations, judges_prompt=bound.side == "input" or bool(body.messages)
+        request, context, conversations, decides_prompt=bound.side == "input" or bool(body.messages)
     )
-    told = [each for _, decisions in checked for each in terms.disclosed(decisions)]
+    told = [each for _, decisions in checked for each in context.visible(decisions)]
     tokens = sum(event.tokens for event, _ in checked)
     return ClassifyResponse(
         id=f"classify-{uuid.uuid4().hex}",
@@ -146,31 +146,31 @@ def classification_of(index: int, verdict: Verdict | None) -> Classification:
     return Classification(index=index, label=label, probs=probs, num_classes=len(probs))
 
 
-def _of_one_probe(terms: Terms, name: str | None) -> Terms:
+def _of_one_probe(context: RequestContext, name: str | None) -> RequestContext:
     """The same, reporting the probe that a request's ``model`` means.
 
     Raises:
         RequestError: It means none, or might mean several.
     """
-    named = [bound for bound in terms.chosen if bound.name == name]
+    named = [bound for bound in context.chosen if bound.name == name]
     if named:
-        return replace(terms, chosen=tuple(named))
-    names = [bound.name for bound in terms.chosen]
-    if name not in (None, terms.model):
+        return replace(context, chosen=tuple(named))
+    names = [bound.name for bound in context.chosen]
+    if name not in (None, context.model):
         raise RequestError(
-            f"Unknown probe '{name}'.{did_you_mean(name or '', [*names, terms.model])}",
+            f"Unknown probe '{name}'.{did_you_mean(name or '', [*names, context.model])}",
             status=404,
             code="model_not_found",
             param="model",
         )
     if not names:
-        require_prompt_probe(terms)
-    of_prompts = tuple(bound for bound in terms.chosen if bound.side == "input")
+        require_prompt_probe(context)
+    of_prompts = tuple(bound for bound in context.chosen if bound.side == "input")
     if len(of_prompts) != 1:
         raise RequestError(
-            f"Model '{terms.model}' has {len(of_prompts)} probes of prompts, not one. Name a "
+            f"Model '{context.model}' has {len(of_prompts)} probes of prompts, not one. Name a "
             f"probe in 'model': {', '.join(names)}.",
             code="probe_required",
             param="model",
         )
-    return replace(terms, chosen=of_prompts)
+    return replace(context, chosen=of_prompts)

@@ -152,17 +152,17 @@ class ServerConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_sources(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _read_sources(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """The values given by name, over those of variables and of the file."""
         # Only secrets have variables: Kubernetes sets SIDELIGHT_PORT for a service named sidelight.
         every = {variable.upper(): text for variable, text in os.environ.items()}
         variables = {n: every[v] for n in _SECRETS if (v := f"{_PREFIX}{n.upper()}") in every}
-        path = given.get("config")
+        path = arguments.get("config")
         file = {} if path is None else _read_file(Path(path), cls.model_fields.keys() - {"config"})
-        values = {**file, **variables, **given}
+        values = {**file, **variables, **arguments}
         if isinstance(of_file := file.get("engine_option"), dict):
             # Each is an option by itself.
-            values["engine_option"] = {**of_file, **given.get("engine_option", {})}
+            values["engine_option"] = {**of_file, **arguments.get("engine_option", {})}
         return values
 
     @cached_property

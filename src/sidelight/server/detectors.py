@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from sidelight.errors import did_you_mean
 from sidelight.models.conversation import Message
 from sidelight.policy.decisions import Decision
-from sidelight.policy.request import Json, Terms
+from sidelight.policy.request import Json, RequestContext
 from sidelight.policy.rules import Side
 from sidelight.server.checks import as_answer, as_user, check, is_answered
 from sidelight.server.errors import DETECTORS, RequestError
@@ -115,17 +115,17 @@ async def detect_in_contents(
 ) -> list[list[ContentDetection]]:
     """One list per text, empty if nothing is flagged in it."""
     begun = await request.begin([as_user(text) for text in body.contents])
-    terms = _detecting(begun, detector_id, {"input"})
-    is_answer = any(bound.side == "output" for bound in terms.chosen)
+    context = _detecting(begun, detector_id, {"input"})
+    is_answer = any(bound.side == "output" for bound in context.chosen)
     # An empty text has nothing to classify.
     texts = {number: text for number, text in enumerate(body.contents) if text}
     turns = [as_answer(text) if is_answer else as_user(text) for text in texts.values()]
     checked = await check(
-        request, terms, turns, judges_prompt=not is_answer, counts_shadows=not terms.chosen
+        request, context, turns, decides_prompt=not is_answer, counts_shadows=not context.chosen
     )
     detected: list[list[ContentDetection]] = [[] for _ in body.contents]
     for (number, text), (_, decisions) in zip(texts.items(), checked, strict=True):
-        for fields, span in _flags(terms, decisions):
+        for fields, span in _flags(context, decisions):
             start, end = (0, len(text)) if span is None else (span.start, span.end)
             found = ContentDetection(**fields, start=start, end=end, text=text[start:end])
             detected[number].append(found)
@@ -139,8 +139,8 @@ async def detect_in_chat(
     """Probes of prompts read the turns before an answer; an answer at the end, others."""
     turns = [message.as_message() for message in body.messages]
     sides: set[Side] = {"input", "output"} if is_answered(turns) else {"input"}
-    terms = _detecting(await request.begin([turns]), detector_id, sides)
-    return await _detected(request, terms, turns)
+    context = _detecting(await request.begin([turns]), detector_id, sides)
+    return await _detected(request, context, turns)
 
 
 @router.post("/generation", name="create")
@@ -149,8 +149,8 @@ async def detect_in_generation(
 ) -> list[ChatDetection]:
     """What probes of responses flag in a generated text."""
     turns = [Message("user", body.prompt), Message("assistant", body.generated_text)]
-    terms = _detecting(await request.begin([turns]), detector_id, {"output"})
-    if any(bound.side == "input" for bound in terms.chosen):
+    context = _detecting(await request.begin([turns]), detector_id, {"output"})
+    if any(bound.side == "input" for bound in context.chosen):
         raise RequestError(
             f"Probe '{detector_id}' reads prompts, not generated texts. Use {DETECTORS}contents, "
             "or name a probe of responses.",
@@ -158,18 +158,22 @@ async def detect_in_generation(
         )
     if not body.generated_text:
         return []
-    return await _detected(request, terms, turns, judges_prompt=bool(body.prompt))
+    return await _detected(request, context, turns, decides_prompt=bool(body.prompt))
 
 
 async def _detected(
-    request: ServerRequest, terms: Terms, turns: Sequence[Message], *, judges_prompt: bool = True
+    request: ServerRequest,
+    context: RequestContext,
+    turns: Sequence[Message],
+    *,
+    decides_prompt: bool = True,
 ) -> list[ChatDetection]:
     ((_, decisions),) = await check(
-        request, terms, [turns], judges_prompt=judges_prompt, counts_shadows=not terms.chosen
+        request, context, [turns], decides_prompt=decides_prompt, counts_shadows=not context.chosen
     )
     return [
         ChatDetection(**fields, metadata=span and _place(span))
-        for fields, span in _flags(terms, decisions)
+        for fields, span in _flags(context, decisions)
     ]
 
 
@@ -178,7 +182,9 @@ def _place(span: Span) -> dict[str, int]:
     return {"start": span.start, "end": span.end, **message}
 
 
-def _detecting(terms: Terms, name: str | None, sides: Collection[Side]) -> Terms:
+def _detecting(
+    context: RequestContext, name: str | None, sides: Collection[Side]
+) -> RequestContext:
     """The same, reporting the probe of this name; None: those of the sides.
 
     If no probe is left, others in shadow mode read these sides: their verdicts are counted.
@@ -187,29 +193,31 @@ def _detecting(terms: Terms, name: str | None, sides: Collection[Side]) -> Terms
         RequestError: There is no such probe.
     """
     if name is not None:
-        chosen = tuple(bound for bound in terms.chosen if bound.name == name)
+        chosen = tuple(bound for bound in context.chosen if bound.name == name)
         if not chosen:
-            known = [bound.name for bound in terms.chosen]
+            known = [bound.name for bound in context.chosen]
             raise RequestError(
                 f"Unknown detector '{name}'.{did_you_mean(name, known)}",
                 status=404,
                 code="probe_not_found",
                 param="detector-id",
             )
-        return replace(terms, chosen=chosen)
-    chosen = tuple(bound for bound in terms.chosen if bound.side in sides)
-    if not chosen and not any(bound.is_shadow for side in sides for bound in terms.on(side)):
+        return replace(context, chosen=chosen)
+    chosen = tuple(bound for bound in context.chosen if bound.side in sides)
+    if not chosen and not any(bound.is_shadow for side in sides for bound in context.on(side)):
         raise RequestError(
             "No probe reads this side of a chat: contents and chats take a probe of prompts, "
             "generations one of responses. Load one.",
             code="no_prompt_probe" if "input" in sides else "no_response_probe",
         )
-    return replace(terms, chosen=chosen)
+    return replace(context, chosen=chosen)
 
 
-def _flags(terms: Terms, decisions: Iterable[Decision]) -> Iterator[tuple[Json, Span | None]]:
+def _flags(
+    context: RequestContext, decisions: Iterable[Decision]
+) -> Iterator[tuple[Json, Span | None]]:
     """The fields of a ``Detection`` for each flag that the client may see, and its span."""
-    for each in terms.disclosed(decisions):
+    for each in context.visible(decisions):
         verdict = each.verdict
         assert verdict is not None, "check refuses a text without one"
         spans = verdict.spans or ()

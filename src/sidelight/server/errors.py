@@ -23,7 +23,7 @@ from sidelight.server.keys import Caller
 
 # What the routes of the detectors API begin with.
 DETECTORS = "/api/v1/text/"
-# As nginx logs a client that left; nobody receives it.
+# As nginx logs a client that left; it is never received.
 _CLIENT_LEFT = 499
 _MAX_QUOTED = 500
 
@@ -72,14 +72,14 @@ def routed_path(scope: Scope) -> str:
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
-def as_request_error(error: SidelightError, *, sees_all: bool = False) -> RequestError:
-    """The answer to a client; ``sees_all`` if its key sees verdicts that rules do not disclose."""
+def as_request_error(error: SidelightError, *, is_admin: bool = False) -> RequestError:
+    """The answer to a client; ``is_admin`` if its key sees verdicts that rules do not disclose."""
     message, headers = str(error), None
     match error:
         case RequestError():
             return error
         case PolicyError(status=status, code=code, param=param, decisions=decisions):
-            headers = refusal_headers(decisions, sees_all=sees_all) if decisions else None
+            headers = refusal_headers(decisions, is_admin=is_admin) if decisions else None
             return RequestError(message, status=status, code=code, param=param, headers=headers)
         case DisguisedTextError(code=code):
             return RequestError(message, code=code)
@@ -103,7 +103,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _failed(request: Request, error: SidelightError) -> Response:
     caller: Caller = getattr(request.state, "caller", Caller())
-    return as_request_error(error, sees_all=caller.is_admin).answer(request.scope)
+    return as_request_error(error, is_admin=caller.is_admin).answer(request.scope)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -14,7 +14,7 @@ from sidelight.models.invisible import Invisible, reject_disguises, visible
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.policy.redaction import redacted
-from sidelight.policy.request import Terms
+from sidelight.policy.request import RequestContext
 from sidelight.policy.rules import Side
 from sidelight.server.checks import as_answer, as_user, check, require_prompt_probe, spans_of
 from sidelight.server.errors import RequestError
@@ -102,8 +102,8 @@ class GuardrailRequest(StrictBody):
 def _texts_of(message: Mapping[str, Any]) -> list[str]:
     """The texts of a message's content, part by part."""
     content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    texts = [block.get("text") for block in blocks if isinstance(block, dict)]
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -132,34 +132,34 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     is_response = body.input_type == "response"
     texts = _texts(body)
     system = [text for text in texts if text.role == "system"]
-    judged = [text for text in texts if text.role != "system"]
-    terms = await request.begin([text.conversation for text in judged], parameters.probes)
+    checked_texts = [text for text in texts if text.role != "system"]
+    context = await request.begin([text.conversation for text in checked_texts], parameters.probes)
     try:
-        require_trusted_turns(terms.policy, [[Message("system", text.words)] for text in system])
+        require_trusted_turns(context.policy, [[Message("system", text.words)] for text in system])
     except PolicyError as refusal:
         return _blocked(refusal)
     # A proxy may take the parameters of its own client.
-    terms = terms.with_enforced()
+    context = context.with_enforced()
     side: Side = "output" if is_response else "input"
-    terms = replace(terms, chosen=tuple(b for b in terms.chosen if b.side == side))
-    has_shadow = any(bound.is_shadow for bound in terms.on(side))
+    context = replace(context, chosen=tuple(b for b in context.chosen if b.side == side))
+    has_shadow = any(bound.is_shadow for bound in context.on(side))
     is_observed = parameters.probes is None and has_shadow
-    if not terms.chosen and not is_observed:
-        _refuse(terms, side)
-    redacts = any(bound.mode == "redact" for bound in terms.chosen)
+    if not context.chosen and not is_observed:
+        _refuse(context, side)
+    redacts = any(bound.mode == "redact" for bound in context.chosen)
     if redacts:
         # Trusted words pass, but what they say of people is masked all the same.
-        judged += system
-    invisible = terms.policy.invisible_characters
+        checked_texts += system
+    invisible = context.policy.invisible_characters
     try:
         checked = await check(
             request,
-            terms,
-            [text.conversation for text in judged],
-            judges_prompt=not is_response,
+            context,
+            [text.conversation for text in checked_texts],
+            decides_prompt=not is_response,
             counts_shadows=is_observed,
-            tools={i for i, text in enumerate(judged) if text.role in (None, "tool")},
-            trusted={i for i, text in enumerate(judged) if text.role == "system"},
+            tools={i for i, text in enumerate(checked_texts) if text.role in (None, "tool")},
+            trusted={i for i, text in enumerate(checked_texts) if text.role == "system"},
         )
         await asyncio.to_thread(_reject_disguises, body, texts, invisible)
     except DisguisedTextError as refusal:
@@ -167,7 +167,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     decisions = [decisions for _, decisions in checked]
     flagged, masked = _flagged(decisions), body.texts or []
     if redacts:
-        masked, in_calls = _mask(body, judged, decisions)
+        masked, in_calls = _mask(body, checked_texts, decisions)
         flagged = [*dict.fromkeys((*in_calls, *flagged))]
     if invisible == "strip":
         # The model behind the proxy must get the text that was classified.
@@ -180,7 +180,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         # The next words may label the last ones anew, so a proxy sends a text once it is whole.
         stream_holdback_chars=[*map(len, masked)] if is_response and redacts else None,
         sidelight=Extension(
-            verdicts=[entry for _, decisions in checked for entry in terms.entries(decisions)]
+            verdicts=[entry for _, decisions in checked for entry in context.entries(decisions)]
         ),
     )
 
@@ -205,10 +205,10 @@ def _reject_disguises(
         reject_disguises(text.words, invisible, can_strip=text.index < len(body.texts or ()))
 
 
-def _refuse(terms: Terms, side: Side) -> None:
+def _refuse(context: RequestContext, side: Side) -> None:
     """Refuses texts that no chosen probe can judge."""
     if side == "input":
-        require_prompt_probe(terms)
+        require_prompt_probe(context)
     raise RequestError(
         "No chosen probe reads a response, so none can judge this one. Load such a probe, or use "
         "this guardrail in mode pre_call only.",
@@ -244,12 +244,16 @@ def _texts(body: GuardrailRequest) -> list[_Text]:
     """The texts, then the calls; empty ones have nothing to judge."""
     is_response = body.input_type == "response"
     roles = {} if is_response else body.roles()
-    said: list[tuple[str, Role | None]] = [(words, roles.get(words)) for words in body.texts or ()]
+    words_and_roles: list[tuple[str, Role | None]] = [
+        (words, roles.get(words)) for words in body.texts or ()
+    ]
     for call in body.tool_calls or ():
         words = "\n".join(filter(None, (call.function.name, call.function.arguments)))
-        said.append((words, "assistant"))
+        words_and_roles.append((words, "assistant"))
     return [
-        _Text(index, words, role, is_response) for index, (words, role) in enumerate(said) if words
+        _Text(index, words, role, is_response)
+        for index, (words, role) in enumerate(words_and_roles)
+        if words
     ]
 
 
@@ -257,8 +261,8 @@ def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
     """The probes that flag a text, and whose rule does not redact."""
     flagged = (
         d.rule.name
-        for own in decisions
-        for d in own
+        for text_decisions in decisions
+        for d in text_decisions
         if d.rule.mode != "redact" and d.verdict is not None and d.verdict.flagged
     )
     return [*dict.fromkeys(flagged)]
@@ -275,8 +279,8 @@ def _mask(
         decisions: On each of these.
     """
     masked, in_calls = [*(body.texts or ())], list[str]()
-    for text, own in zip(texts, decisions, strict=True):
-        redacting = [d for d in own if d.rule.mode == "redact"]
+    for text, text_decisions in zip(texts, decisions, strict=True):
+        redacting = [d for d in text_decisions if d.rule.mode == "redact"]
         spans = spans_of(redacting)
         if text.index < len(masked):
             masked[text.index] = redacted(text.words, spans)

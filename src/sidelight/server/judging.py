@@ -48,7 +48,7 @@ class Judges:
         return RequestJudges(clients, key_id, self._later) if clients else None
 
     async def close(self) -> None:
-        """Ends what nobody waits for, and closes all connections."""
+        """End pending work, and close all connections."""
         for task in self._later:
             task.cancel()
         await asyncio.gather(*self._later, return_exceptions=True)

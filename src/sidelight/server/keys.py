@@ -62,43 +62,44 @@ class Access:
 
     Attributes:
         keys: Open everything but ``/admin`` and ``/metrics``; without any, that is open to
-            everybody.
-        admin_keys: Open everything; without any, nobody reaches ``/admin``.
+            all.
+        admin_keys: Open everything; without any, ``/admin`` is closed.
         metrics_keys: Open ``/metrics``.
-        others: Keys that something else asks for. Here they open nothing and name their callers.
+        foreign_keys: Keys that something else asks for. Here they open nothing and name their
+            callers.
     """
 
     keys: tuple[Key, ...] = ()
     admin_keys: tuple[Key, ...] = ()
     metrics_keys: tuple[Key, ...] = ()
-    others: tuple[Key, ...] = ()
+    foreign_keys: tuple[Key, ...] = ()
 
-    def opens_metrics(self, caller: Caller, *, withholds: bool) -> bool:
+    def opens_metrics(self, caller: Caller, *, hides_scores: bool) -> bool:
         """Whether this caller may read ``/metrics``.
 
-        Everybody may if there are no keys and the policy withholds nothing.
+        Any caller may if there are no keys and the policy withholds nothing.
         """
-        is_open = not self.keys and not self.metrics_keys and not withholds
+        is_open = not self.keys and not self.metrics_keys and not hides_scores
         return is_open or caller.is_admin or caller.is_scraper
 
     def caller(self, authorization: str) -> Caller | None:
-        """The sender of this header; None: nobody who may be served."""
+        """The sender of this header; None: not authorised."""
         scheme, _, secret = authorization.partition(" ")
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
-        given = _digest(secret.strip(_BLANKS).encode("latin-1"))
-        admin = _match(self.admin_keys, given)
-        user = _match((*self.keys, *self.others), given)
-        scraper = _match(self.metrics_keys, given)
+        digest = _digest(secret.strip(_BLANKS).encode("latin-1"))
+        admin = _match(self.admin_keys, digest)
+        user = _match((*self.keys, *self.foreign_keys), digest)
+        scraper = _match(self.metrics_keys, digest)
         found = admin or user or scraper
         if found is not None and scheme.lower() == "bearer":
             return Caller(found.id, is_admin=found is admin, is_scraper=found is scraper)
         return None if self.keys else Caller()
 
 
-def keys_of(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
+def keys_of(prefix: str, secrets: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
     """The keys that are given, numbered after a prefix, and those of a file."""
     numbered = (
-        Key.of(f"{prefix}-{i}", secret.get_secret_value()) for i, secret in enumerate(given, 1)
+        Key.of(f"{prefix}-{i}", secret.get_secret_value()) for i, secret in enumerate(secrets, 1)
     )
     return (*numbered, *(read_keys(path) if path else ()))
 
@@ -132,9 +133,9 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     return tuple(keys.values())
 
 
-def _match(keys: Sequence[Key], given: bytes) -> Key | None:
+def _match(keys: Sequence[Key], digest: bytes) -> Key | None:
     # All are compared, each in constant time: the time taken reveals nothing about them.
-    matches = [key for key in keys if hmac.compare_digest(key.digest, given)]
+    matches = [key for key in keys if hmac.compare_digest(key.digest, digest)]
     return matches[0] if matches else None
 
 

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
 from sidelight.judges.question import FailureReason
-from sidelight.policy.decisions import Decision, DecisionOutcome, SecondOpinion, agreements
+from sidelight.policy.decisions import Decision, DecisionStatus, SecondOpinion, agreements
 from sidelight.policy.rules import Action, BoundRule
 from sidelight.probes.probe import Probe
 from sidelight.types import Verdict
@@ -30,7 +30,7 @@ from sidelight.types import Verdict
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _CHANGES = ("flagged", "passed")
-_JUDGING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
+_CLASSIFICATION_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
 
 
 class Metrics(Collector):
@@ -77,11 +77,11 @@ class Metrics(Collector):
         self.time_to_first_text = self._time("time_to_first_text", "Until the first text")
         self.inter_text_latency = self._time("inter_text_latency", "Between two pieces of text")
         self.request_latency = self._time("e2e_request_latency", "Until the text was complete")
-        self.judging = self._time(
-            "judging",
+        self.classification = self._time(
+            "classification",
             "By which probes made the steps of a request longer",
             "side",
-            buckets=_JUDGING_SECONDS,
+            buckets=_CLASSIFICATION_SECONDS,
         )
         self._scores = Histogram(
             "sidelight_probe_score",
@@ -105,24 +105,24 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """The series; counters of each probe start at 0: a first count would be no increase.
 
-        The times at which series began are left out: they double what is stored, and nobody asks
+        The times at which series began are left out: they double what is stored, and no query uses
         for them.
         """
         # A new family at each scrape: a version that is no longer served leaves no series.
         served = InfoMetricFamily("sidelight_probe", "The probes that are served", labels=["probe"])
         for rule in self._rules():
             served.add_metric([rule.name], {"version": rule.probe.version})
-            for outcome in get_args(DecisionOutcome):
-                self._verdicts.labels(rule.name, outcome)
+            for result in get_args(DecisionStatus):
+                self._verdicts.labels(rule.name, result)
             for action in get_args(Action):
                 if action != "none":
                     self._actions.labels(rule.name, rule.side, action)
             if rule.rule.defer is not None:
                 named = rule.rule.defer.judge, rule.name, rule.side
-                for outcome in ("answered", *get_args(FailureReason)):
-                    self._questions.labels(*named, outcome)
-                for outcome in _CHANGES:
-                    self._changes.labels(*named, outcome)
+                for result in ("answered", *get_args(FailureReason)):
+                    self._questions.labels(*named, result)
+                for result in _CHANGES:
+                    self._changes.labels(*named, result)
         yield served
         for family in self._registry.collect():
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
@@ -137,7 +137,7 @@ class Metrics(Collector):
         """
         for decision in decisions:
             rule, verdict = decision.rule, decision.verdict
-            self._verdicts.labels(rule.name, decision.outcome).inc()
+            self._verdicts.labels(rule.name, decision.status).inc()
             if decision.action != "none":
                 self._actions.labels(rule.name, rule.side, decision.action).inc()
             # Only scores of whole texts are comparable with each other.
@@ -161,7 +161,7 @@ class Metrics(Collector):
         if answered:
             self._judge_seconds.labels(second.judge).observe(second.seconds)
         if second.is_changed and decision.verdict is not None:
-            self._changes.labels(*named, decision.outcome).inc()
+            self._changes.labels(*named, decision.status).inc()
 
     def _count(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"sidelight_{name}", meaning, labels, registry=self._registry)

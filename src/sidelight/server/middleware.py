@@ -156,9 +156,9 @@ class Gatekeeper:
     """Refuses what is for another server, or has no key that opens it.
 
     ``/health``, ``/ready`` and ``open_paths`` are open to all; ``/metrics`` needs a key, but none
-    of a user, if there are keys or the policy ``withholds`` what it tells. The gate is before the
-    routing, so that nobody without a key learns which routes exist. A request that passes carries
-    its ``Caller`` in its state.
+    of a user, if there are keys or the policy ``hides_scores`` what it tells. The gate is before
+    the routing, so that no client without a key learns which routes exist. A request that passes
+    carries its ``Caller`` in its state.
 
     A page in a browser can have its own name point at this machine (DNS rebinding), and then read
     what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
@@ -174,14 +174,14 @@ class Gatekeeper:
         app: ASGIApp,
         *,
         access: Access,
-        withholds: Callable[[], bool],
+        hides_scores: Callable[[], bool],
         defers: Callable[[], bool] = lambda: False,
         open_paths: Collection[str] = (),
         hosts: Collection[str] | None = None,
     ):
         self._app = app
         self._access = access
-        self._withholds, self._defers = withholds, defers
+        self._hides_scores, self._defers = hides_scores, defers
         self._open_paths = _OPEN | frozenset(open_paths)
         self._hosts = hosts
 
@@ -241,7 +241,7 @@ class Gatekeeper:
             )
         # vLLM answers all that begins so with its metrics, and routers the path and a line break.
         if path.startswith("/metrics") and not self._access.opens_metrics(
-            caller, withholds=self._withholds()
+            caller, hides_scores=self._hides_scores()
         ):
             raise RequestError(
                 "/metrics tells what the policy withholds and what others were refused for, so it "
@@ -273,7 +273,7 @@ class Gatekeeper:
 
 def _is_local(name: str) -> bool:
     """Whether no page in a browser can have this name lead to a place of its choice."""
-    # Resolvers ask nobody about names under localhost (RFC 6761, section 6.3).
+    # Resolvers do not look up names under localhost (RFC 6761, section 6.3).
     if name.endswith(".localhost"):
         return True
     try:

@@ -22,16 +22,16 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.base import Event, Finished, PromptClassified, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, PlainText
 from sidelight.policy.decisions import Decision
-from sidelight.policy.request import disclosed_by
+from sidelight.policy.request import visible_to
 from sidelight.policy.rules import LOGGED, BoundRule
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics, scores
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 
 try:
     from opentelemetry import trace as otel
@@ -90,15 +90,15 @@ class RequestObserver:
         lists: dict[str, list[Any]] = defaultdict(list)
         for decision in self.decisions:
             name = f"sidelight.probe.{decision.rule.name}"
-            lists[f"{name}.outcome"].append(decision.outcome)
+            lists[f"{name}.outcome"].append(decision.status)
             lists[f"{name}.action"].append(decision.action)
             if decision.verdict is not None:
                 for label, score in scores(decision.rule.probe, decision.verdict).items():
                     lists[f"{name}.score.{label}"].append(score)
         span.set_attributes(lists)
-        # Whoever keeps the traces need not be who may see what rules withhold.
+        # Readers of traces may lack the right to see what rules hide.
         new, self._traced = self.decisions[self._traced :], len(self.decisions)
-        for each in disclosed_by(new, sees_all=False) if self.trace_events else ():
+        for each in visible_to(new, is_admin=False) if self.trace_events else ():
             attributes: dict[str, str | float] = {EVALUATION["probe"]: each.probe}
             if each.verdict is None:
                 attributes[EVALUATION["failure"]] = "verdict_failed"
@@ -173,20 +173,20 @@ class RequestTextObserver:
         self._start = self._last = time.perf_counter()
         self._next_text_histogram = self._metrics.time_to_first_text
         self._tokens = 0
-        self._judging_s: float | None = None
+        self._classification_s: float | None = None
         self._has_ended = False
 
-    def prompt(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
+    def prompt(self, event: PromptClassified, decisions: Sequence[Decision]) -> None:
         self.check(event, decisions)
         self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
 
-    def check(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
+    def check(self, event: PromptClassified, decisions: Sequence[Decision]) -> None:
         """As ``prompt``, for a text after which nothing is written."""
         self._metrics.prompt_tokens.inc(event.tokens)
-        self._metrics.judging.labels("input").observe(event.judging_s)
+        self._metrics.classification.labels("input").observe(event.classification_s)
         self._record(decisions)
 
-    def late(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
+    def shadow_opinions(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
         self._record(decisions, beside)
 
     def read(self, event: Event) -> None:
@@ -195,8 +195,8 @@ class RequestTextObserver:
         elif isinstance(event, Finished):
             self._tokens = event.completion_tokens
         # A text that no probe reads took none of a probe's time.
-        if isinstance(event, ResponseScored | Finished) and event.judgement != Judgement():
-            self._judging_s = event.judging_s
+        if isinstance(event, ResponseScored | Finished) and event.verdicts != Verdicts():
+            self._classification_s = event.classification_s
 
     def delta(self) -> None:
         now = time.perf_counter()
@@ -209,8 +209,8 @@ class RequestTextObserver:
             return
         self._has_ended = True
         self._metrics.completion_tokens.inc(self._tokens)
-        if self._judging_s is not None:
-            self._metrics.judging.labels("output").observe(self._judging_s)
+        if self._classification_s is not None:
+            self._metrics.classification.labels("output").observe(self._classification_s)
         if is_cancelled:
             # No answer is left that could be refused.
             with suppress(RequestError):
@@ -238,7 +238,7 @@ class RequestTextObserver:
                 "probe": d.rule.name,
                 "version": d.rule.probe.version,
                 "side": d.rule.side,
-                "outcome": d.outcome,
+                "outcome": d.status,
                 "labels": None if d.verdict is None else list(d.verdict.labels),
                 "scores": None if d.verdict is None else d.verdict.probabilities,
                 "action": d.action,
@@ -388,8 +388,8 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "stream": "ext://sys.stderr",
         "formatter": "line",
     }
-    own = {"level": level.upper()}
-    uvicorn = {"level": "WARNING"} if level == "info" else own
+    settings = {"level": level.upper()}
+    uvicorn = {"level": "WARNING"} if level == "info" else settings
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -400,6 +400,6 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "loggers": {
             "uvicorn": uvicorn,
             "uvicorn.error": {"filters": ["not cancelled"]},
-            "sidelight": own,
+            "sidelight": settings,
         },
     }

@@ -46,7 +46,7 @@ class ProbeRegistry:
         self.folders = {read_card(folder).name: folder for folder in config.probe}
         # The versions and policy that are being taken, while the engine may or may not have them.
         self._incoming: tuple[list[str], Policy] | None = None
-        self._has_withheld = False
+        self._has_hidden_scores = False
         self._changing = asyncio.Lock()
 
     @property
@@ -62,12 +62,12 @@ class ProbeRegistry:
         return bound_rules(self.policy, self._engine.probes)
 
     @property
-    def withholds(self) -> bool:
+    def hides_scores(self) -> bool:
         """Whether a rule withholds from clients what the metrics would tell them, or has done so.
 
         The series keep what was counted under earlier rules.
         """
-        return self._has_withheld or not all(bound.discloses_scores() for bound in self.rules)
+        return self._has_hidden_scores or not all(bound.discloses_scores() for bound in self.rules)
 
     @property
     def defers(self) -> bool:
@@ -94,7 +94,7 @@ class ProbeRegistry:
             require_distinct_names([probe.name for probe in probes])
             require_policy_applies(policy, probes)
             await asyncio.to_thread(self.judges.prepare, policy)
-            self._has_withheld = self.withholds
+            self._has_hidden_scores = self.hides_scores
             if _versions(probes) != _versions(self._engine.probes):
                 self._incoming = _versions(probes), policy
             try:

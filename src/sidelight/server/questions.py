@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from openai.types import Decision
 from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 
-from sidelight.policy.request import Json, Terms
+from sidelight.policy.request import Json, RequestContext
 from sidelight.policy.rules import BoundRule
 from sidelight.server.checks import check, is_answered
 from sidelight.server.requests import Route, ServerRequest
@@ -126,18 +126,20 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     """The input is read once, however many questions there are; each names its probe."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    terms = await request.begin([turns])
-    meanings = _meanings(terms)
-    chosen = _asked(body, terms, meanings, is_answered=is_answered(turns))
+    context = await request.begin([turns])
+    meanings = _meanings(context)
+    chosen = _asked(body, context, meanings, is_answered=is_answered(turns))
     verdicts: dict[str, Verdict] = {}
     tokens, explanations = 0, [] if body.explain else None
     if chosen:
-        terms = replace(terms, chosen=chosen)
-        explained = [b.name for b in chosen if terms.sees_all or b.explains]
+        context = replace(context, chosen=chosen)
+        explained = [b.name for b in chosen if context.is_admin or b.explains]
         explain = explained if body.explain else None
-        ((event, decisions),) = await check(request, terms, [turns], explain=explain)
-        disclosed, tokens = terms.disclosed(decisions), event.tokens
-        verdicts = {each.probe: each.verdict for each in disclosed if each.verdict is not None}
+        ((event, decisions),) = await check(request, context, [turns], explain=explain)
+        visible_verdicts, tokens = context.visible(decisions), event.tokens
+        verdicts = {
+            each.probe: each.verdict for each in visible_verdicts if each.verdict is not None
+        }
         if body.explain:
             reasons = {each.verdict.probe: each for each in event.explanations}
             explanations = [
@@ -146,7 +148,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
                 else {"probe": name, "error": "not_disclosed"}
                 for name in verdicts
             ]
-    tasks = {bound.name: bound.probe.task for bound in terms.chosen}
+    tasks = {bound.name: bound.probe.task for bound in context.chosen}
     spans = {v.probe: spans_json(v.spans) for v in verdicts.values() if v.spans is not None}
     return DecisionResponse.model_validate(
         {
@@ -166,26 +168,26 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
 
 
 def _asked(
-    body: DecisionRequest, terms: Terms, meanings: Meanings, *, is_answered: bool
+    body: DecisionRequest, context: RequestContext, meanings: Meanings, *, is_answered: bool
 ) -> tuple[BoundRule, ...]:
     """The probes that a question names, and that can judge the input."""
     named = {question.name or "" for question in body.questions}
     asked = named | {meanings[name][0] for name in named if name in meanings}
     return tuple(
         bound
-        for bound in terms.chosen
+        for bound in context.chosen
         if bound.name in asked and (is_answered or bound.side == "input")
     )
 
 
-def _meanings(terms: Terms) -> Meanings:
+def _meanings(context: RequestContext) -> Meanings:
     """Categories, and the names of binary probes for their positive labels."""
     meanings = {
         category: (probe, label)
-        for probe, labels in terms.categories.items()
+        for probe, labels in context.categories.items()
         for label, category in labels.items()
     }
-    binary = (probe for probe in terms.probes if probe.task.kind == "binary")
+    binary = (probe for probe in context.probes if probe.task.kind == "binary")
     return meanings | {probe.name: (probe.name, probe.task.labels[1]) for probe in binary}
 
 

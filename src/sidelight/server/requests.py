@@ -18,7 +18,7 @@ from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
 from sidelight.models.conversation import Conversation
 from sidelight.policy.enforcement import require_trusted_turns
-from sidelight.policy.request import Terms
+from sidelight.policy.request import RequestContext
 from sidelight.policy.rules import require_policy_applies
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
@@ -55,21 +55,21 @@ class ServerContext:
                 "and there is no audit log. Set SIDELIGHT_METRICS_KEY to a secret."
             )
 
-    def terms(
+    def request_context(
         self,
         observer: RequestObserver,
         probes: Sequence[str] | None = None,
         *,
         for_text: bool = False,
-        sees_all: bool = False,
-    ) -> Terms:
+        is_admin: bool = False,
+    ) -> RequestContext:
         """Terms for a request from now on.
 
         Args:
             observer: Its own.
-            probes: Those that it reports: see ``Terms.choose``.
+            probes: Those that it reports: see ``RequestContext.choose``.
             for_text: Whether a text will be written.
-            sees_all: Whether the client sees what rules do not disclose.
+            is_admin: Whether the client sees what rules do not disclose.
 
         Raises:
             PolicyError: There is no such probe.
@@ -77,10 +77,10 @@ class ServerContext:
         policy, rules = self.registry.policy, self.registry.rules
         observe = partial(RequestTextObserver, observer)
         judges = self.registry.judges.of(policy, observer.key_id)
-        terms = Terms(
-            self.engine.model, policy, rules, (), observe, sees_all=sees_all, judges=judges
+        context = RequestContext(
+            self.engine.model, policy, rules, (), observe, is_admin=is_admin, judges=judges
         )
-        return terms.choose(probes, for_text=for_text)
+        return context.choose(probes, for_text=for_text)
 
 
 class ServerRequest(Request):
@@ -159,7 +159,7 @@ class ServerRequest(Request):
         *,
         n: int = 1,
         max_tokens: int | None = 0,
-    ) -> Terms:
+    ) -> RequestContext:
         """Its terms from now on.
 
         Args:
@@ -175,11 +175,11 @@ class ServerRequest(Request):
         """
         await self._require_size(texts, n=n, max_tokens=max_tokens)
         await unless_left(self, self.until_answered.enter_async_context(self.engine.serving()))
-        terms = self.context.terms(
-            self.observer, probes, for_text=max_tokens != 0, sees_all=self.is_admin
+        context = self.context.request_context(
+            self.observer, probes, for_text=max_tokens != 0, is_admin=self.is_admin
         )
-        require_trusted_turns(terms.policy, texts)
-        return terms
+        require_trusted_turns(context.policy, texts)
+        return context
 
     async def _require_size(
         self, texts: Sequence[Conversation], *, n: int, max_tokens: int | None
@@ -274,7 +274,7 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
-        # What fails now does not matter, but asyncio would log it if nobody fetched it.
+        # What fails now does not matter, but asyncio would log it if it were not fetched.
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 

@@ -56,7 +56,7 @@ _MAX_NAME = 4096
 _MAX_QUOTED = 100
 _MAX_STOPS = 16
 # Of a list, and of the messages of a conversation with their parts and calls: every object costs
-# time, in which nobody else is served.
+# time, in which no other client is served.
 MAX_ITEMS = 2048
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint.
@@ -118,8 +118,8 @@ def few(*lists: str) -> BeforeValidator:
             count = len(items)
             if count <= MAX_ITEMS:
                 objects = [item for item in cast("list[Any]", items) if isinstance(item, dict)]
-                parts = [item.get(name) for item in objects for name in lists]
-                count += sum(len(part) for part in parts if isinstance(part, list))
+                lists_found = [item.get(name) for item in objects for name in lists]
+                count += sum(len(items) for items in lists_found if isinstance(items, list))
             if count > MAX_ITEMS:
                 raise ValueError(f"got {count} items with their parts, at most {MAX_ITEMS} items")
         return items
@@ -250,7 +250,7 @@ class ChatMessage(StrictBody):
         """The turn as plain text; parts and calls become lines."""
         functions = [call.function for call in self.tool_calls or ()]
         calls = [(function.name or "", function.arguments) for function in functions]
-        return Message.of_lines(self.role, [part.text for part in self.content], calls)
+        return Message.of_lines(self.role, [block.text for block in self.content], calls)
 
 
 class StreamOptions(StrictBody):

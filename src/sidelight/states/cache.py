@@ -23,7 +23,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Reads
 from sidelight.models.fingerprint import Fingerprint
-from sidelight.probes.card import KeptStates
+from sidelight.probes.card import StatesRecord
 from sidelight.probes.standardisation import inverse_rms
 from sidelight.states.compression import CompressedStates, Compression
 from sidelight.states.files import read_tensors, write_tensors
@@ -63,7 +63,7 @@ class Shard:
         """As ``joined``, of compressed states."""
         values = [text.values for text in texts.values()]
         factors = torch.cat([text.factors for text in texts.values()], 1).float()
-        lengths = torch.tensor([own.shape[1] for own in values])
+        lengths = torch.tensor([text_values.shape[1] for text_values in values])
         return Shard(torch.cat(values, 1), lengths, torch.tensor([*texts]), factors)
 
     def to(self, device: torch.device) -> "Shard":
@@ -76,7 +76,7 @@ class Shard:
         factors = None if self.factors is None else self.factors[:layers]
         return replace(self, hidden=self.hidden[:layers], factors=factors)
 
-    def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "view text layer width"]:
+    def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "pooling text layer width"]:
         """Two views of each text: the mean of its tokens, and the last of them; float32.
 
         Args:
@@ -194,25 +194,25 @@ class ActivationCache:
 
     def select(self, rows: Sequence[int]) -> "ActivationCache":
         """A cache of these texts alone, which shares files and memory with this one."""
-        part = copy(self)
-        part._set_texts(
+        subset = copy(self)
+        subset._set_texts(
             [self.prompts[row] for row in rows],
             [self.lengths[row] for row in rows],
             [self._names[row] for row in rows],
         )
-        return part
+        return subset
 
     def compressed(self, compression: Compression) -> "ActivationCache":
         """A cache of the same texts that stores their states so."""
-        part = copy(self)
-        part._set_compression(compression)
-        return part
+        compressed_copy = copy(self)
+        compressed_copy._set_compression(compression)
+        return compressed_copy
 
-    def held(self, memory: Memory) -> "ActivationCache":
+    def in_memory(self, memory: Memory) -> "ActivationCache":
         """A cache of the same texts that holds states in this memory."""
-        part = copy(self)
-        part._memory = memory
-        return part
+        in_memory = copy(self)
+        in_memory._memory = memory
+        return in_memory
 
     def streamed(self, compute: "Compute") -> "ActivationCache":
         """A cache of the same texts that writes nothing, and holds one shard in memory.
@@ -220,15 +220,15 @@ class ActivationCache:
         Args:
             compute: Computes the states of rows of a cache.
         """
-        part = copy(self)
-        part._compute, part._computed = compute, {}
-        return part
+        streaming = copy(self)
+        streaming._compute, streaming._computed = compute, {}
+        return streaming
 
     @property
-    def described(self) -> KeptStates:
+    def record(self) -> StatesRecord:
         """How states are kept, for the record of a training."""
-        kept = "whole" if self.compression is None else "compressed"
-        return KeptStates(kept=kept, streamed=self.is_streamed, token_bytes=self.token_bytes)
+        form = "whole" if self.compression is None else "compressed"
+        return StatesRecord(form=form, streamed=self.is_streamed, token_bytes=self.token_bytes)
 
     @property
     def is_streamed(self) -> bool:
@@ -282,9 +282,9 @@ class ActivationCache:
         # Together, since what a layer's directions cost is per call.
         joined = vars(self.compression.compress(torch.cat([*texts.values()], 1)))
         lengths = [hidden.shape[1] for hidden in texts.values()]
-        parts = {name: tensor.split(lengths, 1) for name, tensor in joined.items()}
+        split = {name: tensor.split(lengths, 1) for name, tensor in joined.items()}
         return {
-            row: {name: own[number] for name, own in parts.items()}
+            row: {name: tensors[number] for name, tensors in split.items()}
             for number, row in enumerate(texts)
         }
 
@@ -321,21 +321,21 @@ class ActivationCache:
         return self._computed[row]
 
     def read(
-        self, texts: Sequence[int], units: Mapping[int, Int[np.ndarray, " _"]] | None = None
+        self, texts: Sequence[int], segments: Mapping[int, Int[np.ndarray, " _"]] | None = None
     ) -> Shard:
         """The states of these texts, laid end to end.
 
         Args:
             texts: Their rows, in this order.
-            units: Of some of them, the stored tokens to read in place of all.
+            segments: Of some of them, the stored tokens to read in place of all.
         """
-        units = units or {}
+        segments = segments or {}
         read = {row: self._tensors(row) for row in texts}
-        for row, unit in units.items():
-            read[row] = {name: tensor[:, unit] for name, tensor in read[row].items()}
+        for row, segment in segments.items():
+            read[row] = {name: tensor[:, segment] for name, tensor in read[row].items()}
         if self.compression is None:
             return Shard.joined({row: tensors["hidden"] for row, tensors in read.items()})
-        return Shard.compressed({row: CompressedStates(**own) for row, own in read.items()})
+        return Shard.compressed({row: CompressedStates(**tensors) for row, tensors in read.items()})
 
     def path(self, row: int) -> Path:
         """The file of a text."""
@@ -385,7 +385,7 @@ def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
     """Stands for the tokens of a prompt and which of them are read."""
     # ``each_turn`` and ``conversation`` store the same tokens, so they share a name.
     is_last = reads.scope == "last_turn"
-    who = (prompt.token_ids, prompt.parts, reads.side, reads.template, is_last)
+    who = (prompt.token_ids, prompt.token_roles, reads.side, reads.template, is_last)
     return _hash(who)
 
 

@@ -24,19 +24,19 @@ _FACTOR_BYTES = 2
 _LARGEST = 127
 
 
-def kept_directions(width: int) -> int:
+def directions_of_width(width: int) -> int:
     """The directions of a layer whose coordinates and factor take a share of its states' bytes."""
     return max(1, 2 * width // SHARE - _FACTOR_BYTES)
 
 
 def compressed_token_bytes(who: Fingerprint) -> int:
     """The stored size of a token's compressed states of all layers."""
-    return who.layers * (kept_directions(who.width) + _FACTOR_BYTES)
+    return who.layers * (directions_of_width(who.width) + _FACTOR_BYTES)
 
 
 def directions_bytes(who: Fingerprint) -> int:
     """The memory that the directions of a model's layers take."""
-    return who.layers * who.width * kept_directions(who.width) * 2
+    return who.layers * who.width * directions_of_width(who.width) * 2
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class Compression:
         # Layer by layer: all of them in one tensor would be there twice.
         layers = [[text[layer] for text in texts] for layer in range(len(texts[0]))]
         moments = Standardisation.measured(map(torch.cat, layers), is_normalised=is_normalised)
-        kept: list[Tensor] = []
+        directions_by_layer: list[Tensor] = []
         scales: list[Tensor] = []
-        for layer, parts in enumerate(layers):
-            x = moments.standardised(torch.cat(parts), layer)
+        for layer, shards in enumerate(layers):
+            x = moments.standardised(torch.cat(shards), layer)
             variances, vectors = torch.linalg.eigh(x.T @ x / len(x))
-            kept.append(vectors.flip(1)[:, :directions].half())
+            directions_by_layer.append(vectors.flip(1)[:, :directions].half())
             # A direction that does not vary has no coordinate to round.
             scales.append(variances.flip(0)[:directions].clamp(min=1e-6).sqrt().sqrt())
-        return Compression(moments, torch.stack(kept), torch.stack(scales))
+        return Compression(moments, torch.stack(directions_by_layer), torch.stack(scales))
 
     @cached_property
     def digest(self) -> str:
@@ -131,46 +131,52 @@ class Compression:
     def fold(
         self,
         standardisation: Standardisation,
-        columns: Float[Tensor, "layer width column"],
+        projections: Float[Tensor, "layer width projection"],
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Projection:
-        """The projection of ``z`` that equals ``columns`` on standardised states.
+        """The projection of ``z`` that equals ``projections`` on standardised states.
 
         Of a probe that reads more layers than are stored, it has the stored ones.
 
         Args:
             standardisation: The probe's: the same moments, with a weight for each layer.
-            columns: A projection of standardised states.
+            projections: A projection of standardised states.
             dtype: Dtype of the products.
         """
         layers = len(self.scales)
         weights = self.moments.scale / standardisation.scale[:layers]
-        weight = self._coordinates(columns[:layers] * weights[..., None]) * self.scales[..., None]
-        shift = columns.new_zeros(layers, columns.shape[2])
+        weight = (
+            self._coordinates(projections[:layers] * weights[..., None]) * self.scales[..., None]
+        )
+        shift = projections.new_zeros(layers, projections.shape[2])
         return Projection(weight.to(dtype), shift)
 
-    def kept(self, parameter: Float[Tensor, "layer width *rest"]) -> Tensor:
+    def restricted(self, parameter: Float[Tensor, "layer width *rest"]) -> Tensor:
         """Project a parameter onto the kept directions, the only part that training sees."""
         stored = parameter[: len(self.scales)]
         coordinates = self._coordinates(stored.reshape(*stored.shape[:2], -1))
         layers = zip(self.directions, coordinates, strict=True)
-        kept = torch.stack([own.float() @ part for own, part in layers]).view_as(stored)
-        return torch.cat([kept, parameter[len(self.scales) :]])
+        retained = torch.stack(
+            [weight.float() @ directions for weight, directions in layers]
+        ).view_as(stored)
+        return torch.cat([retained, parameter[len(self.scales) :]])
 
     def lifted(
         self, z: Float[Tensor, "view text layer direction"]
-    ) -> Float[Tensor, "view text layer width"]:
+    ) -> Float[Tensor, "pooling text layer width"]:
         """The standardised states whose coordinates these are."""
         layers = zip((z * self.scales).unbind(2), self.directions, strict=True)
-        return torch.stack([own @ directions.float().T for own, directions in layers], 2)
+        return torch.stack(
+            [coordinates @ directions.float().T for coordinates, directions in layers], 2
+        )
 
     def _coordinates(
-        self, columns: Float[Tensor, "layer width column"]
+        self, projections: Float[Tensor, "layer width projection"]
     ) -> Float[Tensor, "layer direction column"]:
         # Layer by layer: all directions in float32 would be twice as large.
-        layers = zip(self.directions, columns, strict=True)
-        return torch.stack([directions.float().T @ own for directions, own in layers])
+        layers = zip(self.directions, projections, strict=True)
+        return torch.stack([directions.float().T @ weight for directions, weight in layers])
 
     def to(self, device: torch.device) -> "Compression":
         """The same on a device."""

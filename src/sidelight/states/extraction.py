@@ -124,8 +124,8 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     """A probe's logits of whole texts, from their hidden states."""
     device = probe.standardisation.mean.device
     projection = probe.projection().to(device)
-    columns = projection.layers(shard.hidden.to(device, torch.float32)).transpose(0, 1)
-    state = probe.mechanism.summarise(Ragged(columns, shard.lengths.to(device)))
+    projections = projection.layers(shard.hidden.to(device, torch.float32)).transpose(0, 1)
+    state = probe.mechanism.summarise(Ragged(projections, shard.lengths.to(device)))
     return probe.mechanism.finish(state).cpu().double().numpy()
 
 
@@ -154,20 +154,24 @@ def text_logits(
     a probe reads gets NaN, and so does plain text from a probe of chats alone.
     """
     lengths = [len(prompt) for prompt in prompts]
-    judged: list[dict[int, ProbeOutput]] = [{} for _ in bank.probes]
+    outputs: list[dict[int, ProbeOutput]] = [{} for _ in bank.probes]
     tap = bank.tap()
-    with progress("Judging", sum(lengths), unit="tokens") as advance:
+    with progress("Classifying", sum(lengths), unit="tokens") as advance:
         for batch in by_length(lengths, batch_tokens=backbone.batch_tokens):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
                 backbone.run(chosen, layers=tap.depth)
             projected = tap.projected()
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
-            columns = projected[torch.stack(is_text)]
-            by_probe = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
-            for probe, texts, of_prompts in zip(bank.probes, judged, by_probe, strict=True):
+            projections = projected[torch.stack(is_text)]
+            by_probe = bank.prompt_logits(
+                projections, [bytes(prompt.token_roles) for prompt in chosen]
+            )
+            for probe, texts, of_prompts in zip(bank.probes, outputs, by_probe, strict=True):
                 for i, text in zip(batch, of_prompts, strict=True):
-                    can_judge = probe.can_judge(is_plain=prompts[i].is_plain)
-                    texts[i] = text if can_judge else ProbeOutput(np.full_like(text.logits, np.nan))
+                    can_classify = probe.can_classify(is_plain=prompts[i].is_plain)
+                    texts[i] = (
+                        text if can_classify else ProbeOutput(np.full_like(text.logits, np.nan))
+                    )
             advance(sum(lengths[i] for i in batch))
-    return [[texts[i] for i in range(len(prompts))] for texts in judged]
+    return [[texts[i] for i in range(len(prompts))] for texts in outputs]

@@ -26,8 +26,8 @@ def write_tensors(
     """
     try:
         with replacing(path, is_one_of_many=True) as partial:
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, partial, dict(metadata) if metadata else None)
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, partial, dict(metadata) if metadata else None)
     except (OSError, SafetensorError) as error:
         raise SidelightError(
             f"Cannot write {path}: {error}. Free some space, or name another disk "

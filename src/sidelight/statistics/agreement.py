@@ -50,7 +50,7 @@ def measure_agreement(
         annotator: Whether the annotator calls it positive.
         weights: How many texts each stands for: the inverse of its chance to be drawn.
     """
-    truth, said = np.asarray(reference, dtype=bool), np.asarray(annotator, dtype=bool)
+    truth, output = np.asarray(reference, dtype=bool), np.asarray(annotator, dtype=bool)
     counts = np.asarray(weights, dtype=np.float64)
     positives = int(truth.sum())
     if not 0 < positives < len(truth):
@@ -59,10 +59,10 @@ def measure_agreement(
     bounds = np.empty((2, 2))
     for label in (0, 1):
         rows = truth == bool(label)
-        shares[label], size = _weighted(said[rows] == bool(label), counts[rows])
+        shares[label], size = _weighted(output[rows] == bool(label), counts[rows])
         bounds[:, label] = wilson(shares[label : label + 1], np.array([size]))[:, 0]
     value = float(shares.mean())
-    below, above = (math.hypot(*(shares - own)) / 2 for own in bounds)
+    below, above = (math.hypot(*(shares - each)) / 2 for each in bounds)
     low, high = max(0.0, value - below), min(1.0, value + above)
     return Agreement(len(truth), positives, value, low, high)
 

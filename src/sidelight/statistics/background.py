@@ -18,8 +18,8 @@ from sidelight.statistics.calibration import Calibration
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.types import Flags, Numbers, Task, Values, as_json
 
-# The share of ordinary conversations that may be flagged, unless a rule says otherwise. Of sources
-# that nobody has seen it flags more.
+# The share of background conversations that may be flagged, unless a rule says otherwise. Of
+# sources that it has never seen it flags more.
 FALSE_ALARMS = 0.03
 # No threshold is raised further.
 _HIGHEST = 1 - 1e-9
@@ -27,38 +27,38 @@ _HIGHEST = 1 - 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Conversations:
-    """Ordinary conversations, as a probe judges them.
+    """Background conversations, as a probe judges them.
 
     Attributes:
         logits: Out-of-fold, not rounded: a threshold may lie just above one of them.
-        parts: The part of each.
+        folds: The part of each.
     """
 
     logits: Annotated[Float[Values, "conversation output"], *as_json(np.float64, axes=2)]
-    parts: Annotated[Int[Numbers, " conversation"], *as_json(np.int64, axes=1)]
+    folds: Annotated[Int[Numbers, " conversation"], *as_json(np.int64, axes=1)]
 
     def __post_init__(self) -> None:
-        if len(self.logits) != len(self.parts) or not np.isfinite(self.logits).all():
+        if len(self.logits) != len(self.folds) or not np.isfinite(self.logits).all():
             raise ValueError("each conversation needs finite logits and a part")
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.folds)
 
     @staticmethod
     def none(outputs: int) -> "Conversations":
         """No conversation, where a probe has so many outputs."""
         return Conversations(np.empty((0, outputs)), np.empty(0, dtype=np.int64))
 
-    def quiet_thresholds(
-        self, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
+    def thresholds_at_fpr(
+        self, thresholds: Sequence[float], calibration: Calibration, rule: ThresholdRule
     ) -> tuple[float, ...]:
-        """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
+        """Thresholds that flag little background traffic, unless the rule sets the cost of a miss.
 
         Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
         ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
 
         Args:
-            alone: What the rule gives on texts alone.
+            thresholds: What the rule gives on texts alone.
             calibration: Makes logits probabilities.
             rule: What the thresholds are chosen for.
         """
@@ -68,29 +68,32 @@ class Conversations:
         # Fewer conversations cannot tell such a rate; at one that was asked for, none may be
         # flagged.
         is_told = allowed or (is_asked and count)
-        if rule.kind in ("recall", "cost") or not is_told or not alone:
-            return tuple(alone)
+        if rule.kind in ("recall", "cost") or not is_told or not thresholds:
+            return tuple(thresholds)
         # Just above the probability of the first conversation that may not be flagged.
         bounds = np.sort(calibration.apply(self.logits), 0)[::-1][allowed].tolist()
         # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
         return tuple(
             max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
-            for threshold, bound in zip(alone, bounds, strict=True)
+            for threshold, bound in zip(thresholds, bounds, strict=True)
         )
 
     def left_out_thresholds(
-        self, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
+        self, thresholds: Sequence[float], calibration: Calibration, rule: ThresholdRule
     ) -> Float[Values, "part label"]:
         """For each part the thresholds that the conversations of the other parts ask for."""
-        others = [self.parts != part for part in range(int(self.parts.max(initial=0)) + 1)]
-        rests = [Conversations(self.logits[kept], self.parts[kept]) for kept in others]
-        return np.array([rest.quiet_thresholds(alone, calibration, rule) for rest in rests])
+        inclusions = [self.folds != fold for fold in range(int(self.folds.max(initial=0)) + 1)]
+        rests = [
+            Conversations(self.logits[is_included], self.folds[is_included])
+            for is_included in inclusions
+        ]
+        return np.array([rest.thresholds_at_fpr(thresholds, calibration, rule) for rest in rests])
 
     def count_flagged(
-        self, task: Task, alone: Sequence[float], calibration: Calibration, rule: ThresholdRule
+        self, task: Task, thresholds: Sequence[float], calibration: Calibration, rule: ThresholdRule
     ) -> int:
         """How many are flagged at the thresholds of the other parts."""
-        applied = self.left_out_thresholds(alone, calibration, rule)[self.parts]
+        applied = self.left_out_thresholds(thresholds, calibration, rule)[self.folds]
         return int(flags_of(task, calibration.apply(self.logits), applied).sum())
 
 
@@ -112,22 +115,22 @@ class Detections:
     Attributes:
         positives: Texts that have a label.
         found: How many of these are flagged.
-        others: Texts without a label.
+        negatives: Texts without a label.
         flagged: How many of these are flagged.
     """
 
     positives: NonNegativeInt
     found: NonNegativeInt
-    others: NonNegativeInt
+    negatives: NonNegativeInt
     flagged: NonNegativeInt
 
     @staticmethod
     def count(
-        flags: Bool[Flags, " text"], positive: Bool[Flags, " text"], other: Bool[Flags, " text"]
+        flags: Bool[Flags, " text"], positive: Bool[Flags, " text"], negative: Bool[Flags, " text"]
     ) -> "Detections":
         """Counts the flags of positive texts and of others."""
-        rows = (positive, positive & flags, other, other & flags)
-        return Detections(*(int(own.sum()) for own in rows))
+        rows = (positive, positive & flags, negative, negative & flags)
+        return Detections(*(int(selected.sum()) for selected in rows))
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,12 @@ class Traffic:
 
     def to_dict(self) -> dict[str, object]:
         """JSON values, without texts."""
-        parts = {"kinds": self.kinds, "surroundings": self.surroundings}
+        groups = {"kinds": self.kinds, "surroundings": self.surroundings}
         return {
             "conversations": len(self.background),
             "flagged": self.flagged,
-            **{name: {key: vars(own) for key, own in part.items()} for name, part in parts.items()},
+            **{
+                name: {key: vars(detections) for key, detections in group.items()}
+                for name, group in groups.items()
+            },
         }

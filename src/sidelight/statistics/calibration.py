@@ -147,8 +147,8 @@ def fit_calibration(
         errors = np.full((len(holds), 1), 1 / (len(holds) + 2))
         scale, shifts = _fit_affine(kind, logits, holds, errors, around[0])
         return Calibration(kind, task.kind, (scale,) * task.outputs, tuple(shifts.tolist()))
-    columns = zip(logits.T, holds.T, around, strict=True)
-    scales, shifts = zip(*(_fit_output(kind, *column) for column in columns), strict=True)
+    outputs = zip(logits.T, holds.T, around, strict=True)
+    scales, shifts = zip(*(_fit_output(kind, *output) for output in outputs), strict=True)
     return Calibration(kind, task.kind, scales, shifts)
 
 

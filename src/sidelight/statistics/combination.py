@@ -85,9 +85,9 @@ def fit_combination(
     start = np.array([_EQUAL, _EQUAL, 0.0])
     bounds = [(0.0, None), (0.0, None), (None, None)]
     fit = partial(cast(Any, minimize), loss_and_slope, jac=True, method="L-BFGS-B", bounds=bounds)
-    own, judges, shift = fit(start).x.tolist()
-    scale = own + judges
+    probe_slope, answer_slope, shift = fit(start).x.tolist()
+    scale = probe_slope + answer_slope
     if scale <= 0:
         # Neither says anything, or both say the opposite: the probe decides as before.
         return Combination(1.0, 1.0, 0.0)
-    return Combination(own / scale, scale, shift)
+    return Combination(probe_slope / scale, scale, shift)

@@ -202,8 +202,8 @@ def decision_metrics(
     but is never predicted, and recall NaN if it holds nowhere.
     """
     targets, decisions = predictions.targets, predictions.decisions
-    outcomes = (targets & decisions, ~targets & decisions, targets & ~decisions)
-    counts = np.stack([outcome.T.astype(np.float64) @ weights for outcome in outcomes])
+    confusion = (targets & decisions, ~targets & decisions, targets & ~decisions)
+    counts = np.stack([flags.T.astype(np.float64) @ weights for flags in confusion])
     if is_pooled:
         counts = counts.sum(axis=1, keepdims=True)
     hits, alarms, misses = counts
@@ -282,18 +282,18 @@ def measure(
     is undefined: those that hold nowhere and, for F1 and precision, are never predicted either.
     """
     each = decision_metrics(predictions, weights)
-    shown = {name: values[predictions.headline] for name, values in each.items()}
+    metrics = {name: values[predictions.headline] for name, values in each.items()}
     if predictions.task.kind == "multilabel":
-        shown = decision_metrics(predictions, weights, is_pooled=True)
-    columns = (predictions.scores.T, predictions.targets.T)
+        metrics = decision_metrics(predictions, weights, is_pooled=True)
+    arrays = (predictions.scores.T, predictions.targets.T)
     ranked = [
         ranking_metrics(scores, targets, weights)
-        for scores, targets in zip(*(rows[predictions.headline] for rows in columns), strict=True)
+        for scores, targets in zip(*(rows[predictions.headline] for rows in arrays), strict=True)
     ]
-    shown |= {name: np.array([values[name] for values in ranked]) for name in ranked[0]}
+    metrics |= {name: np.array([values[name] for values in ranked]) for name in ranked[0]}
     is_right = (predictions.decisions == predictions.targets).all(axis=1)
     return {
-        **{name: _mean_of_defined(values) for name, values in shown.items()},
+        **{name: _mean_of_defined(values) for name, values in metrics.items()},
         "accuracy": is_right.astype(np.float64) @ weights / weights.sum(axis=0),
         "macro_f1": _mean_of_defined(each["f1"]),
         "ece": calibration_error(predictions, weights),

@@ -148,12 +148,14 @@ class OperatingCurve:
         if heights[-2] <= _SATURATED:
             thresholds, counts = thresholds[:-1], counts[:, :-1]
         positives, negatives = int(holds.sum()), int((~holds).sum())
-        kept = _spread(counts[0] / max(positives, 1), counts[1] / max(negatives, 1), points=points)
+        points_drawn = _spread(
+            counts[0] / max(positives, 1), counts[1] / max(negatives, 1), points=points
+        )
         return OperatingCurve(
-            tuple(thresholds[kept].tolist()),
-            tuple(counts[0, kept].astype(int).tolist()),
-            tuple(counts[1, kept].astype(int).tolist()),
-            tuple(counts[2, kept].round(4).tolist()),
+            tuple(thresholds[points_drawn].tolist()),
+            tuple(counts[0, points_drawn].astype(int).tolist()),
+            tuple(counts[1, points_drawn].astype(int).tolist()),
+            tuple(counts[2, points_drawn].round(4).tolist()),
             positives,
             negatives,
         )
@@ -187,12 +189,12 @@ class OperatingCurve:
             point = min(int((recall < rule.value).sum()), len(recall) - 1)
         else:
             hits, false = share * recall, (1 - share) * alarms
-            worth = (
+            utility = (
                 2 * hits / (share + hits + false)
                 if rule.kind == "f1"
                 else -(rule.value * (share - hits) + false)
             )
-            best = np.flatnonzero(worth >= worth.max() - 1e-12)
+            best = np.flatnonzero(utility >= utility.max() - 1e-12)
             point = int(best[len(best) // 2])
         return self.thresholds[point]
 
@@ -230,8 +232,8 @@ def _spread(
         return np.arange(len(recall))
     place = np.arcsin(np.sqrt(recall.clip(0, 1))) + np.arcsin(np.sqrt(alarms.clip(0, 1)))
     wanted = np.linspace(place[0], place[-1], points)
-    kept = np.searchsorted(place, wanted[:-1])
-    return np.unique(np.append(kept.clip(0, len(place) - 1), len(place) - 1))
+    indices = np.searchsorted(place, wanted[:-1])
+    return np.unique(np.append(indices.clip(0, len(place) - 1), len(place) - 1))
 
 
 def operating_curves(
@@ -251,8 +253,8 @@ def operating_curves(
     if task.kind == "multiclass":
         return {}
     holds = integers.reshape(probabilities.shape) == 1
-    columns = zip(probabilities.T.astype(np.float64), holds.T, strict=True)
-    curves = [OperatingCurve.of(*column) for column in columns]
+    outputs = zip(probabilities.T.astype(np.float64), holds.T, strict=True)
+    curves = [OperatingCurve.of(*output) for output in outputs]
     return dict(zip(task.output_labels, curves, strict=True))
 
 
@@ -297,15 +299,15 @@ def warn_of_few_texts(
     """
     if task.kind == "multiclass":
         return False
-    judged = {label: positives[label] for label in task.output_labels}
-    few = {label: count for label, count in judged.items() if count < ENOUGH_POSITIVES}
+    classified = {label: positives[label] for label in task.output_labels}
+    few = {label: count for label, count in classified.items() if count < ENOUGH_POSITIVES}
     if few:
         named = ", ".join(f"'{label}' rests on {count}" for label, count in few.items())
         warn(
             f"The threshold of {named} positive validation texts, and {ENOUGH_POSITIVES} are "
             "wanted: on new texts it may catch far more or less. More such texts would help most."
         )
-    negatives = texts - max(judged.values())
+    negatives = texts - max(classified.values())
     # Of fewer, none flagged is no evidence for the rate (the rule of three).
     wanted = math.ceil(3 / rule.value) if rule.kind == "fpr" else 0
     if negatives < wanted:

@@ -1,4 +1,4 @@
-"""Ordinary conversations, which training shows texts in and a probe learns to let pass."""
+"""Background conversations, which training shows texts in and a probe learns to let pass."""
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,11 +32,11 @@ _FEW_CONVERSATIONS = 50
 
 @dataclass(frozen=True)
 class Background:
-    """Ordinary conversations, each ending by a turn that the assistant would answer.
+    """Background conversations, each ending by a turn that the assistant would answer.
 
     Attributes:
         conversations: Their turns; none if training goes without.
-        sources: Where each of them is from; "" is nowhere that others are from. None: nobody knows.
+        sources: Where each of them is from; "" is nowhere that others are from. None: unknown.
     """
 
     conversations: tuple[Messages, ...] = ()
@@ -55,19 +55,19 @@ class Background:
             sources=sources and tuple(sources[row] for row in rows),
         )
 
-    def parts(self, count: int) -> list["Background"]:
+    def split_into(self, count: int) -> list["Background"]:
         """The conversations in parts of about one size, with those of a source in one part.
 
-        What is left out of training by parts is then as unlike the rest as traffic that nobody has
+        What is left out of training by parts is then as unlike the rest as traffic that was never
         collected: conversations of one source resemble each other.
         """
         rows_of: dict[object, list[int]] = {}
         for row, source in enumerate(self.sources or ("",) * len(self)):
             rows_of.setdefault(source or row, []).append(row)
-        parts: list[list[int]] = [[] for _ in range(count)]
+        folds: list[list[int]] = [[] for _ in range(count)]
         for rows in sorted(rows_of.values(), key=len, reverse=True):
-            min(parts, key=len).extend(rows)
-        return [self.select(sorted(part)) for part in parts]
+            min(folds, key=len).extend(rows)
+        return [self.select(sorted(rows_of_fold)) for rows_of_fold in folds]
 
 
 def load_background(name: str | Path) -> Background:
@@ -105,8 +105,8 @@ def _balanced(*sets: Examples) -> Background:
     for number, examples in enumerate(sets):
         for item, cells in zip(examples.items, examples.rows, strict=True):
             turns = _request(item.messages)
-            length, *others = _stratum(turns, cells, unknown=len(strata))
-            strata.append((number, length, *others))
+            length, *features = _stratum(turns, cells, unknown=len(strata))
+            strata.append((number, length, *features))
             # A third or an eighth of the conversations that take most of the time.
             weights.append(_WEIGHTS[length])
             conversations.append(turns)
@@ -142,18 +142,18 @@ def choose_conversations(background: Background, examples: LabelledExamples) -> 
     compared = [key for key in {*chain(*turns)} if shortest <= len(key) <= longest]
     ordered = sorted(keys)
     for start in range(0, len(ordered), _COMPARED_TEXTS):
-        part = ordered[start : start + _COMPARED_TEXTS]
-        is_alike = are_alike(compared, part, cosine=_SAME_TEXT)
+        batch = ordered[start : start + _COMPARED_TEXTS]
+        is_alike = are_alike(compared, batch, cosine=_SAME_TEXT)
         labelled |= {compared[index] for index in np.flatnonzero(is_alike)}
-    kept = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
-    if left_out := len(conversations) - len(kept):
+    chosen = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
+    if left_out := len(conversations) - len(chosen):
         warn(
             f"{left_out} conversations of the background hold a text of the training data, "
-            "and were left out: its label beats the assumption that ordinary traffic has none."
+            "and were left out: its label beats the assumption that background traffic has none."
         )
-    if 0 < len(kept) < _FEW_CONVERSATIONS:
+    if 0 < len(chosen) < _FEW_CONVERSATIONS:
         warn(
-            f"The background has {len(kept)} conversations: they say little about "
-            f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
+            f"The background has {len(chosen)} conversations: they say little about "
+            f"background traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
         )
-    return kept
+    return chosen

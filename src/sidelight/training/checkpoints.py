@@ -11,17 +11,19 @@ from sidelight.progress import say
 from sidelight.states.files import write_tensors
 from sidelight.training.optimisation import TrainingRun
 
-_EPOCHS, _NUMBERS, _IDENTITY = "epochs", "numbers", "identity"
+_EPOCHS, _NUMBERS, _RUN = "epochs", "numbers", "run_sha256"
 
 
-def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int, identity: str) -> None:
+def save_checkpoint(
+    runs: Sequence[TrainingRun], path: Path, *, epochs: int, run_sha256: str
+) -> None:
     """Write the runs after so many epochs, whole or not at all.
 
     Args:
         runs: The runs.
         path: The file.
         epochs: How many they have completed.
-        identity: A hash of what decides them, which ``resume`` compares.
+        run_sha256: A hash of what decides them, which ``resume`` compares.
 
     Raises:
         SidelightError: The disk is full, or cannot be written.
@@ -29,20 +31,20 @@ def save_checkpoint(runs: Sequence[TrainingRun], path: Path, *, epochs: int, ide
     states = [run.state() for run in runs]
     tensors = {
         f"{number}.{name}": tensor
-        for number, (own, _) in enumerate(states)
-        for name, tensor in own.items()
+        for number, (values, _) in enumerate(states)
+        for name, tensor in values.items()
     }
     numbers = json.dumps([numbers for _, numbers in states])
-    write_tensors(tensors, path, {_EPOCHS: str(epochs), _NUMBERS: numbers, _IDENTITY: identity})
+    write_tensors(tensors, path, {_EPOCHS: str(epochs), _NUMBERS: numbers, _RUN: run_sha256})
 
 
-def resume(runs: Sequence[TrainingRun], path: Path, *, identity: str) -> int:
+def resume(runs: Sequence[TrainingRun], path: Path, *, run_sha256: str) -> int:
     """Restore runs from a checkpoint.
 
     Args:
         runs: Newly created runs.
         path: The checkpoint; ignored if absent.
-        identity: As for ``save_checkpoint``. If the checkpoint has another, for example because
+        run_sha256: As for ``save_checkpoint``. If the checkpoint has another, for example because
             more memory gives larger batches, it is ignored with a message.
 
     Returns:
@@ -56,15 +58,15 @@ def resume(runs: Sequence[TrainingRun], path: Path, *, identity: str) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            if metadata[_IDENTITY] != identity:
+            if metadata[_RUN] != run_sha256:
                 say(f"Training starts over: the settings of the checkpoint {path} differ.")
                 return 0
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         numbers = json.loads(metadata[_NUMBERS])
-        for number, (run, own) in enumerate(zip(runs, numbers, strict=True)):
+        for number, (run, numbers_of_run) in enumerate(zip(runs, numbers, strict=True)):
             start = f"{number}."
             named = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            run.set_state(named, own)
+            run.set_state(named, numbers_of_run)
         return int(metadata[_EPOCHS])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SidelightError(

@@ -1,8 +1,8 @@
-"""The settings in which training shows a text: alone, and as it may come in ordinary traffic.
+"""The settings in which training shows a text: alone, and as it may come in background traffic.
 
 A probe that has only seen texts alone takes everything else for what is rarest among them: it
 flags greetings, long prompts and what tools answer, and misses a text inside a long one. So each
-text is also shown in a few contexts, made from ordinary conversations (``background.py``), and
+text is also shown in a few contexts, made from background conversations (``background.py``), and
 these are shown by themselves, without a label. A context stays on its text's side of every split,
 and so does the background that it is made of.
 """
@@ -18,14 +18,14 @@ from jaxtyping import Int
 
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Reads, piece_lengths
+from sidelight.models.conversation import EncodedPrompt, Message, Reads, lengths_of_turns
 from sidelight.models.encode import PromptEncoder
 from sidelight.states.reader import Reader
 from sidelight.training.background import Background, Messages
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
-Kind = Literal["alone", "inside", "turn", "plain", "background"]
+Kind = Literal["without_context", "inside", "turn", "plain", "background"]
 # Some texts of a data set, and the background that their contexts are made of.
 Group = tuple[Int[Numbers, " _"], Background]
 
@@ -36,7 +36,7 @@ _SURROUNDING_WORDS = (5, 400)
 _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
 # How often a text that is one turn of several is judged alone.
-_TURN_ALONE = 0.5
+_ONE_TURN_SHARE = 0.5
 # The tokens of contexts: relative to those of the texts, but at least so many; and the share of
 # them that is background alone. A GPU reads as many in a few seconds.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS_ON_GPU = 0.6, 40_000, 400_000
@@ -52,8 +52,8 @@ class Context:
     """A setting of a text, or a conversation of the background.
 
     Attributes:
-        kind: ``alone``; ``inside`` other text; a ``turn`` of a conversation; as ``plain`` text. Or
-            ``background`` by itself.
+        kind: ``without_context``; ``inside`` other text; a ``turn`` of a conversation; as ``plain``
+            text. Or ``background`` by itself.
         example: The conversation that is run.
         prompt: The same, encoded; what is not judged is not read.
         words: How many words stand around the text, or in the background.
@@ -89,10 +89,12 @@ def draw_contexts(
         options: What is read, how many tokens of contexts, and the longest context.
     """
     task, encoder = examples.task, reader.encoder
-    is_shown = any(len(background) for _, background in groups) or encoder.prompt_format == "both"
-    if not is_shown or not has_contexts(examples, options):
+    is_available = (
+        any(len(background) for _, background in groups) or encoder.prompt_format == "both"
+    )
+    if not is_available or not has_contexts(examples, options):
         return ()
-    is_part = options.reads_of(task).scope == "each_turn"
+    by_turn = options.reads_of(task).scope == "each_turn"
     limit = min(options.max_tokens, encoder.max_tokens)
     least = options.context_tokens
     if least is None:
@@ -104,18 +106,18 @@ def draw_contexts(
             encoder,
             options.reads,
             background.conversations,
-            is_part=is_part,
+            by_turn=by_turn,
             max_tokens=limit,
             seed=int(texts[0]),
         )
         lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
         of_texts = sum(min(length, limit) for length in lengths)
         tokens = context_budget(of_texts, least=least / len(groups))
-        alone: list[Context] = []
-        if is_part or task.abstains:
-            alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
-            tokens -= sum(len(context.prompt) for context in alone)
-        drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
+        background_contexts: list[Context] = []
+        if by_turn or task.abstains:
+            background_contexts = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
+            tokens -= sum(len(context.prompt) for context in background_contexts)
+        drawn = (*background_contexts, *sampler.of_texts(examples, texts, tokens=tokens))
         contexts += [replace(context, group=group) for context in drawn]
     return tuple(contexts)
 
@@ -134,7 +136,7 @@ class ContextSampler:
         reads: What the probe reads.
         conversations: The background to draw from, the first ones first where it is shown alone;
             without any, there is plain text alone.
-        is_part: Whether a part of a text can have the labels. With several classes, a text is only
+        by_turn: Whether a part of a text can have the labels. With several classes, a text is only
             shown as the last turn of a conversation.
         max_tokens: No context is longer.
         seed: Decides what is drawn.
@@ -146,7 +148,7 @@ class ContextSampler:
         reads: Reads,
         conversations: Sequence[Messages],
         *,
-        is_part: bool,
+        by_turn: bool,
         max_tokens: int,
         seed: int = 0,
     ):
@@ -154,11 +156,11 @@ class ContextSampler:
         self._reads = reads
         self._max_tokens = max_tokens
         self._random = Random(seed)
-        self._is_part = is_part
+        self._by_turn = by_turn
         self._conversations = conversations
         self._shares: dict[Kind, float] = {}
         if conversations:
-            self._shares = dict(_SHARES) if is_part else {"turn": 1.0}
+            self._shares = dict(_SHARES) if by_turn else {"turn": 1.0}
         if encoder.prompt_format == "both":
             self._shares["plain"] = 1.0
 
@@ -170,7 +172,7 @@ class ContextSampler:
         """
         contexts: list[Context] = []
         order = [*range(len(self._conversations))]
-        if not self._is_part:
+        if not self._by_turn:
             # A class needs many texts: short ones come first more often, but not always.
             sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]
             order.sort(key=lambda place: self._random.expovariate(1 / max(1, sizes[place])))
@@ -225,22 +227,22 @@ class ContextSampler:
         for _ in range(_ATTEMPTS):
             kinds: list[Kind] = [*self._shares]
             (kind,) = self._random.choices(kinds, [*self._shares.values()])
-            shown, judged = self._shown(kind, example.text)
-            prompt = self._encoded(shown)
+            conversation, turn = self._placed(kind, example.text)
+            prompt = self._encoded(conversation)
             if prompt is None:
                 continue
-            pieces = piece_lengths(bytes(prompt.parts))
-            if judged is not None and len(pieces) != len(shown.messages):
+            turn_lengths = lengths_of_turns(bytes(prompt.token_roles))
+            if turn is not None and len(turn_lengths) != len(conversation.messages):
                 # A template may join turns, or strip one to nothing.
                 continue
-            if judged is not None:
-                owners = np.repeat(range(len(pieces)), pieces)
-                prompt = prompt.only(np.flatnonzero(owners == judged))
-            words = max(0, len(shown.text.split()) - len(example.text.split()))
-            return Context(kind, shown, prompt, words)
+            if turn is not None:
+                owners = np.repeat(range(len(turn_lengths)), turn_lengths)
+                prompt = prompt.only(np.flatnonzero(owners == turn))
+            words = max(0, len(conversation.text.split()) - len(example.text.split()))
+            return Context(kind, conversation, prompt, words)
         return None
 
-    def _shown(self, kind: Kind, text: str) -> tuple[Example, int | None]:
+    def _placed(self, kind: Kind, text: str) -> tuple[Example, int | None]:
         """A conversation with the text, and which of its turns is judged; None: all."""
         random = self._random
         if kind == "inside":
@@ -250,13 +252,13 @@ class ContextSampler:
         turns = [turn for turn in random.choice(self._conversations) if turn.role not in _SYSTEM]
         turns = turns or [Message("user", text)]
         users = [i for i, turn in enumerate(turns) if turn.role == "user"] or [0]
-        if not self._is_part:
+        if not self._by_turn:
             return Example((*turns[: users[-1]], Message("user", text))), None
         # Clients can forge the other turns.
         place = random.choice([*users, random.randrange(len(turns))])
         turns[place] = Message(turns[place].role, text)
         turns = turns[: random.randrange(place, len(turns)) + 1]
-        return Example(tuple(turns)), place if random.random() < _TURN_ALONE else None
+        return Example(tuple(turns)), place if random.random() < _ONE_TURN_SHARE else None
 
     def _inside(self, text: str) -> str:
         """The text before, after or between sentences of the background."""

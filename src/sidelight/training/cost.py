@@ -11,7 +11,7 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.states.cache import token_bytes
 from sidelight.states.compression import compressed_token_bytes
 from sidelight.training.contexts import context_budget
-from sidelight.training.settings import MOST_WHOLE_BYTES, TRAINING_MAX_TOKENS
+from sidelight.training.settings import MOST_UNCOMPRESSED_BYTES, TRAINING_MAX_TOKENS
 
 # Operations per token and parameter, in products as fast as the measured ones: 2.7 for the forward
 # pass, of which 2 are the products themselves, and the rest for the probe, its folds and their
@@ -68,7 +68,7 @@ def estimate_training(
     parameters = 12 * (model.layers - 1) * model.width**2
     speed = operations_per_s or _operations_per_s()
     disk_bytes = tokens * token_bytes(model)
-    if disk_bytes > MOST_WHOLE_BYTES:
+    if disk_bytes > MOST_UNCOMPRESSED_BYTES:
         disk_bytes = tokens * compressed_token_bytes(model)
     return TrainingEstimate(tokens, disk_bytes, _OPERATIONS * parameters * tokens / speed)
 
@@ -90,11 +90,11 @@ def training_tokens(texts: LabelledExamples, encoder: PromptEncoder) -> list[int
 
 def _operations_per_s() -> float:
     """Of the fastest of some matrix products, since other programs interrupt some of them."""
-    rows, depth, columns = _PRODUCT
-    left, right = torch.randn(rows, depth), torch.randn(depth, columns)
+    rows, depth, width = _PRODUCT
+    left, right = torch.randn(rows, depth), torch.randn(depth, width)
     seconds: list[float] = []
     for _ in range(_REPETITIONS):
         start = perf_counter()
         torch.mm(left, right)
         seconds.append(perf_counter() - start)
-    return 2 * rows * depth * columns / min(seconds)
+    return 2 * rows * depth * width / min(seconds)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
 from sidelight.data.spans import token_labels
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Reads, judged_units
+from sidelight.models.conversation import EncodedPrompt, Reads, split_segments
 from sidelight.models.encode import PromptEncoder
 from sidelight.probes.ragged import Ragged
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
@@ -32,9 +32,9 @@ TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 
 # The least share of texts alone in what training fits. Few texts have more contexts, which would
 # drown them: without it, 32 of each class lost .03 to .17 of AUPRC in their own file.
-_ALONE_SHARE = 0.7
+_WITHOUT_CONTEXT_SHARE = 0.7
 # The parts of the background that measure, where texts are held out; training has FOLDS.
-_MEASURING_PARTS = 2
+_MEASURING_FOLDS = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Targets:
         labels: A row for each text as in ``LabelledExamples.labels``, or ``[token, label]``.
         of_tokens: Whether tokens are labelled.
         weights: How much each text counts.
-        rationales: For each token whether its text has its label for it; None: nobody knows.
+        rationales: For each token whether its text has its label for it; None: unknown.
     """
 
     labels: Ragged
@@ -100,7 +100,7 @@ class Split:
     @property
     def texts(self) -> list[str]:
         """The texts for a model without hidden states: prompt, then response if there is one."""
-        return self.examples.whole_texts
+        return self.examples.full_texts
 
     def select(self, texts: Iterable[SupportsIndex]) -> "Split":
         """A split of these texts alone; nothing is extracted again."""
@@ -114,21 +114,21 @@ class Split:
         )
 
     @cached_property
-    def alone(self) -> Int[np.ndarray, " text"]:
+    def without_context(self) -> Int[np.ndarray, " text"]:
         """The texts that are shown alone."""
         if not self.contexts:
             return np.arange(len(self))
-        return np.flatnonzero([context.kind == "alone" for context in self.contexts])
+        return np.flatnonzero([context.kind == "without_context" for context in self.contexts])
 
     @cached_property
     def weights(self) -> Float[np.ndarray, " text"]:
         """How much each text counts in training, 1 in the mean."""
-        texts, alone = len(self), len(self.alone)
-        share = alone / max(1, texts)
+        texts, count = len(self), len(self.without_context)
+        share = count / max(1, texts)
         weights = np.ones(texts)
-        if 0 < share < _ALONE_SHARE:
-            weights[:] = (1 - _ALONE_SHARE) / (1 - share)
-            weights[self.alone] = _ALONE_SHARE / share
+        if 0 < share < _WITHOUT_CONTEXT_SHARE:
+            weights[:] = (1 - _WITHOUT_CONTEXT_SHARE) / (1 - share)
+            weights[self.without_context] = _WITHOUT_CONTEXT_SHARE / share
         if self.examples.weights is None:
             return weights
         weights *= self.examples.weights
@@ -141,8 +141,14 @@ class Split:
         if self.examples.spans is not None:
             rows = zip(self.examples.text_spans, self.places, strict=True)
             names = self.task.output_labels
-            flags = [token_labels(text, own, spans, names) for (text, spans), own in rows]
-            labels, of_tokens = _end_to_end([own.astype(np.int64) for own in flags]), True
+            flags = [
+                token_labels(text, token_places, spans, names)
+                for (text, spans), token_places in rows
+            ]
+            labels, of_tokens = (
+                _end_to_end([token_places.astype(np.int64) for token_places in flags]),
+                True,
+            )
         weights = torch.from_numpy(self.weights).float()
         words = None if self.rationales is None else _end_to_end(self.rationales)
         return Targets(labels, of_tokens, weights, words)
@@ -150,7 +156,7 @@ class Split:
     @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:
         """The first text of each group of equal ones, among those that are shown alone."""
-        return self.alone[self.examples.select(self.alone).first_rows]
+        return self.without_context[self.examples.select(self.without_context).first_rows]
 
     def folds(self, count: int) -> Folds:
         """Folds of the texts, with their contexts and the background that these are made of.
@@ -160,7 +166,7 @@ class Split:
         if not self.contexts:
             count = min(count, self.examples.distinct)
             return self.examples.folds(count, seed=0) if count > 1 else ()
-        groups = np.unique([own.group for own in self.contexts], return_inverse=True)[1]
+        groups = np.unique([context.group for context in self.contexts], return_inverse=True)[1]
         count = min(count, int(groups.max()) + 1)
         folds = [np.flatnonzero(groups % count == fold) for fold in range(count)]
         return tuple(folds) if count > 1 else ()
@@ -171,22 +177,22 @@ class Split:
 
     def without_contexts(self) -> "Split":
         """The texts that are shown alone."""
-        return self.select(self.alone) if self.contexts else self
+        return self.select(self.without_context) if self.contexts else self
 
     @cached_property
-    def units(self) -> list[list[Int[np.ndarray, " _"]]]:
+    def segments(self) -> list[list[Int[np.ndarray, " _"]]]:
         """The stored tokens of each part of a text that is judged beside the whole."""
         reads = self.states.reads
         if reads.scope != "each_turn":
             return [[] for _ in self.states.prompts]
-        units: list[list[Int[np.ndarray, " _"]]] = []
+        segments: list[list[Int[np.ndarray, " _"]]] = []
         for prompt in self.states.prompts:
             mask = prompt.mask(reads).numpy()
             stored = mask.cumsum() - 1
-            tokens = (unit.tokens for unit in judged_units(bytes(prompt.parts)))
-            kept = (stored[positions[mask[positions]]] for positions in tokens)
-            units.append([positions for positions in kept if len(positions)])
-        return units
+            tokens = (segment.tokens for segment in split_segments(bytes(prompt.token_roles)))
+            positions_read = (stored[positions[mask[positions]]] for positions in tokens)
+            segments.append([positions for positions in positions_read if len(positions)])
+        return segments
 
 
 def _end_to_end(rows: Sequence[np.ndarray]) -> Ragged:
@@ -244,10 +250,12 @@ def plan_split(
     limit = min(options.max_tokens, reader.max_tokens)
     prompts = encode_shortened(reader.encoder, examples, reads=options.reads, limit=limit)
     if drawn:
-        group_of = {text: group for group, (own, _) in enumerate(groups) for text in own.tolist()}
+        group_of = {text: group for group, (rows, _) in enumerate(groups) for text in rows.tolist()}
         pairs = enumerate(zip(examples.items, prompts, strict=True))
-        alone = [Context("alone", *pair, 0, text, group_of[text]) for text, pair in pairs]
-        contexts = (*alone, *drawn)
+        without_context = [
+            Context("without_context", *pair, 0, text, group_of[text]) for text, pair in pairs
+        ]
+        contexts = (*without_context, *drawn)
         prompts = [context.prompt for context in contexts]
         examples = _in_contexts(examples, contexts)
     states = ActivationCache(
@@ -274,15 +282,15 @@ def plan_split(
 
 def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
     """The text in each context, which has its labels; background has none of them."""
-    shown, task = examples.select([context.text or 0 for context in contexts]), examples.task
+    selected, task = examples.select([context.text or 0 for context in contexts]), examples.task
     is_background = np.array([context.text is None for context in contexts])
-    labels, weights, words = shown.labels.copy(), shown.weights, shown.rationales
+    labels, weights, words = selected.labels.copy(), selected.weights, selected.rationales
     labels[is_background] = task.outputs - 1 if task.abstains else 0
     if words is not None:
         pairs = zip(words, is_background, strict=True)
-        words = tuple("" if is_other else own for own, is_other in pairs)
+        words = tuple("" if is_negative else rationale for rationale, is_negative in pairs)
     return replace(
-        shown,
+        selected,
         items=tuple(context.example for context in contexts),
         labels=labels,
         weights=None if weights is None else np.where(is_background, 1.0, weights),
@@ -300,9 +308,9 @@ def _rationales(
 
     None of a text that was cut.
     """
-    marks: list[Bool[np.ndarray, " _"]] = []
+    masks: list[Bool[np.ndarray, " _"]] = []
     for item, words, prompt in zip(examples.items, examples.rationales or (), prompts, strict=True):
-        is_marked = np.zeros(len(prompt), dtype=np.bool_)
+        is_rationale = np.zeros(len(prompt), dtype=np.bool_)
         if words and not prompt.dropped:
             texts = [message.content for message in item.messages]
             texts += [] if item.response is None else [item.response]
@@ -310,12 +318,12 @@ def _rationales(
             first = len(item.messages) if reads.side == "response" else 0
             message = next((i for i in range(first, len(texts)) if words in texts[i]), -1)
             start = texts[message].find(words)
-            whole = encoder.encode_any_length(item.conversation, item.response, with_places=True)
-            for token, place in enumerate(whole.places):
+            encoded = encoder.encode_any_length(item.conversation, item.response, with_places=True)
+            for token, place in enumerate(encoded.places):
                 if place is not None and place.message == message:
-                    is_marked[token] = place.start < start + len(words) and place.end > start
-        marks.append(is_marked[prompt.mask(reads).numpy()])
-    return marks
+                    is_rationale[token] = place.start < start + len(words) and place.end > start
+        masks.append(is_rationale[prompt.mask(reads).numpy()])
+    return masks
 
 
 def encode_shortened(
@@ -329,8 +337,8 @@ def encode_shortened(
     prompts: list[EncodedPrompt] = []
     for index, item in enumerate(examples.items):
         with located(item, index):
-            whole = encoder.encode_any_length(item.conversation, item.response)
-            prompts.append(whole.shortened(limit, reads))
+            encoded = encoder.encode_any_length(item.conversation, item.response)
+            prompts.append(encoded.shortened(limit, reads))
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
     if not unread:
         return prompts
@@ -354,11 +362,13 @@ def span_places(
     places: list[list[tuple[int, int]]] = []
     for index, (example, count) in enumerate(zip(examples, read, strict=True)):
         with located(example, index):
-            whole = encoder.encode_any_length(
+            all_places = encoder.encode_any_length(
                 example.conversation, example.response, with_places=True
             ).places
         message = len(example.messages) - (example.response is None)
-        of_message = [place for place in whole if place is not None and place.message == message]
+        of_message = [
+            place for place in all_places if place is not None and place.message == message
+        ]
         if len(of_message) < count:
             raise SidelightError(
                 "The chat template rewrites the text, so its tokens have no characters. Use the "

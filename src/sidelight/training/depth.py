@@ -47,14 +47,14 @@ def choose_depth(
         dataset: What they were trained on.
         options: Those of the training.
     """
-    deepest, *others = sorted(runs, key=lambda run: run.depth, reverse=True)
-    if not others:
+    deepest, *rest = sorted(runs, key=lambda run: run.depth, reverse=True)
+    if not rest:
         return deepest, ()
     losses = text_losses(deepest, dataset, options)
     chosen, trials = deepest, [DepthTrial(layers=deepest.depth, loss=float(losses.mean()))]
-    for run in others:
-        own = text_losses(run, dataset, options)
-        trials.append(_compared(run.depth, own, losses))
+    for run in rest:
+        each = text_losses(run, dataset, options)
+        trials.append(_compared(run.depth, each, losses))
         if not trials[-1].is_accepted:
             break
         chosen = run
@@ -91,13 +91,13 @@ def text_losses(
         dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
-        ordinary=conversations_among(dataset.contexts, in_contexts),
+        background=conversations_among(dataset.contexts, in_contexts),
     )
     losses = calibrated.losses
     if len(in_contexts):
         probabilities = calibrated.calibration.apply(in_contexts)
-        others = log_losses(task, probabilities, measured.labels[texts:])
-        losses = np.concatenate([losses, others])
+        rest = log_losses(task, probabilities, measured.labels[texts:])
+        losses = np.concatenate([losses, rest])
     # A text and its contexts are one observation, and so is a conversation by itself.
     owners = np.arange(len(losses))
     for row, context in enumerate(dataset.contexts, start=texts):
@@ -116,4 +116,4 @@ def _token_losses(run: TrainingRun, measured: Split) -> Float[np.ndarray, " text
     calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
     losses = log_losses(task, calibration.apply(logits), labels)
     ends = np.cumsum([*map(len, run.token_logits)])
-    return np.array([own.mean() for own in np.split(losses, ends[:-1])])
+    return np.array([each.mean() for each in np.split(losses, ends[:-1])])

@@ -45,7 +45,7 @@ from sidelight.types import NONE
 
 # The file that a training continues from, beside its hidden states.
 CHECKPOINT = "checkpoint.safetensors"
-# The share of labelled texts that may be taken for ordinary traffic without a word.
+# The share of labelled texts that may be taken for background traffic without a word.
 _TAKEN = 0.02
 
 
@@ -58,7 +58,7 @@ class Fit:
         score: ``validation_score`` of its final logits, by which `sidelight search` compares.
         report: Its figures on validation data, each text calibrated without it.
         losses: The log loss of each validation text, likewise.
-        traffic: Its figures in ordinary traffic; None if it was trained without.
+        traffic: Its figures in background traffic; None if it was trained without.
         spans: Its figures of the spans of validation texts, by thresholds that other texts gave;
             None if it labels whole texts.
         baseline: The figures of TF-IDF with logistic regression on the same validation texts; None
@@ -75,13 +75,13 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures on validation data, as JSON values."""
-        parts = {"traffic": self.traffic, "spans": self.spans, "baseline": self.baseline}
+        reports = {"traffic": self.traffic, "spans": self.spans, "baseline": self.baseline}
         return {
             "probe": self.probe.name,
             "mechanism": self.probe.card.mechanism.name,
             "score": self.score,
             "validation": self.report.to_dict(),
-            **{name: part.to_dict() for name, part in parts.items() if part is not None},
+            **{name: report.to_dict() for name, report in reports.items() if report is not None},
         }
 
 
@@ -103,9 +103,9 @@ def _candidates(
         return [*zip(specs, settings, strict=True)]
     deepest = model.first_layers(settings[0].layers)
     return [
-        (spec, replace(own, layers=depth))
+        (spec, replace(each, layers=depth))
         for depth in candidate_depths(deepest)
-        for spec, own in zip(specs, settings, strict=True)
+        for spec, each in zip(specs, settings, strict=True)
     ]
 
 
@@ -136,7 +136,7 @@ def fit(
         SidelightError: There are no labels, the hidden states do not fit the disk, the training
             diverged, or the spans are of what the probe would not read.
     """
-    identity = options.training_sha256(
+    training_sha256 = options.training_sha256(
         training,
         validation,
         name=name,
@@ -144,7 +144,7 @@ def fit(
         engine=reader.engine,
     )
     options = options.resolved_for(training)
-    with options.own_states(identity, out and out.resolve()) as states:
+    with options.temporary_states(training_sha256, out and out.resolve()) as states:
         candidates = _candidates(options, training, reader.fingerprint)
         dataset = prepare(
             reader,
@@ -168,25 +168,27 @@ def fit(
         trained = [run for run in results if run is not None]
         if not trained:
             raise divergence(*candidates[0])
-        diverged = [own for own, run in zip(candidates, results, strict=True) if run is None]
-        made = calibrate_probe(
-            trained, dataset, name=name, options=options, training_sha256=identity
+        diverged = [
+            candidate for candidate, run in zip(candidates, results, strict=True) if run is None
+        ]
+        result = calibrate_probe(
+            trained, dataset, name=name, options=options, training_sha256=training_sha256
         )
-        for own in diverged:
-            warn(f"{divergence(*own)} The probe is made without it.")
+        for candidate in diverged:
+            warn(f"{divergence(*candidate)} The probe is made without it.")
         if baseline is not None:
-            warn_of_better_words(made.losses, baseline.losses, dataset.validation.examples)
-        warn_of_none(made)
-        if made.traffic is not None and made.probe.thresholds:
+            warn_of_better_words(result.losses, baseline.losses, dataset.validation.examples)
+        warn_of_none(result)
+        if result.traffic is not None and result.probe.thresholds:
             warn_of_traffic(
-                made.traffic,
-                made.probe.card.training.curves,
-                made.probe.thresholds,
+                result.traffic,
+                result.probe.card.training.curves,
+                result.probe.thresholds,
                 options.threshold,
             )
         if out is not None:
-            save_probe(made.probe, out)
-    return replace(made, baseline=baseline and baseline.report)
+            save_probe(result.probe, out)
+    return replace(result, baseline=baseline and baseline.report)
 
 
 def calibrate_probe(
@@ -222,7 +224,7 @@ def calibrate_probe(
         dataset.folds,
         kind=options.calibration,
         rule=options.threshold,
-        ordinary=background,
+        background=background,
     )
     calibration, report = calibrated.calibration, calibrated.report
     traffic = None
@@ -233,7 +235,9 @@ def calibrate_probe(
             background,
             calibration.apply(in_contexts),
             measured.labels[len(validation) :],
-            background.left_out_thresholds(calibrated.alone, calibration, options.threshold),
+            background.left_out_thresholds(
+                calibrated.text_thresholds, calibration, options.threshold
+            ),
         )
     training = _record(trained, dataset, options).model_copy(
         update={
@@ -274,25 +278,25 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
     """The texts and the settings of a training."""
     settings = asdict(trained.settings)
     contexts = Counter(context.kind for context in dataset.training.contexts)
-    del contexts["alone"]
+    del contexts["without_context"]
     return TrainingRecord(
         engine=dataset.training.states.engine,
-        states=dataset.training.states.described,
-        training=describe_training(dataset.originals.examples, dataset.given_sha256),
+        states=dataset.training.states.record,
+        training=describe_training(dataset.originals.examples, dataset.input_sha256),
         contexts=dict(contexts),
         threshold_rule=str(options.threshold),
         max_tokens=options.max_tokens,
         folds=len(dataset.folds),
         seed=settings.pop("seed"),
         settings=settings,
-        epochs=Epochs(scores=tuple(trained.history), best=trained.best_epoch),
+        epochs=Epochs(scores=tuple(trained.validation_scores), best=trained.best_epoch),
         parameters=sum(p.numel() for p in trained.mechanism.parameters()),
     )
 
 
-def warn_of_none(made: Fit) -> None:
+def warn_of_none(result: Fit) -> None:
     """Warn if ``none`` takes labelled texts, as it does beside a class of all the rest."""
-    task, counts = made.probe.task, made.report.confusion_matrix
+    task, counts = result.probe.task, result.report.confusion_matrix
     if not task.abstains or (taken := counts[:-1, -1]).sum() <= _TAKEN * counts.sum():
         return
     label = task.labels[int(taken.argmax())]

@@ -18,13 +18,13 @@ from sidelight.states.compression import (
     Compression,
     compressed_token_bytes,
     directions_bytes,
-    kept_directions,
+    directions_of_width,
 )
 from sidelight.states.extraction import extract, require_finite, streamed
 from sidelight.states.reader import Reader
 from sidelight.training.dataset import Split
 from sidelight.training.loop import Candidate, train_mechanisms
-from sidelight.training.settings import MOST_WHOLE_BYTES, FitOptions
+from sidelight.training.settings import MOST_UNCOMPRESSED_BYTES, FitOptions
 
 # Tokens that directions are measured on, and that a probe is tried on with and without them.
 _SAMPLE_TOKENS = 8192
@@ -92,19 +92,22 @@ def choose_keeping(
     who = replace(reader.fingerprint, layers=training.states.layers)
     tokens = sum(sum(split.states.lengths) for split in splits)
     # Without candidates, or where other trainings share states, they are whole and on disk.
-    is_own = bool(candidates) and not options.keep_cache
-    fits = tokens * token_bytes(who) <= MOST_WHOLE_BYTES
-    if options.states == "whole" or (options.states == "auto" and (fits or not is_own)):
+    is_temporary = bool(candidates) and not options.keep_cache
+    fits = tokens * token_bytes(who) <= MOST_UNCOMPRESSED_BYTES
+    if options.states == "whole" or (options.states == "auto" and (fits or not is_temporary)):
         return Keeping()
     can_compress = (
-        is_own
+        is_temporary
         and directions_bytes(who) <= options.memory_bytes
         and _can_be_compressed(candidates, training)
     )
-    kept = compressed_token_bytes(who) if can_compress else token_bytes(who)
+    bytes_per_token = compressed_token_bytes(who) if can_compress else token_bytes(who)
     is_streamed = options.states == "stream" or (
         options.states == "auto"
-        and (tokens * kept > MOST_DISK_BYTES or reads_faster_than_disk(who, reader.device, kept))
+        and (
+            tokens * bytes_per_token > MOST_DISK_BYTES
+            or reads_faster_than_disk(who, reader.device, bytes_per_token)
+        )
     )
     if not can_compress:
         return Keeping(None, is_streamed)
@@ -127,20 +130,20 @@ def _can_be_compressed(candidates: Sequence[Candidate], training: Split) -> bool
     )
 
 
-def reads_faster_than_disk(who: Fingerprint, device: torch.device, kept: int) -> bool:
+def reads_faster_than_disk(who: Fingerprint, device: torch.device, bytes_per_token: int) -> bool:
     """Whether a model on a GPU computes a token's states sooner than a disk reads its bytes.
 
     Args:
         who: The model.
         device: Where it runs.
-        kept: The bytes of a token on disk.
+        bytes_per_token: The bytes of a token on disk.
     """
     if device.type == "cpu":
         return False
-    return gpu_reading_s(who.layers - 1, who.width) < kept / _DISK_BYTES_PER_S
+    return gpu_pass_s(who.layers - 1, who.width) < bytes_per_token / _DISK_BYTES_PER_S
 
 
-def gpu_reading_s(blocks: int, width: int) -> float:
+def gpu_pass_s(blocks: int, width: int) -> float:
     """Estimated seconds in which a GPU computes the states of a token."""
     # A block of width D has about 12 D^2 parameters, each for two operations.
     return 2 * 12 * blocks * width**2 / _GPU_OPERATIONS_PER_S
@@ -157,7 +160,7 @@ def _tried_compression(
     """
     states = training.states
     settings = candidates[0][1].resolved_for(len(training), training.task)
-    directions = kept_directions(reader.fingerprint.width)
+    directions = directions_of_width(reader.fingerprint.width)
     measured, tried = _samples(training)
     rows = [*measured, *tried]
     names = [states.path(row).name for row in rows]
@@ -172,8 +175,8 @@ def _tried_compression(
         is_normalised=bool(settings.normalise),
         directions=directions,
     )
-    own = {row: hidden[row] for row in tried}
-    difference = _difference(training, own, compression, candidates, reader)
+    tried_states = {row: hidden[row] for row in tried}
+    difference = _difference(training, tried_states, compression, candidates, reader)
     if difference is None or not difference <= TOLERANCE:
         reason = (
             f"{len(tried)} texts are too few to compare logits with and without compression"
@@ -206,8 +209,8 @@ def _samples(training: Split) -> tuple[list[int], list[int]]:
     rest = order[len(measured) :]
     has_label = [bool(np.any(labels)) for labels in training.labels]
     labelled = [row for row in rest if has_label[row]]
-    others = [row for row in rest if not has_label[row]]
-    mixed = [row for pair in zip_longest(labelled, others) for row in pair if row is not None]
+    unlabelled = [row for row in rest if not has_label[row]]
+    mixed = [row for pair in zip_longest(labelled, unlabelled) for row in pair if row is not None]
     return measured, _first(states, mixed, least=_TRIAL_TEXTS)
 
 
@@ -227,7 +230,9 @@ def _read_sample(
     with progress("Choosing directions", tokens, unit="tokens") as advance:
         for texts in reader.states(states, rows, advance):
             require_finite(texts, dtype=states.fingerprint.dtype)
-            hidden |= {row: own[: states.layers] for row, own in texts.items()}
+            hidden |= {
+                row: states_of_text[: states.layers] for row, states_of_text in texts.items()
+            }
     return hidden
 
 
@@ -248,17 +253,19 @@ def _difference(
     folds = sample.folds(_TRIAL_FOLDS) if hidden else ()
     if not folds:
         return None
-    whole = sample.states
-    compressed = whole.compressed(compression)
+    uncompressed = sample.states
+    compressed = uncompressed.compressed(compression)
     texts = [*hidden.values()]
     # What is in memory is never looked for on disk.
-    large = {whole.path(row): {"hidden": own} for row, own in enumerate(texts)}
-    small = {compressed.path(row): vars(compression.compress(own)) for row, own in enumerate(texts)}
+    large = {uncompressed.path(row): {"hidden": hidden} for row, hidden in enumerate(texts)}
+    small = {
+        compressed.path(row): vars(compression.compress(hidden)) for row, hidden in enumerate(texts)
+    }
     logits: list[np.ndarray] = []
-    for states, tensors in ((whole, large), (compressed, small)):
+    for states, tensors in ((uncompressed, large), (compressed, small)):
         (run,) = train_mechanisms(
             candidates[:1],
-            training=replace(sample, states=states.held(Memory(0, tensors))),
+            training=replace(sample, states=states.in_memory(Memory(0, tensors))),
             validation=None,
             folds=folds,
             device=reader.device,

@@ -35,9 +35,9 @@ Candidate = tuple[MechanismSpec, TrainingSettings]
 
 _VALIDATION_BATCH = 128
 # Columns of one matmul while training, so that many runs with many classes do not fill the memory.
-_MOST_COLUMNS = 256
+_MOST_PROJECTIONS = 256
 # How often a part of a text without a label is shown in place of the whole.
-_UNIT_ALONE = 0.7
+_SEGMENT_SHARE = 0.7
 _NOTHING = np.array([], dtype=np.int64)
 
 
@@ -78,21 +78,21 @@ def train_mechanisms(
         candidates, training, torch.device(device), (_NOTHING, *folds), shares=shares_matmuls
     )
     trainer.train(None if validation is None else validation.without_contexts(), checkpoint)
-    whole = trainer.runs[: len(candidates)]
+    full_runs = trainer.runs[: len(candidates)]
     if validation is not None:
-        scores = trainer.score(whole, validation, dtype=torch.float32)
-        for run, (logits, token_logits) in zip(whole, scores, strict=True):
+        scores = trainer.score(full_runs, validation, dtype=torch.float32)
+        for run, (logits, token_logits) in zip(full_runs, scores, strict=True):
             run.logits, run.token_logits = logits, token_logits
     elif folds:
-        for run in whole:
+        for run in full_runs:
             run.logits = np.empty((len(training), training.task.outputs))
-    for part, fold in enumerate(folds, start=1):
-        runs = trainer.runs[part * len(candidates) : (part + 1) * len(candidates)]
+    for number, fold in enumerate(folds, start=1):
+        runs = trainer.runs[number * len(candidates) : (number + 1) * len(candidates)]
         scores = trainer.score(runs, training.select(fold), dtype=torch.float32)
-        for result, run, (logits, _) in zip(whole, runs, scores, strict=True):
+        for result, run, (logits, _) in zip(full_runs, runs, scores, strict=True):
             result.logits[fold] = np.nan if run.has_diverged else logits
-    finite = [not run.has_diverged and np.isfinite(run.logits).all() for run in whole]
-    return [run if is_finite else None for run, is_finite in zip(whole, finite, strict=True)]
+    finite = [not run.has_diverged and np.isfinite(run.logits).all() for run in full_runs]
+    return [run if is_finite else None for run, is_finite in zip(full_runs, finite, strict=True)]
 
 
 def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightError:
@@ -128,31 +128,31 @@ class _Trainer:
         self._compression = None if compression is None else compression.to(device)
         self._targets = training.targets.to(device)
         # The parts that are judged of each text without a label.
-        texts = zip(training.labels, training.units, strict=True)
-        self._units = [[] if np.any(labels) else units for labels, units in texts]
+        texts = zip(training.labels, training.segments, strict=True)
+        self._segments = [[] if np.any(labels) else segments for labels, segments in texts]
         self._device = device
         self._shares = shares
         # Without bfloat16 arithmetic, a CPU takes eight times as long for the same products.
         self._dtype = torch.float32 if lacks_bfloat16(device) else torch.bfloat16
-        kept_texts = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
-        for kept, rows in zip(kept_texts, left_out, strict=True):
-            kept[rows] = False
-        scaling = Scaling(training, kept_texts)
+        inclusions = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
+        for is_included, rows in zip(inclusions, left_out, strict=True):
+            is_included[rows] = False
+        scaling = Scaling(training, inclusions)
         self.runs: list[TrainingRun] = []
         reads_answers = training.states.reads.side == "response" and not self._targets.of_tokens
-        for part, kept in enumerate(kept_texts):
-            targets = self._targets.select(kept.nonzero()[:, 0].to(device))
-            for spec, given in candidates:
-                settings = given.resolved_for(len(training), training.task)
+        for fold, is_included in enumerate(inclusions):
+            targets = self._targets.select(is_included.nonzero()[:, 0].to(device))
+            for spec, options in candidates:
+                settings = options.resolved_for(len(training), training.task)
                 run = TrainingRun(
                     spec,
                     settings,
-                    scaling.standardisation(settings, part).to(device),
+                    scaling.standardisation(settings, fold).to(device),
                     training.task,
                     targets,
-                    kept,
+                    is_included,
                     steps=self._steps_per_epoch(settings.batch_size),
-                    reads_beginnings=settings.beginnings and reads_answers,
+                    adds_prefixes=settings.prefixes and reads_answers,
                 )
                 self.runs.append(run)
 
@@ -160,15 +160,15 @@ class _Trainer:
         """An upper bound of the steps in an epoch."""
         sizes = [*map(len, self._states.shards)]
         # A shard's random first cut can add a batch.
-        whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
-        return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
+        steps = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
+        return steps + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
     def train(self, validation: Split | None, checkpoint: Path | None = None) -> None:
         """Trains every run, and restores its best epoch."""
         tokens = sum(self._states.lengths)
         epochs = max(run.settings.epochs for run in self.runs)
-        identity = "" if checkpoint is None else self._identity()
-        done = 0 if checkpoint is None else resume(self.runs, checkpoint, identity=identity)
+        run_sha256 = "" if checkpoint is None else self._run_sha256()
+        done = 0 if checkpoint is None else resume(self.runs, checkpoint, run_sha256=run_sha256)
         if done:
             say(f"The training goes on after {done} of at most {epochs} epochs.")
         with progress("Training", (epochs - done) * tokens, unit="tokens") as advance:
@@ -183,11 +183,11 @@ class _Trainer:
                 else:
                     self._validate(active, validation)
                 if checkpoint is not None:
-                    save_checkpoint(self.runs, checkpoint, epochs=epoch + 1, identity=identity)
+                    save_checkpoint(self.runs, checkpoint, epochs=epoch + 1, run_sha256=run_sha256)
         for run in self.runs:
             run.restore_best(self._compression)
 
-    def _identity(self) -> str:
+    def _run_sha256(self) -> str:
         """A hash of what decides the steps of a training, and the numbers that they compute."""
         states = self._states
         scales = [
@@ -197,7 +197,7 @@ class _Trainer:
         runs = [(run.spec, run.settings) for run in self.runs]
         versions = (version("sidelight"), torch.__version__)
         return hash_of(
-            states.key, states.described, states.shards, runs, scales, self._device, versions
+            states.key, states.record, states.shards, runs, scales, self._device, versions
         )
 
     def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, advance: Progress) -> None:
@@ -213,12 +213,14 @@ class _Trainer:
                 # A shard with fewer texts than a batch is a part of one.
                 share = min(1.0, len(texts) / batch_size)
                 for batch in random_batches(texts, size=batch_size, shuffle=shuffle):
-                    self._train_batch(group, *self._as_judged(batch, shuffle), share)
+                    self._train_batch(group, *self._draw_segments(batch, shuffle), share)
             advance(sum(self._states.lengths[text] for text in texts))
         for run in runs:
             run.step()
 
-    def _as_judged(self, texts: Sequence[int], random: torch.Generator) -> tuple[Shard, Targets]:
+    def _draw_segments(
+        self, texts: Sequence[int], random: torch.Generator
+    ) -> tuple[Shard, Targets]:
         """A batch, with a random part of most texts that have no label in place of the whole.
 
         Serving takes the highest logit of the parts that it judges, such as a turn, and no part of
@@ -226,15 +228,17 @@ class _Trainer:
         """
         chosen: dict[int, Int[np.ndarray, " _"]] = {}
         for text in texts:
-            units = self._units[text]
-            if units and float(torch.rand((), generator=random)) < _UNIT_ALONE:
-                chosen[text] = units[int(torch.randint(len(units), (), generator=random))]
+            segments = self._segments[text]
+            if segments and float(torch.rand((), generator=random)) < _SEGMENT_SHARE:
+                chosen[text] = segments[int(torch.randint(len(segments), (), generator=random))]
         batch = self._states.read(texts, chosen)
         targets = self._targets.select(batch.rows.to(self._device))
         if chosen and targets.rationales is not None:
-            marks = zip(texts, targets.rationales.split(), strict=True)
-            shown = [own.values[chosen.get(text, slice(None))] for text, own in marks]
-            words = Ragged(torch.cat(shown), batch.lengths.to(self._device))
+            rationales = zip(texts, targets.rationales.split(), strict=True)
+            selected = [
+                rationale.values[chosen.get(text, slice(None))] for text, rationale in rationales
+            ]
+            words = Ragged(torch.cat(selected), batch.lengths.to(self._device))
             targets = replace(targets, rationales=words)
         return batch, targets
 
@@ -246,10 +250,16 @@ class _Trainer:
         active = [run for run in runs if run.texts[batch.rows].any()]
         for group in self._sharing_a_matmul(active):
             losses: list[Tensor] = []
-            for run, columns in zip(group, self._columns(batch, group, self._dtype), strict=True):
-                tokens, wanted, kept = Ragged(columns, lengths), targets, run.texts[batch.rows]
-                if not kept.all():
-                    texts = kept.nonzero()[:, 0].to(self._device)
+            for run, projections in zip(
+                group, self._projections(batch, group, self._dtype), strict=True
+            ):
+                tokens, wanted, is_included = (
+                    Ragged(projections, lengths),
+                    targets,
+                    run.texts[batch.rows],
+                )
+                if not is_included.all():
+                    texts = is_included.nonzero()[:, 0].to(self._device)
                     tokens, wanted = tokens.select(texts), targets.select(texts)
                 losses.append(run.loss(tokens, wanted))
             # Parameters are disjoint, so the sum's gradient is each run's own.
@@ -262,13 +272,13 @@ class _Trainer:
         labels = targets.labels.values.numpy()
         scores = self.score(runs, validation, dtype=self._dtype)
         for run, (logits, token_logits) in zip(runs, scores, strict=True):
-            judged = np.concatenate(token_logits) if targets.of_tokens else logits
-            if np.isfinite(judged).all():
-                run.end_epoch(validation_score(validation.task, judged, labels))
+            measured = np.concatenate(token_logits) if targets.of_tokens else logits
+            if np.isfinite(measured).all():
+                run.end_epoch(validation_score(validation.task, measured, labels))
             else:
                 run.has_diverged = True
 
-    def _columns(
+    def _projections(
         self, shard: Shard, runs: Sequence[TrainingRun], dtype: torch.dtype
     ) -> Sequence[Float[Tensor, "token layer _"]]:
         return project_runs(shard, runs, dtype=dtype, compression=self._compression)
@@ -279,8 +289,8 @@ class _Trainer:
         In float32, sums depend on the width of a product, so each run is alone unless
         ``shares_matmuls``.
         """
-        is_alone = self._dtype == torch.float32 and not self._shares
-        return [[run] for run in runs] if is_alone else _grouped(runs)
+        is_separate = self._dtype == torch.float32 and not self._shares
+        return [[run] for run in runs] if is_separate else _grouped(runs)
 
     @torch.inference_mode()
     def score(
@@ -300,17 +310,22 @@ class _Trainer:
             shuffle = torch.Generator().manual_seed(0)
             for texts in random_batches(shard, size=_VALIDATION_BATCH, shuffle=shuffle):
                 batch = states.read(texts).to(self._device)
-                units = [split.units[text] for text in texts]
+                segments = [split.segments[text] for text in texts]
                 for group in self._sharing_a_matmul(runs):
-                    for run, columns in zip(group, self._columns(batch, group, dtype), strict=True):
-                        tokens = Ragged(columns, batch.lengths.to(self._device))
-                        logits[run][texts] = _served(run, tokens, units).cpu().numpy()
+                    for run, projections in zip(
+                        group, self._projections(batch, group, dtype), strict=True
+                    ):
+                        tokens = Ragged(projections, batch.lengths.to(self._device))
+                        logits[run][texts] = _served(run, tokens, segments).cpu().numpy()
                         if of_tokens:
-                            parts = run.score_tokens(tokens).double().cpu()
-                            own = parts.split(batch.lengths.tolist())
-                            token_logits[run] |= zip(texts, own, strict=True)
+                            run_logits = run.score_tokens(tokens).double().cpu()
+                            text_logits = run_logits.split(batch.lengths.tolist())
+                            token_logits[run] |= zip(texts, text_logits, strict=True)
         return [
-            (logits[run], [own.numpy() for _, own in sorted(token_logits[run].items())])
+            (
+                logits[run],
+                [text_logits.numpy() for _, text_logits in sorted(token_logits[run].items())],
+            )
             for run in runs
         ]
 
@@ -320,15 +335,15 @@ def _grouped(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
     groups: list[list[TrainingRun]] = []
     filled = 0
     for run in sorted(runs, key=lambda run: (run.standardisation.is_normalised, run.depth)):
-        columns = run.mechanism.columns().shape[2]
+        width = run.mechanism.projections().shape[2]
         is_normalised = run.standardisation.is_normalised
-        fits = filled + columns <= _MOST_COLUMNS
+        fits = filled + width <= _MOST_PROJECTIONS
         if groups and fits and groups[-1][0].standardisation.is_normalised == is_normalised:
             groups[-1].append(run)
-            filled += columns
+            filled += width
         else:
             groups.append([run])
-            filled = columns
+            filled = width
     return groups
 
 
@@ -348,9 +363,9 @@ def project_runs(
         compression: That of the states.
     """
     folded = [
-        run.standardisation.fold(run.mechanism.columns(), dtype=dtype)
+        run.standardisation.fold(run.mechanism.projections(), dtype=dtype)
         if compression is None
-        else compression.fold(run.standardisation, run.mechanism.columns(), dtype=dtype)
+        else compression.fold(run.standardisation, run.mechanism.projections(), dtype=dtype)
         for run in runs
     ]
     joined = Projection.joined(folded)
@@ -358,9 +373,9 @@ def project_runs(
     joined = replace(joined, shift=joined.shift.to(dtype))
     layers = len(runs[0].standardisation.scale)
     depth = min(len(shard.hidden), max(run.depth for run in runs))
-    columns = layer_products(shard.limited(depth), joined.limited(depth))
-    columns = pad(columns, (0, 0, 0, 0, 0, layers - depth)).transpose(0, 1)
-    return columns.split([part.weight.shape[2] for part in folded], 2)
+    projections = layer_products(shard.limited(depth), joined.limited(depth))
+    projections = pad(projections, (0, 0, 0, 0, 0, layers - depth)).transpose(0, 1)
+    return projections.split([projection.weight.shape[2] for projection in folded], 2)
 
 
 def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer token column"]:
@@ -371,14 +386,14 @@ def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer
     if shard.factors is None and not torch.is_grad_enabled():
         products = [projection.layer(i, layer.to(dtype)) for i, layer in enumerate(hidden)]
         return torch.stack(products)
-    columns = _LayerProducts.apply(hidden, projection.weight)
-    assert isinstance(columns, Tensor)
+    projections = _LayerProducts.apply(hidden, projection.weight)
+    assert isinstance(projections, Tensor)
     if shard.factors is not None:
-        columns = columns * shard.factors[..., None].to(dtype)
+        projections = projections * shard.factors[..., None].to(dtype)
     elif projection.is_normalised is not None:
         inverse = torch.stack([inverse_rms(layer) for layer in hidden])
-        columns = columns * torch.where(projection.is_normalised, inverse, 1).to(dtype)
-    return columns + projection.shift[:, None]
+        projections = projections * torch.where(projection.is_normalised, inverse, 1).to(dtype)
+    return projections + projection.shift[:, None]
 
 
 class _LayerProducts(torch.autograd.Function):
@@ -391,33 +406,35 @@ class _LayerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        columns = weight.new_empty(*hidden.shape[:2], weight.shape[2])
-        for layer, own, out in zip(hidden, weight, columns, strict=True):
-            torch.mm(layer.to(weight.dtype), own, out=out)
-        return columns
+        projections = weight.new_empty(*hidden.shape[:2], weight.shape[2])
+        for layer, layer_weight, out in zip(hidden, weight, projections, strict=True):
+            torch.mm(layer.to(weight.dtype), layer_weight, out=out)
+        return projections
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (hidden,), (gradient,) = ctx.saved_tensors, gradients
         shape = (len(hidden), gradient.shape[2], hidden.shape[2])
         turned = gradient.new_empty(shape)
-        for layer, own, out in zip(hidden, gradient, turned, strict=True):
-            torch.mm(own.T, layer.to(gradient.dtype), out=out)
+        for layer, layer_weight, out in zip(hidden, gradient, turned, strict=True):
+            torch.mm(layer_weight.T, layer.to(gradient.dtype), out=out)
         return None, turned.transpose(1, 2)
 
 
 def _served(
-    run: TrainingRun, tokens: Ragged, units: Sequence[Sequence[Int[np.ndarray, " _"]]]
+    run: TrainingRun, tokens: Ragged, segments: Sequence[Sequence[Int[np.ndarray, " _"]]]
 ) -> Float[Tensor, "text output"]:
     """The highest logit of each label, of the parts of a text that are judged and of the whole."""
     logits = run.score(tokens)
     starts = (tokens.lengths.cumsum(0) - tokens.lengths).tolist()
-    rows = [start + unit for start, text in zip(starts, units, strict=True) for unit in text]
+    rows = [
+        start + segment for start, text in zip(starts, segments, strict=True) for segment in text
+    ]
     if not rows:
         return logits
     device = tokens.values.device
     lengths = torch.tensor([*map(len, rows)], device=device)
-    owners = torch.tensor([i for i, text in enumerate(units) for _ in text], device=device)
-    of_units = run.score(Ragged(tokens.values[np.concatenate(rows)], lengths))
-    index = owners[:, None].expand_as(of_units)
-    return logits.scatter_reduce(0, index, of_units, "amax")
+    owners = torch.tensor([i for i, text in enumerate(segments) for _ in text], device=device)
+    segment_logits = run.score(Ragged(tokens.values[np.concatenate(rows)], lengths))
+    index = owners[:, None].expand_as(segment_logits)
+    return logits.scatter_reduce(0, index, segment_logits, "amax")

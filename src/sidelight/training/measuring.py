@@ -56,9 +56,9 @@ class Calibrated:
         probabilities: Out-of-fold, one row per text.
         losses: The log losses of these.
         curves: Of all texts by the calibration, for serving and a later recalibration.
-        alone: The thresholds that the rule gives on all texts alone.
-        report: Decisions by thresholds that the other folds gave; its own are ``alone``, raised
-            until ordinary traffic passes.
+        text_thresholds: The thresholds that the rule gives on all texts alone.
+        report: Decisions by thresholds that the other folds gave; its own are ``text_thresholds``,
+            raised until background traffic passes.
         folds: What texts were measured by; none where the rest of some fold lacks what a
             calibration needs: they were measured by what they calibrate.
     """
@@ -67,16 +67,16 @@ class Calibrated:
     probabilities: Float[np.ndarray, "text output"]
     losses: Float[np.ndarray, " text"]
     curves: dict[str, OperatingCurve]
-    alone: tuple[float, ...]
+    text_thresholds: tuple[float, ...]
     report: Report
     folds: Folds
 
     def texts(self, examples: LabelledExamples) -> CalibrationTexts:
         """What a card says of the texts and of the probe's figures on them."""
         sources = measure_sources(examples, self.probabilities, self.report.thresholds)
-        described = describe_examples(examples).model_dump()
+        description = describe_examples(examples).model_dump()
         return CalibrationTexts(
-            **described, report=self.report, curves=self.curves, sources=sources
+            **description, report=self.report, curves=self.curves, sources=sources
         )
 
 
@@ -88,7 +88,7 @@ def calibrate_examples(
     kind: CalibrationKind | None = None,
     rule: ThresholdRule = F1,
     around: Sequence[float] = (),
-    ordinary: Conversations | None = None,
+    background: Conversations | None = None,
 ) -> Calibrated:
     """Calibrates logits of labelled texts, and measures each fold by what calibrates on the others.
 
@@ -100,39 +100,39 @@ def calibrate_examples(
         kind: How; None takes ``suggested_calibration``.
         rule: What the thresholds are chosen for.
         around: As for ``fit_calibration``.
-        ordinary: Ordinary conversations, which thresholds let pass. They calibrate too where they
-            are a class of their own.
+        background: Background conversations, which thresholds let pass. They calibrate too where
+            they are a class of their own.
     """
-    ordinary = ordinary or Conversations.none(examples.task.outputs)
+    background = background or Conversations.none(examples.task.outputs)
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
     folds = _measuring_folds(examples, folds, kind)
 
     def fitted(rows: Int[np.ndarray, " _"]) -> Calibration:
-        """To these texts, and to ordinary traffic if it is a class."""
+        """To these texts, and to background traffic if it is a class."""
         counted, numbers = logits[rows], labels[rows]
         if task.abstains:
-            counted = np.concatenate([counted, ordinary.logits])
-            numbers = np.append(numbers, np.full(len(ordinary.logits), task.outputs - 1))
+            counted = np.concatenate([counted, background.logits])
+            numbers = np.append(numbers, np.full(len(background.logits), task.outputs - 1))
         return fit_calibration(kind, counted, numbers, task, around=around)
 
     every = np.arange(len(labels))
     calibration = fitted(every)
     probabilities = calibration.apply(logits)
     curves = operating_curves(task, probabilities, labels)
-    alone = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = ordinary.quiet_thresholds(alone, calibration, rule)
+    text_thresholds = tuple(curve.threshold(rule) for curve in curves.values())
+    thresholds = background.thresholds_at_fpr(text_thresholds, calibration, rule)
     applied = np.tile(thresholds, (len(labels), 1))
     for fold in folds:
         rest = np.setdiff1d(every, fold)
         of_rest = fitted(rest)
         probabilities[fold] = of_rest.apply(logits[fold])
         chosen = choose_thresholds(task, of_rest.apply(logits[rest]), labels[rest], rule=rule)
-        applied[fold] = ordinary.quiet_thresholds(chosen, of_rest, rule)
+        applied[fold] = background.thresholds_at_fpr(chosen, of_rest, rule)
     predictions = decide(task, probabilities, labels, thresholds=thresholds, row_thresholds=applied)
     losses = log_losses(task, probabilities, labels)
     report = evaluate(predictions)
-    return Calibrated(calibration, probabilities, losses, curves, alone, report, folds)
+    return Calibrated(calibration, probabilities, losses, curves, text_thresholds, report, folds)
 
 
 def _measuring_folds(examples: LabelledExamples, folds: Folds, kind: CalibrationKind) -> Folds:
@@ -178,8 +178,8 @@ def measure_sources(
     flags = flags_of(examples.task, probabilities, thresholds)
     measured: dict[str, Detections] = {}
     for source in sorted(names - {""}):
-        own = sources == source
-        measured[source] = Detections.count(flags, own & holds, own & ~holds)
+        is_source = sources == source
+        measured[source] = Detections.count(flags, is_source & holds, is_source & ~holds)
     return measured
 
 
@@ -188,18 +188,18 @@ def describe_examples(examples: LabelledExamples) -> Texts:
     return Texts(rows=len(examples), sha256=examples.content_hash, classes=examples.count_by_label)
 
 
-def describe_training(examples: LabelledExamples, given_sha256: str = "") -> TrainingTexts:
+def describe_training(examples: LabelledExamples, input_sha256: str = "") -> TrainingTexts:
     """The same of training texts, with a hash of each.
 
     Args:
         examples: The texts that parameters were fitted to.
-        given_sha256: Hash of the texts before some were held out.
+        input_sha256: Hash of the texts before some were held out.
     """
-    described = describe_examples(examples).model_dump()
+    description = describe_examples(examples).model_dump()
     return TrainingTexts(
-        **described,
+        **description,
         texts=text_hashes(examples),
-        given_sha256=given_sha256,
+        input_sha256=input_sha256,
         annotators=annotators_of(examples),
     )
 

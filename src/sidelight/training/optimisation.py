@@ -99,7 +99,7 @@ class TrainingRun:
         mechanism: Trained in place.
         standardisation: How the states that it reads are scaled.
         texts: Which of the training texts it learns from.
-        history: The validation score of each epoch; empty without validation texts.
+        validation_scores: The validation score of each epoch; empty without validation texts.
         has_diverged: Whether its parameters or its validation logits stopped being finite.
         logits: Of the texts that are scored after training, in their order; until then of none.
         token_logits: Of the tokens of each of these texts, if tokens are labelled.
@@ -112,7 +112,7 @@ class TrainingRun:
         targets: Of the texts that it learns from.
         texts: Which of the training texts it learns from.
         steps: Optimiser steps per epoch.
-        reads_beginnings: Whether the loss also counts a random beginning of each text.
+        adds_prefixes: Whether the loss also counts a random beginning of each text.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class TrainingRun:
         texts: Bool[Tensor, " text"],
         *,
         steps: int,
-        reads_beginnings: bool = False,
+        adds_prefixes: bool = False,
     ):
         self.spec = spec
         self.settings = settings
         self.standardisation = standardisation
         self.texts = texts
-        self.history: list[float] = []
+        self.validation_scores: list[float] = []
         self.has_diverged = False
         self.logits: Float[np.ndarray, "text output"] = np.empty((0, task.outputs))
         self.token_logits: Sequence[Float[np.ndarray, "_ output"]] = ()
@@ -156,7 +156,7 @@ class TrainingRun:
         self._epochs = 0
         is_balanced = settings.class_weight == "balanced"
         self._loss = make_loss(task, labels, balanced=is_balanced)
-        self._reads_beginnings = reads_beginnings
+        self._adds_prefixes = adds_prefixes
         self._draws = 0
         self._filled = 0.0
 
@@ -168,7 +168,11 @@ class TrainingRun:
     @property
     def best_epoch(self) -> int:
         """Counted from 1: the first with the best score, or the latest if there are no scores."""
-        return 1 + self.history.index(max(self.history)) if self.history else self._epochs
+        return (
+            1 + self.validation_scores.index(max(self.validation_scores))
+            if self.validation_scores
+            else self._epochs
+        )
 
     @property
     def has_finished(self) -> bool:
@@ -202,14 +206,14 @@ class TrainingRun:
         # Random numbers of its own: what a run draws does not depend on its neighbours.
         seed = self.settings.seed * 1_000_003 + self._draws
         with _random_numbers(seed, tokens.values.device):
-            views = [tokens, random_beginnings(tokens)] if self._reads_beginnings else [tokens]
+            inputs = [tokens, random_prefixes(tokens)] if self._adds_prefixes else [tokens]
             if targets.of_tokens:
                 votes = [self.score_tokens(tokens)]
             else:
-                states = map(self.mechanism.summarise, views)
-                votes = [vote for own in states for vote in self.mechanism.votes(own).unbind(1)]
+                states = map(self.mechanism.summarise, inputs)
+                votes = [vote for state in states for vote in self.mechanism.votes(state).unbind(1)]
             losses = [self._loss(vote, labels.values, weights) for vote in votes]
-            loss = torch.stack(losses).sum() / len(views)
+            loss = torch.stack(losses).sum() / len(inputs)
             if words is None or not words.values.any():
                 return loss
             missed = self.mechanism.rationale_loss(tokens, words.values)
@@ -241,7 +245,7 @@ class TrainingRun:
         """
         self._epochs += 1
         if score is not None:
-            self.history.append(score)
+            self.validation_scores.append(score)
         if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
 
@@ -250,11 +254,11 @@ class TrainingRun:
         tensors = {f"now.{name}": value for name, value in self.mechanism.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
         moments: dict[int, dict[str, Tensor]] = self._optimizer.state_dict()["state"]
-        for parameter, own in moments.items():
-            tensors |= {f"moment.{parameter}.{name}": value for name, value in own.items()}
+        for parameter, values in moments.items():
+            tensors |= {f"moment.{parameter}.{name}": value for name, value in values.items()}
         schedule = self._schedule.state_dict()
         numbers = {
-            "history": self.history,
+            "validation_scores": self.validation_scores,
             "epochs": self._epochs,
             "draws": self._draws,
             "has_diverged": self.has_diverged,
@@ -270,8 +274,10 @@ class TrainingRun:
         """
 
         def named(start: str) -> dict[str, Tensor]:
-            own = {name: value for name, value in tensors.items() if name.startswith(f"{start}.")}
-            return {name.partition(".")[2]: value for name, value in own.items()}
+            selected = {
+                name: value for name, value in tensors.items() if name.startswith(f"{start}.")
+            }
+            return {name.partition(".")[2]: value for name, value in selected.items()}
 
         self.mechanism.load_state_dict(named("now"))
         device = self.standardisation.mean.device
@@ -285,7 +291,7 @@ class TrainingRun:
             group["lr"] = rate
         self._optimizer.load_state_dict(state)
         self._schedule.load_state_dict(schedule)
-        self.history = list(numbers["history"])
+        self.validation_scores = list(numbers["validation_scores"])
         self._epochs, self._draws = int(numbers["epochs"]), int(numbers["draws"])
         self.has_diverged = bool(numbers["has_diverged"])
 
@@ -299,7 +305,7 @@ class TrainingRun:
         self.mechanism.load_state_dict(self._best)
         if compression is not None:
             for parameter in self.mechanism.layer_parameters():
-                parameter.data.copy_(compression.kept(parameter.data))
+                parameter.data.copy_(compression.restricted(parameter.data))
         self.mechanism.eval().requires_grad_(False)
         # The run stays, with its results; the optimiser's moments are twice as large.
         self._optimizer.state.clear()
@@ -320,8 +326,8 @@ def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
         yield
 
 
-def random_beginnings(tokens: Ragged) -> Ragged:
+def random_prefixes(tokens: Ragged) -> Ragged:
     """A beginning of each text, of log-uniform length: running scores matter from the start."""
     share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
     lengths = ((tokens.lengths + 1) ** share).long()
-    return tokens.beginnings(lengths.minimum(tokens.lengths))
+    return tokens.prefixes(lengths.minimum(tokens.lengths))

@@ -24,7 +24,7 @@ from sidelight.training.validation import FOLDS, Folds, choose_validation, warn_
 from sidelight.types import Task
 
 # The parts of the background that measure, where texts are held out; training has FOLDS.
-_MEASURING_PARTS = 2
+_MEASURING_FOLDS = 2
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class ProbeDataset:
         measured: What early stopping, settings, calibration and thresholds are chosen on: texts
             alone, then their contexts. With cross-fitting, the same as ``training``.
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
-        given_sha256: Hash of the texts as they were given: none held out, no context added.
+        input_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
     reader: Reader
     training: Split
     measured: Split
     folds: Folds = ()
-    given_sha256: str = ""
+    input_sha256: str = ""
 
     @cached_property
     def originals(self) -> Split:
@@ -84,7 +84,7 @@ def prepare(
         SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
             states do not fit the disk.
     """
-    given_sha256 = training.content_hash
+    input_sha256 = training.content_hash
     limit = min(options.max_tokens, reader.max_tokens)
     training = _with_room(reader.encoder, training, limit, title="training")
     if validation is not None:
@@ -92,11 +92,11 @@ def prepare(
     training, validation, folds = choose_validation(training, validation, options)
     task = options.with_none(training.task)
     training, validation = replace(training, task=task), replace(validation, task=task)
-    shown = options.background if has_contexts(training, options) else Background()
-    background = choose_conversations(shown, training)
+    background_texts = options.background if has_contexts(training, options) else Background()
+    background = choose_conversations(background_texts, training)
     rows = _groups(training, FOLDS)
-    parts = background.parts(len(rows) + (0 if folds else _MEASURING_PARTS))
-    groups = [*zip(rows, parts, strict=False)]
+    background_folds = background.split_into(len(rows) + (0 if folds else _MEASURING_FOLDS))
+    groups = [*zip(rows, background_folds, strict=False)]
     memory = Memory(options.memory_bytes)
     depths = [reader.fingerprint.first_layers(settings.layers) for _, settings in candidates]
     # Other trainings that share states may read all.
@@ -105,13 +105,14 @@ def prepare(
     planned = [split(training, groups=groups)]
     if not folds:
         warn_of_shared_texts(training, validation)
-        parts = parts[len(rows) :]
-        groups = [*zip(_groups(validation, len(parts)), parts, strict=False)]
+        background_folds = background_folds[len(rows) :]
+        groups = [*zip(_groups(validation, len(background_folds)), background_folds, strict=False)]
         planned.append(split(validation, groups=groups))
     keeping = choose_keeping(reader, planned, candidates, options)
     titles = ("Training texts", "Validation texts")
     splits = [
-        keeping.apply(reader, own, title=title) for own, title in zip(planned, titles, strict=False)
+        keeping.apply(reader, plan, title=title)
+        for plan, title in zip(planned, titles, strict=False)
     ]
     fitted, measured = splits[0], splits[-1]
     if folds:
@@ -124,7 +125,7 @@ def prepare(
                 f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
                 "(--set max_tokens=N); judging never cuts."
             )
-    return ProbeDataset(reader, fitted, measured, folds, given_sha256)
+    return ProbeDataset(reader, fitted, measured, folds, input_sha256)
 
 
 def _with_room(

@@ -39,9 +39,9 @@ _POLICY = """\
 """
 
 
-def load_guard(name: str, part: str = "", task: Task | None = None) -> LabelledExamples:
+def load_guard(name: str, suffix: str = "", task: Task | None = None) -> LabelledExamples:
     """The training texts of a guard, with ``,FILE`` as its part also one's own, or a ``:TEST``."""
-    spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{part}"
+    spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{suffix}"
     return load_examples(source, spans=spans, task=task)
 
 
@@ -66,14 +66,14 @@ def estimate_guards(
     names: Sequence[str], encoder: PromptEncoder, model: Fingerprint
 ) -> TrainingEstimate:
     """What training guards takes on this CPU, from the texts that each takes by default."""
-    parts = [
+    estimates = [
         estimate_training(affordable(load_guard(name), encoder), encoder, model) for name in names
     ]
     return TrainingEstimate(
-        tokens=sum(part.tokens for part in parts),
+        tokens=sum(estimate.tokens for estimate in estimates),
         # The states of one are removed before the next is trained.
-        disk_bytes=max(part.disk_bytes for part in parts),
-        seconds=sum(part.seconds for part in parts),
+        disk_bytes=max(estimate.disk_bytes for estimate in estimates),
+        seconds=sum(estimate.seconds for estimate in estimates),
     )
 
 

@@ -47,12 +47,12 @@ class Recalibrated:
 
     Attributes:
         probe: For the new traffic; its record says what it was recalibrated on.
-        figures: Before and after, on the new texts if there are some; each text is calibrated
+        reports: Before and after, on the new texts if there are some; each text is calibrated
             without it.
     """
 
     probe: "Probe"
-    figures: tuple[Report, Report] | None
+    reports: tuple[Report, Report] | None
 
 
 def recalibrate(
@@ -114,10 +114,10 @@ def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
     """
     texts = len(examples)
     counts = examples.count_by_label
-    judged = () if card.task.kind == "multiclass" else card.task.output_labels
+    flaggable = () if card.task.kind == "multiclass" else card.task.output_labels
     most = texts - LEAST_PER_SIDE
     short = {
-        label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most
+        label: counts[label] for label in flaggable if not LEAST_PER_SIDE <= counts[label] <= most
     }
     if texts < LEAST_LABELLED or short:
         counted = "".join(f", {count} of them '{label}'" for label, count in short.items())
@@ -127,7 +127,7 @@ def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
             "Label more texts."
         )
     trained = card.training.training
-    is_training_file = examples.content_hash in (trained.sha256, trained.given_sha256)
+    is_training_file = examples.content_hash in (trained.sha256, trained.input_sha256)
     if is_training_file or trained_texts(card.training, examples) == texts:
         raise SidelightError(
             f"Probe '{card.name}' was trained on these texts, and scores them too well. "
@@ -136,14 +136,18 @@ def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
 
 
 def _recorded(
-    probe: "Probe", rule: ThresholdRule, alone: Sequence[float], entry: Recalibration, **fitted: Any
+    probe: "Probe",
+    rule: ThresholdRule,
+    text_thresholds: Sequence[float],
+    entry: Recalibration,
+    **fitted: Any,
 ) -> "Probe":
     """The probe with fitted fields, and an entry in its record.
 
     Args:
         probe: As it was before.
         rule: What the thresholds were chosen for.
-        alone: The thresholds that the rule gives without background traffic.
+        text_thresholds: The thresholds that the rule gives without background traffic.
         entry: What is recorded of this recalibration, beside the probe as it was.
         fitted: The new calibration and thresholds.
     """
@@ -151,7 +155,7 @@ def _recorded(
     traffic = record.traffic
     if traffic is not None and len(traffic.background):
         calibration = fitted.get("calibration", probe.calibration)
-        flagged = traffic.background.count_flagged(probe.task, alone, calibration, rule)
+        flagged = traffic.background.count_flagged(probe.task, text_thresholds, calibration, rule)
         traffic = replace(traffic, flagged=flagged)
     before = {
         "version": probe.version,
@@ -181,37 +185,37 @@ def _follow_labels(
     kind = suggested_calibration(task)
     old = probe.calibration.apply(logits)
     before = evaluate(decide(task, old, labels, thresholds=probe.thresholds))
-    made = calibrate_examples(
+    calibrated = calibrate_examples(
         logits,
         examples,
         kind=kind,
         rule=rule,
         around=probe.calibration.scale,
-        ordinary=probe.card.background,
+        background=probe.card.background,
     )
-    after = made.report
+    after = calibrated.report
     entry = Recalibration(
         date=_today(),
         what=f"calibrated by {kind} on {len(examples):,} labelled texts",
         before=before,
-        texts=made.texts(examples),
+        texts=calibrated.texts(examples),
     )
     losses = log_losses(task, old, labels)
-    figures: dict[str, tuple[float | None, float | None]] = {
-        "log loss": (float(losses.mean()), float(made.losses.mean()))
+    metrics: dict[str, tuple[float | None, float | None]] = {
+        "log loss": (float(losses.mean()), float(calibrated.losses.mean()))
     }
     # Another rule wants other decisions.
     if str(rule) == probe.card.training.threshold_rule:
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
-            figures[name] = before.metrics[metric].value, after.metrics[metric].value
+            metrics[name] = before.metrics[metric].value, after.metrics[metric].value
     warn_of_trained_texts(probe.card.training, examples)
-    if not made.folds:
+    if not calibrated.folds:
         warn(FLATTERING)
     warn_of_few_texts(task, examples.count_by_label, len(examples), rule)
-    _warn_of_worse(figures)
+    _warn_of_worse(metrics)
     _warn_of_judge_fit(probe)
-    fitted = {"calibration": made.calibration, "thresholds": after.thresholds}
-    recorded = _recorded(probe, rule, made.alone, entry, **fitted)
+    fitted = {"calibration": calibrated.calibration, "thresholds": after.thresholds}
+    recorded = _recorded(probe, rule, calibrated.text_thresholds, entry, **fitted)
     return Recalibrated(recorded, (before, after))
 
 
@@ -225,11 +229,11 @@ def _warn_of_judge_fit(probe: "Probe") -> None:
         )
 
 
-def _warn_of_worse(figures: Mapping[str, tuple[float | None, float | None]]) -> None:
+def _warn_of_worse(metrics: Mapping[str, tuple[float | None, float | None]]) -> None:
     """Warn of figures that are worse than before, in one sentence."""
     worse = [
         f"{name} {before:.3f} before, {after:.3f} now"
-        for name, (before, after) in figures.items()
+        for name, (before, after) in metrics.items()
         if before is not None and after is not None
         if (after - before if name == "log loss" else before - after) >= _NOTICEABLE
     ]
@@ -242,12 +246,12 @@ def _warn_of_worse(figures: Mapping[str, tuple[float | None, float | None]]) -> 
 
 def _follow_rule(probe: "Probe", rule: ThresholdRule) -> Recalibrated:
     curves = probe.card.training.curves
-    alone = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = probe.card.background.quiet_thresholds(alone, probe.calibration, rule)
+    text_thresholds = tuple(curve.threshold(rule) for curve in curves.values())
+    thresholds = probe.card.background.thresholds_at_fpr(text_thresholds, probe.calibration, rule)
     positives = {label: curve.positives for label, curve in curves.items()}
     texts = max(curve.positives + curve.negatives for curve in curves.values())
     warn_of_few_texts(probe.task, positives, texts, rule)
     entry = Recalibration(date=_today(), what=f"thresholds for {rule}")
-    recorded = _recorded(probe, rule, alone, entry, thresholds=thresholds)
+    recorded = _recorded(probe, rule, text_thresholds, entry, thresholds=thresholds)
     _warn_of_judge_fit(probe)
     return Recalibrated(recorded, None)

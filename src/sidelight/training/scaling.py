@@ -4,11 +4,11 @@ Layers differ in what they know about a task. A layer's standardised states are 
 weight, which sets how fast its parameters learn: AdamW's steps do not depend on how large a
 gradient is.
 
-A layer's mean and its last token are two *views* of a text. A view is worth the R^2, on left-out
-texts, of a kernel ridge regression on it alone. A layer is worth its better view; its weight is
-that worth, relative to the best layer's, to the eighth power.
-The leave-one-out error of a ridge regression has a closed form (Allen 1974), so this costs a few
-eigendecompositions and no validation text.
+A layer's mean and its last token are two *poolings* of a text. A pooling scores the R^2, on
+left-out texts, of a kernel ridge regression on it alone. A layer scores as its better pooling; its
+weight is that score, relative to the best layer's, to the eighth power. The leave-one-out error of
+a ridge regression has a closed form (Allen 1974), so this costs a few eigendecompositions and no
+validation text.
 """
 
 from collections.abc import Sequence
@@ -46,30 +46,30 @@ class Scaling:
 
     Args:
         training: All training texts.
-        parts: The texts of each part that probes train on.
+        subsets: The texts of each part that probes train on.
     """
 
-    def __init__(self, training: Split, parts: Sequence[Bool[Tensor, " text"]]):
+    def __init__(self, training: Split, subsets: Sequence[Bool[Tensor, " text"]]):
         self._training = training
-        self._parts = parts
+        self._subsets = subsets
         self._moments = cache(self._measure_moments)
         self._sample = cache(self._draw_sample)
-        self._worths = cache(self._measure_worths)
+        self._layer_scores = cache(self._measure_layer_scores)
 
-    def standardisation(self, settings: TrainingSettings, part: int) -> Standardisation:
+    def standardisation(self, settings: TrainingSettings, subset: int) -> Standardisation:
         """How a probe of a part's texts scales states."""
         is_normalised = bool(settings.normalise)
         who = self._training.states.fingerprint
         who.first_layers(settings.layers)
         if not settings.standardise:
             geometry = Geometry(who.layers, who.width, 1)
-            identity = Standardisation.identity(geometry, is_normalised=is_normalised)
-            return identity.limited(settings.layers)
+            unscaled = Standardisation.identity(geometry, is_normalised=is_normalised)
+            return unscaled.limited(settings.layers)
         moments = self._moments(is_normalised).deepened(who.layers).limited(settings.layers)
         if settings.layer_weights == "equal":
             return moments
-        worths = self._worths(part, is_normalised)[:, : settings.layers]
-        return moments.weighted(layer_weights(worths))
+        scores = self._layer_scores(subset, is_normalised)[:, : settings.layers]
+        return moments.weighted(layer_weights(scores))
 
     def _measure_moments(self, is_normalised: bool) -> Standardisation:
         """Mean and scale of each layer's values, from the first shards: random samples of texts."""
@@ -95,69 +95,75 @@ class Scaling:
         """The views of a few hundred distinct texts of the first shards, and which they are."""
         is_first = torch.zeros(len(self._training), dtype=torch.bool)
         is_first[self._training.first_rows] = True
-        views: list[Tensor] = []
+        poolings: list[Tensor] = []
         rows: list[Tensor] = []
         states = self._training.states
         for shard in map(states.read, states.shards):
-            kept = is_first[shard.rows].nonzero()[:, 0]
-            views.append(shard.pooled(is_normalised=is_normalised)[:, kept])
-            rows.append(shard.rows[kept])
+            sampled = is_first[shard.rows].nonzero()[:, 0]
+            poolings.append(shard.pooled(is_normalised=is_normalised)[:, sampled])
+            rows.append(shard.rows[sampled])
             if sum(map(len, rows)) >= SAMPLE_TEXTS:
                 break
-        return torch.cat(views, 1)[:, :SAMPLE_TEXTS], torch.cat(rows)[:SAMPLE_TEXTS]
+        return torch.cat(poolings, 1)[:, :SAMPLE_TEXTS], torch.cat(rows)[:SAMPLE_TEXTS]
 
-    def _measure_worths(self, part: int, is_normalised: bool) -> Float[Tensor, "view layer"]:
-        """The worth of each view of each layer for a part's texts."""
-        views, rows = self._sample(is_normalised)
+    def _measure_layer_scores(
+        self, subset: int, is_normalised: bool
+    ) -> Float[Tensor, "pooling layer"]:
+        """The score of each pooling of each layer for a part's texts."""
+        poolings, rows = self._sample(is_normalised)
         if (compression := self._training.states.compression) is not None:
-            views = compression.lifted(views)
-        kept = self._parts[part][rows].nonzero()[:, 0]
-        labels = self._training.labels[rows[kept].numpy()]
-        return view_worths(views[:, kept], labels, self._training.task)
+            poolings = compression.lifted(poolings)
+        included = self._subsets[subset][rows].nonzero()[:, 0]
+        labels = self._training.labels[rows[included].numpy()]
+        return layer_scores(poolings[:, included], labels, self._training.task)
 
 
-def view_worths(
-    views: Float[Tensor, "view text layer width"], labels: Int[np.ndarray, "text ..."], task: Task
-) -> Float[Tensor, "view layer"]:
-    """The worth of each layer's means, and of its last tokens; 0 or more.
+def layer_scores(
+    poolings: Float[Tensor, "pooling text layer width"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+) -> Float[Tensor, "pooling layer"]:
+    """The score of each layer's means, and of its last tokens; 0 or more.
 
     Args:
-        views: Of distinct training texts in random order; only the first few hundred are used. One
-            that is there twice would predict itself.
+        poolings: Of distinct training texts in random order; only the first few hundred are used.
+            One that is there twice would predict itself.
         labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
     """
     texts = min(_MOST_TEXTS, max(_TEXTS, _TEXTS_OF_A_CLASS * task.outputs))
     target = _centred_targets(labels[:texts], task)
-    worths = [
-        [max(0.0, _worth(layer.contiguous(), target)) for layer in view[:texts].unbind(1)]
-        for view in views
+    scores = [
+        [max(0.0, _layer_score(layer.contiguous(), target)) for layer in pooling[:texts].unbind(1)]
+        for pooling in poolings
     ]
-    return torch.tensor(worths, dtype=torch.float64)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
-def layer_weights(worths: Float[Tensor, "view layer"]) -> Float[Tensor, " layer"]:
+def layer_weights(scores: Float[Tensor, "pooling layer"]) -> Float[Tensor, " layer"]:
     """A weight for each layer, by its better view; their mean square is 1."""
-    weights = relative_weights(worths.amax(0))
+    weights = relative_weights(scores.amax(0))
     return (weights / weights.square().mean().sqrt()).float()
 
 
-def _worth(view: Float[Tensor, "text width"], target: Float[Tensor, "text output"]) -> float:
+def _layer_score(
+    pooling: Float[Tensor, "text width"], target: Float[Tensor, "text output"]
+) -> float:
     """The R^2 of predicting each text from the others; below 0 is worse than the mean."""
-    spread, center = spread_and_mean(view)
+    spread, center = spread_and_mean(pooling)
     # A view that is the same for all texts, such as the template's last embedding; or one class.
-    if spread.max() < 1e-3 * view.abs().mean().clamp(min=1e-9) or not target.any():
+    if spread.max() < 1e-3 * pooling.abs().mean().clamp(min=1e-9) or not target.any():
         return 0.0
     # Dimensions that hardly vary would be blown up.
-    inputs = (view - center) / (spread + 1e-2 * spread.mean())
+    inputs = (pooling - center) / (spread + 1e-2 * spread.mean())
     return 1 - _left_out_error(inputs @ inputs.T, target) / float(target.square().sum())
 
 
-def relative_weights(worths: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Worths relative to the best, to the eighth power; all 1 if nothing is worth anything."""
-    if not worths.any():
-        return torch.ones_like(worths)
-    return ((worths / worths.max()) ** _POWER).clamp(min=_LEAST)
+def relative_weights(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Scores relative to the best, to the eighth power; all 1 if nothing is worth anything."""
+    if not scores.any():
+        return torch.ones_like(scores)
+    return ((scores / scores.max()) ** _POWER).clamp(min=_LEAST)
 
 
 def _centred_targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:

@@ -29,7 +29,7 @@ from sidelight.types import NONE, MechanismSpec, StatesChoice, Task
 AUTO = "auto"
 # Up to this size, hidden states are kept whole. Of 1.7 GB, compressing and the comparison before it
 # take more time than training on less data saves.
-MOST_WHOLE_BYTES = 10 * 2**30
+MOST_UNCOMPRESSED_BYTES = 10 * 2**30
 TRAINING_MAX_TOKENS = 1024
 # The prompt, of which each turn is judged.
 READS = Reads(scope="each_turn")
@@ -62,7 +62,7 @@ class TrainingSettings:
             classes, which lose accuracy by it (measured in packages/lab/docs/experiments).
         layers: How many hidden states the probe reads, from the embedding up; the projections of
             the others are exactly zero. None: all.
-        beginnings: Whether a probe of responses also learns from a random beginning of each, since
+        prefixes: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
         seed: Decides initial parameters and the order of the data, and not how it is split.
     """
@@ -78,7 +78,7 @@ class TrainingSettings:
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     layers: PositiveInt | None = None
-    beginnings: bool = True
+    prefixes: bool = True
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
@@ -153,11 +153,11 @@ class FitOptions:
         mechanism: None is a readout; of spans, left-out texts choose how far a probe looks ahead.
         settings: How it is optimised; None takes ``suggested_settings``.
         reads: The tokens that the probe reads; see ``reads_of``.
-        background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
+        background: Background traffic, which texts are also shown in; see ``contexts.py``. Without
             any, they are shown alone.
         context_tokens: The fewest tokens of contexts; None: 40,000, and 400,000 on a GPU. Of many
             texts, contexts have more: .6 of the texts' tokens.
-        none: Whether a probe of several classes says ``none`` to ordinary traffic, where there is
+        none: Whether a probe of several classes says ``none`` to background traffic, where there is
             background to learn it from.
         calibration: How logits become probabilities; None takes ``suggested_calibration``.
         threshold: What the thresholds are chosen for.
@@ -166,7 +166,7 @@ class FitOptions:
         keep_cache: Whether the hidden states stay for other trainings, which share those of a text;
             else a training has them in a folder of its own, which it removes.
         states: How hidden states are kept: ``disk`` writes them once, compressed where the
-            mechanism allows; ``stream`` computes them in each epoch and writes none; ``whole``
+            mechanism allows; ``stream`` computes them in each epoch and writes none; ``complete``
             writes them as they are. ``auto`` keeps up to 10 GiB whole, and chooses
             for more by size and device: see ``training/keeping.py``.
         early_exit: Whether training chooses the smallest depth that is as good on left-out texts as
@@ -208,7 +208,10 @@ class FitOptions:
         options = [getattr(self, f.name) for f in fields(self) if f.name not in elsewhere]
         # Packaged probes were trained before it existed.
         options += ["early_exit"] if self.early_exit else []
-        texts = [None if part is None else part.content_hash for part in (training, validation)]
+        texts = [
+            None if examples is None else examples.content_hash
+            for examples in (training, validation)
+        ]
         weights = None if training.weights is None else training.weights.tolist()
         decides = [*options, *texts, weights, name, model.digest, model.dtype, engine]
         return sha256("\0".join(map(repr, decides)).encode(errors="surrogatepass")).hexdigest()
@@ -223,7 +226,7 @@ class FitOptions:
         return folder / f"run-{hash_of(*run)}" if run and not self.keep_cache else folder
 
     @contextmanager
-    def own_states(self, *run: object) -> Generator[Path]:
+    def temporary_states(self, *run: object) -> Generator[Path]:
         """The folder of one training's states, which is removed if the block ends without an error.
 
         No other process removes it meanwhile. States of trainings that were abandoned are removed
@@ -290,12 +293,12 @@ class FitOptions:
         Raises:
             SidelightError: The file has a class of this name.
         """
-        is_shown = self.background.conversations and not self.reads.includes_response
-        if task.kind != "multiclass" or not self.none or not is_shown:
+        has_background = self.background.conversations and not self.reads.includes_response
+        if task.kind != "multiclass" or not self.none or not has_background:
             return task
         if NONE in task.labels:
             raise SidelightError(
-                f"The file has a class '{NONE}', which training adds for ordinary traffic. Give "
+                f"The file has a class '{NONE}', which training adds for background traffic. Give "
                 "--set none=false (none=False) to train on the file's, or rename it."
             )
         return replace(task, labels=(*task.labels, NONE))

@@ -31,7 +31,7 @@ LOOKAHEADS = (0, 1, 2, 4)
 # In log-odds. An answer has none: it is redacted before its surest word is written.
 MARGINS = (None, 3.0, 2.0, 1.5, 1.25, 1.0, 0.75)
 # A candidate that looks ahead farther must be better by so much of character F1: it judges later.
-_WORTH_WAITING = 0.003
+_LEAST_GAIN = 0.003
 
 # The probabilities or logits of each text's tokens, ``[token, label]``.
 TokenScores = Sequence[Float[np.ndarray, "_ label"]]
@@ -46,9 +46,9 @@ def choose_lookahead(
         _, report = calibrate_spans(
             measured.examples, measured.places, run.token_logits, rule=F1, bootstrap=0
         )
-        f1 = [figures["character_f1"].value or 0.0 for figures in report.per_label.values()]
+        f1 = [metrics["character_f1"].value or 0.0 for metrics in report.per_label.values()]
         scores[str(run.mechanism.lookahead)] = float(np.mean(f1))
-    least = max(scores.values()) - _WORTH_WAITING
+    least = max(scores.values()) - _LEAST_GAIN
     pairs = zip(candidates, scores.values(), strict=True)
     return next(run for run, score in pairs if score >= least), scores
 
@@ -74,12 +74,14 @@ def calibrate_spans(
     task, labels = examples.task, examples.task.output_labels
     texts, spans_of = zip(*examples.text_spans, strict=True)
     rows = list(zip(texts, places, spans_of, logits, strict=True))
-    holds = np.concatenate([token_labels(text, own, spans, labels) for text, own, spans, _ in rows])
+    holds = np.concatenate(
+        [token_labels(text, ranges, spans, labels) for text, ranges, spans, _ in rows]
+    )
     numbers = holds.astype(np.int64).reshape(len(holds), *([] if task.kind == "binary" else [-1]))
     calibration = fit_calibration(
         suggested_calibration(task), np.concatenate(logits), numbers, task
     )
-    scores = [character_scores(text, own, calibration.apply(z)) for text, own, _, z in rows]
+    scores = [character_scores(text, ranges, calibration.apply(z)) for text, ranges, _, z in rows]
     actual = [labelled_characters(text, spans, labels) for text, _, spans, _ in rows]
     of_words = [words(text) for text in texts]
     margins = MARGINS if examples.items[0].response is None else MARGINS[:1]
@@ -100,7 +102,7 @@ def calibrate_spans(
             return curve.threshold(rule, prior_texts=0), None
         points = np.array(curve.thresholds)
         holds = [actual[i][:, label] for i in chosen]
-        worths = np.array(
+        utilities = np.array(
             [
                 threshold_f1(
                     holds, [within_margin(scores[i][:, label], margin) for i in chosen], points
@@ -108,16 +110,16 @@ def calibrate_spans(
                 for margin in margins
             ]
         )
-        margin, point = np.unravel_index(worths.argmax(), worths.shape)
+        margin, point = np.unravel_index(utilities.argmax(), utilities.shape)
         return float(points[point]), margins[margin]
 
-    whole_rule = rule_of(range(len(rows)))
+    full_rule = rule_of(range(len(rows)))
     predicted: list[list[Span]] = [[]] * len(rows)
     count = min(FOLDS, examples.distinct)
     folds = examples.folds(count, seed=0) if count > 1 else (np.arange(len(rows)),)
     for fold in folds:
         rest = np.setdiff1d(np.arange(len(rows)), fold).tolist()
-        rule_of_rest = rule_of(rest) if rest else whole_rule
+        rule_of_rest = rule_of(rest) if rest else full_rule
         for i in fold.tolist():
             predicted[i] = rule_of_rest.read(scores[i], labels)
-    return whole_rule, evaluate_spans(examples, predicted, bootstrap=bootstrap)
+    return full_rule, evaluate_spans(examples, predicted, bootstrap=bootstrap)

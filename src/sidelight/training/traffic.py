@@ -16,11 +16,11 @@ from sidelight.types import Task
 if TYPE_CHECKING:
     from sidelight.training.contexts import Context
 
-# Share of the recall: where ordinary traffic costs more, training warns.
+# Share of the recall: where background traffic costs more, training warns.
 _COSTLY = 0.05
 # Words around a text, from one limit to the next.
 _LENGTHS = (0, 50, 150, 600)
-_SHOWN, _SHOWN_CHARACTERS = 3, 160
+_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 160
 
 
 def conversations_among(
@@ -49,17 +49,17 @@ def measure_traffic(
         labels: Of each, as in ``LabelledExamples.labels``.
         thresholds: As from ``Conversations.left_out_thresholds``.
     """
-    parts = np.array([context.group for context in contexts], dtype=int)
+    groups = np.array([context.group for context in contexts], dtype=int)
     # A part may have contexts and no conversation.
-    applied = thresholds[np.minimum(parts, len(thresholds) - 1)]
+    applied = thresholds[np.minimum(groups, len(thresholds) - 1)]
     flags = flags_of(task, probabilities, applied)
-    judged = probabilities[:, :-1] if task.abstains else probabilities
+    flaggable = probabilities[:, :-1] if task.abstains else probabilities
     conversations = conversations_of(contexts)
-    highest = judged[conversations].max(1)
-    ordinary = [contexts[row] for row in conversations.tolist()]
-    order = np.argsort(-highest, kind="stable")[:_SHOWN].tolist()
-    worst = [(float(highest[i]), beginning(ordinary[i].example.text)) for i in order]
-    kinds = _by_kind(ordinary, flags[conversations])
+    highest = flaggable[conversations].max(1)
+    background_contexts = [contexts[row] for row in conversations.tolist()]
+    order = np.argsort(-highest, kind="stable")[:_EXAMPLES].tolist()
+    worst = [(float(highest[i]), excerpt(background_contexts[i].example.text)) for i in order]
+    kinds = _by_kind(background_contexts, flags[conversations])
     # Every text of several classes is one of them.
     holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
     surroundings = {} if task.abstains else _measure_surroundings(contexts, holds, flags)
@@ -89,12 +89,12 @@ def _measure_surroundings(
 ) -> dict[str, Detections]:
     words = np.array([context.words for context in contexts])
     is_inside = np.array([context.kind != "plain" for context in contexts])
-    is_other = np.array([context.text is None for context in contexts])
+    is_background = np.array([context.text is None for context in contexts])
     surroundings: dict[str, Detections] = {}
     for shorter, longest in pairwise(_LENGTHS):
         is_near = (shorter < words) & (words <= longest)
-        positive, other = is_near & is_inside & holds, is_near & is_other & ~holds
-        surroundings[str(longest)] = Detections.count(flags, positive, other)
+        positive, negative = is_near & is_inside & holds, is_near & is_background & ~holds
+        surroundings[str(longest)] = Detections.count(flags, positive, negative)
     return surroundings
 
 
@@ -104,7 +104,7 @@ def warn_of_traffic(
     thresholds: Sequence[float],
     rule: ThresholdRule,
 ) -> None:
-    """Warn where ordinary traffic and the labelled texts ask for different thresholds.
+    """Warn where background traffic and the labelled texts ask for different thresholds.
 
     Args:
         traffic: Figures at these thresholds.
@@ -113,22 +113,23 @@ def warn_of_traffic(
         rule: What they were chosen for.
     """
     remedy = (
-        "Give ordinary traffic of your own (--background FILE), name the rate of false alarms that "
+        "Give your own traffic (--background FILE), name the rate of false alarms that "
         "you accept (--threshold fpr=0.05), or train without it if no other texts will come "
         "(--background none)."
     )
-    # False alarms among labelled texts, then among ordinary conversations; and how many there are.
+    # False alarms among labelled texts, then among background conversations; and how many there
+    # are.
     alarms: list[int] = []
     sizes: list[int] = []
     for (label, curve), threshold in zip(curves.items(), thresholds, strict=True):
         hits, false_alarms = curve.at(threshold)
-        hits_alone, _ = curve.at(curve.threshold(rule))
+        hits_without, _ = curve.at(curve.threshold(rule))
         alarms.append(false_alarms)
         sizes.append(max(1, curve.negatives))
-        if hits_alone - hits > _COSTLY * curve.positives:
+        if hits_without - hits > _COSTLY * curve.positives:
             warn(
-                f"The threshold that lets ordinary traffic pass finds {hits} of {curve.positives} "
-                f"texts that are '{label}', that of the texts alone {hits_alone}. {remedy}"
+                f"The threshold for background traffic finds {hits} of {curve.positives} "
+                f"texts that are '{label}', that of the texts alone {hits_without}. {remedy}"
             )
     if not alarms:
         return
@@ -138,17 +139,17 @@ def warn_of_traffic(
     # Beyond what chance explains on either side.
     if lowest[-1] > highest[:-1].max():
         warn(
-            f"It flags {rates[-1]:.1%} of ordinary conversations, but {rates[:-1].max():.1%} of "
+            f"It flags {rates[-1]:.1%} of background conversations, but {rates[:-1].max():.1%} of "
             f"the labelled texts that it should let pass. {remedy}"
         )
 
 
 def conversations_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
-    """The rows of ordinary conversations."""
+    """The rows of background conversations."""
     return np.flatnonzero([context.kind == "background" for context in contexts])
 
 
-def beginning(text: str) -> str:
+def excerpt(text: str) -> str:
     """A text on one line, shortened."""
     words = " ".join(text.split())
-    return words if len(words) <= _SHOWN_CHARACTERS else f"{words[:_SHOWN_CHARACTERS]}..."
+    return words if len(words) <= _EXAMPLE_CHARACTERS else f"{words[:_EXAMPLE_CHARACTERS]}..."

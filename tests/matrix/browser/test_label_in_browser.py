@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
-from sitting import TOKEN, JudgedSitting, Sitting, saved_labels, shown_text, texts_of, truthful
+from sitting import TOKEN, ReviewSitting, Sitting, displayed_text, saved_labels, texts_of, truthful
 from starlette.responses import JSONResponse
 
 from sidelight.probes.artifact import save_probe
@@ -60,15 +60,15 @@ def wait_for_labels(page, count):
 
 def press_truth(page, sitting):
     """Labels the text that the page shows, by its key."""
-    shown = page.locator("#text .text").inner_text()
-    (row,) = [row for row, cells in enumerate(sitting.rows) if cells["text"] == shown]
+    text = page.locator("#text .text").inner_text()
+    (row,) = [row for row, cells in enumerate(sitting.rows) if cells["text"] == text]
     done = len(sitting.queue.decided)
     page.keyboard.press(KEYS[sitting.truth[row][0]])
     wait_for_labels(page, done + 1)
     return row
 
 
-def test_from_no_labels_to_a_probe_by_keys_alone(sitting, page):
+def test_from_no_labels_to_a_probe_by_keyboard(sitting, page):
     assert page.evaluate("location.hash") == ""
     while sitting.queue.obstacle:
         assert page.get_by_role("button", name="Train").is_disabled()
@@ -89,9 +89,7 @@ def test_from_no_labels_to_a_probe_by_keys_alone(sitting, page):
     assert violations(page) == []
 
 
-def test_keys_skip_and_undo_and_one_that_is_held_or_of_the_browser_decides_nothing_more(
-    sitting, page
-):
+def test_keys_skip_and_undo_and_a_repeated_or_browser_key_decides_nothing_more(sitting, page):
     first = page.locator("#text .text").inner_text()
     page.keyboard.press("s")
     page.get_by_text("1 skipped").wait_for()
@@ -114,17 +112,17 @@ def test_keys_skip_and_undo_and_one_that_is_held_or_of_the_browser_decides_nothi
     assert saved_labels(sitting) == ["toxic"]
 
 
-def test_a_second_tab_that_is_late_sees_what_the_first_decided_and_one_without_a_token_nothing(
+def test_a_second_tab_follows_the_decisions_of_the_first_and_one_without_a_token_gets_nothing(
     sitting, page, browser, address
 ):
-    with opened(browser, address) as late:
-        late.expected_errors = ("400",)
+    with opened(browser, address) as second_tab:
+        second_tab.expected_errors = ("400",)
         press_truth(page, sitting)
-        late.keyboard.press("1")
-        late.get_by_text("has been labelled already").wait_for()
-        assert late.locator("#text").inner_text() == page.locator("#text").inner_text()
-        late.keyboard.press("2")
-        wait_for_labels(late, 2)
+        second_tab.keyboard.press("1")
+        second_tab.get_by_text("has been labelled already").wait_for()
+        assert second_tab.locator("#text").inner_text() == page.locator("#text").inner_text()
+        second_tab.keyboard.press("2")
+        wait_for_labels(second_tab, 2)
     assert len(saved_labels(sitting)) == 2
     with page_at(browser, address) as stranger:
         stranger.expected_errors = ("401",)
@@ -132,7 +130,7 @@ def test_a_second_tab_that_is_late_sees_what_the_first_decided_and_one_without_a
         assert stranger.locator("#sitting").is_hidden()
 
 
-def test_html_in_a_text_is_shown_as_its_letters_and_a_long_text_scrolls(tiny, tmp_path, browser):
+def test_html_in_a_text_is_escaped_and_a_long_text_scrolls(tiny, tmp_path, browser):
     sitting = Sitting(tiny, tmp_path)
     attack = "<img src=x onerror='document.title=1'><script>document.title=2</script></div>"
     sitting.rows = [{"text": attack}]
@@ -174,8 +172,8 @@ def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
 
 def test_a_judge_is_checked_its_criterion_edited_and_the_rest_labelled(tiny, tmp_path, browser):
     with scripted_judge() as judge:
-        judge.reply = lambda body: JSONResponse(yes_no(float("a" in shown_text(body))))
-        sitting = JudgedSitting(tiny, tmp_path, judge, count=360)
+        judge.reply = lambda body: JSONResponse(yes_no(float("a" in displayed_text(body))))
+        sitting = ReviewSitting(tiny, tmp_path, judge, count=360)
         sitting.limit = 240
         sitting.begin()
         # Playwright has a running loop in this thread.
@@ -225,16 +223,16 @@ def test_the_command_from_start_to_end(tiny, tmp_path, browser):
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        said = []
+        lines = []
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             if line.startswith("Label at "):
                 with page_at(browser, line.split()[2]) as page:
                     page.get_by_text("0 of 60").wait_for()
                     page.keyboard.press("1")
                     wait_for_labels(page, 1)
                 process.send_signal(signal.SIGINT)
-    assert process.returncode == 0, said
-    assert said[-2] == "1 texts are labelled in texts-labels.jsonl (1 of them just now).\n"
-    assert said[-1].startswith("Next: sidelight train --data texts-labels.jsonl --out ")
-    assert not any(row["text"] in line for row in rows for line in said)
+    assert process.returncode == 0, lines
+    assert lines[-2] == "1 texts are labelled in texts-labels.jsonl (1 of them just now).\n"
+    assert lines[-1].startswith("Next: sidelight train --data texts-labels.jsonl --out ")
+    assert not any(row["text"] in line for row in rows for line in lines)

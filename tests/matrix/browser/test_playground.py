@@ -14,7 +14,7 @@ from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from worlds.data import with_curves
-from worlds.models import INTENT, PIECES, TOPICS, spans_probe, untrained_probe
+from worlds.models import INTENT, NAMES_AND_PLACES, TOPICS, spans_probe, untrained_probe
 from worlds.servers import MODEL, http_client, served
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("playground")]
@@ -103,9 +103,9 @@ def verdict(address, probe):
 
 
 def explanation(address, probe, *turns):
-    said = [{"role": role, "content": text} for role, text in turns or [("user", TEXT)]]
+    messages = [{"role": role, "content": text} for role, text in turns or [("user", TEXT)]]
     questions = [{"type": "predicate", "name": probe}]
-    body = {"model": MODEL, "input": said, "questions": questions, "explain": "matrix"}
+    body = {"model": MODEL, "input": messages, "questions": questions, "explain": "matrix"}
     return ask(address, "/v1/decisions", body)["explanations"][0]
 
 
@@ -116,10 +116,10 @@ def word_shares(found):
         sum(token["share"] for token in found["tokens"] if first <= token["start"] < end)
         for first, end in words
     ]
-    return [as_shown(total) for total in sums]
+    return [share_label(total) for total in sums]
 
 
-def as_shown(share):
+def share_label(share):
     text = f"{share:+.2f}"
     return "0.00" if text[1:] == "0.00" else text.replace("-", "\N{MINUS SIGN}")
 
@@ -153,13 +153,13 @@ def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_wri
         assert page.get_by_role("article", name=MODEL).get_attribute("aria-busy") == "true"
         score = page.get_by_role("img", name="Running score. refusal: toxic")
         score.wait_for()
-        early = score.locator("path").get_attribute("d")
+        drawn_before = score.locator("path").get_attribute("d")
         # In percent from above.
         assert score.locator("line").get_attribute("y1") == "50"
     page.get_by_text("20 tokens, then the limit").wait_for()
     assert lengths == sorted(set(lengths))
     drawn = score.locator("path").get_attribute("d")
-    assert drawn.startswith(early)
+    assert drawn.startswith(drawn_before)
     assert drawn.count("L") >= 18
 
 
@@ -176,9 +176,9 @@ def test_a_verdict_says_whether_it_flags_and_shades_the_words_by_their_shares(pa
     say(page, tokens=1)
     asked = page.get_by_role("article", name="You")
     for chip, name in zip(prompts_chips(page).all(), PROMPT_PROBES, strict=True):
-        said, text = verdict(address, name), chip.inner_text()
-        assert ("not flagged" in text) != said["flagged"]
-        assert f"{said['probabilities'][said['label']]:.2f}" in text
+        expected, text = verdict(address, name), chip.inner_text()
+        assert ("not flagged" in text) != expected["flagged"]
+        assert f"{expected['probabilities'][expected['label']]:.2f}" in text
     for name in ("toxicity", "intent"):
         page.get_by_role("button", name=name).click()
         asked.get_by_role("table").wait_for()
@@ -198,12 +198,12 @@ def test_a_verdict_says_whether_it_flags_and_shades_the_words_by_their_shares(pa
     heat.wait_for()
     tokens = explanation(address, "intent")["tokens"]
     assert [cell.get_attribute("aria-label") for cell in heat.get_by_role("cell").all()] == [
-        as_shown(share) for token in tokens for share in token["layers"]
+        share_label(share) for token in tokens for share in token["layers"]
     ]
     heat.focus()
     for step in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(step)
-    assert page.get_by_text(f"“e”, layer 1: {as_shown(tokens[2]['layers'][1])}").is_visible()
+    assert page.get_by_text(f"“e”, layer 1: {share_label(tokens[2]['layers'][1])}").is_visible()
 
 
 def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address):
@@ -228,7 +228,7 @@ def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address)
     assert page.get_by_role("article").count() == 0
 
 
-def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, tiny, probes):
+def test_the_page_names_who_blocks_a_prompt_and_where_a_text_is_cut(browser, tiny, probes):
     always = Rule("block", threshold=0.0)
     blocking, cutting = Policy(input={"toxicity": always}), Policy(output={"refusal": always})
     with showing(browser, tiny, probes, policy=blocking) as page:
@@ -252,9 +252,9 @@ def test_a_probe_of_answers_is_explained_with_the_answer(page):
     page.get_by_role("combobox", name="Probe", exact=True).select_option("refusal")
     page.get_by_label("The model's answer, which this probe reads").fill("I cannot help.")
     page.get_by_role("button", name="Explain").click()
-    shown = page.locator("#why-result")
-    shown.get_by_text("Orange words speak for “toxic”").wait_for()
-    assert "I cannot help." in shown.locator(".text").inner_text()
+    result = page.locator("#why-result")
+    result.get_by_text("Orange words speak for “toxic”").wait_for()
+    assert "I cannot help." in result.locator(".text").inner_text()
 
 
 def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_server_takes(
@@ -303,7 +303,7 @@ def labelling(tiny):
     ]
 
 
-def marks(article):
+def highlights(article):
     """The marked words of a message, each with its labels."""
     return article.locator("mark").evaluate_all(
         "all => all.map(mark => [mark.firstChild.data, mark.lastChild.lastChild.data])"
@@ -325,7 +325,7 @@ def labelled(text, spans):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
+def test_the_words_that_probes_label_are_highlighted_in_prompts_and_answers(
     browser, tiny, labelling, scheme
 ):
     texts = ["Is 💶 for Ann Lee in Rome?", "Or <b>for</b> Bo?"]
@@ -336,29 +336,36 @@ def test_the_words_that_probes_label_are_marked_in_prompts_and_answers(
             page.get_by_text("20 tokens, then").nth(number).wait_for()
             turns.append({"role": "user", "content": text})
             body = {"model": MODEL, "messages": turns, "max_tokens": 20, "temperature": 0}
-            said = ask(page.url.partition("/playground")[0], "/v1/chat/completions", body)
-            turns.append(said["choices"][0]["message"])
-            early, late = (verdict["spans"] for verdict in said["sidelight"]["verdicts"])
-            own = [span for span in early if span.get("message", 2 * number) == 2 * number]
-            for who, content, spans in (("You", text, own), (MODEL, turns[-1]["content"], late)):
+            completion = ask(page.url.partition("/playground")[0], "/v1/chat/completions", body)
+            turns.append(completion["choices"][0]["message"])
+            prompt_spans, response_spans = (
+                verdict["spans"] for verdict in completion["sidelight"]["verdicts"]
+            )
+            turn_spans = [
+                span for span in prompt_spans if span.get("message", 2 * number) == 2 * number
+            ]
+            for who, content, spans in (
+                ("You", text, turn_spans),
+                (MODEL, turns[-1]["content"], response_spans),
+            ):
                 article = page.get_by_role("article", name=who).nth(number)
-                assert marks(article) == labelled(content, spans)
-                assert marks(article)
-        assert {label for _, label in marks(page)} >= {*PIECES.labels}
+                assert highlights(article) == labelled(content, spans)
+                assert highlights(article)
+        assert {label for _, label in highlights(page)} >= {*NAMES_AND_PLACES.labels}
         title = page.locator("mark").first.get_attribute("title")
         assert re.match(r"“.+” (NAME|PLACE) [01]\.\d\d, by early", title)
         assert violations(page) == []
         # Shaded words have no marks, and they come back.
         asked = page.get_by_role("article", name="You").last
-        before = marks(asked)
+        before = highlights(asked)
         chip = asked.get_by_role("button", name="early")
         chip.click()
         asked.locator("small").first.wait_for(state="detached")
         chip.click()
-        assert marks(asked) == before
+        assert highlights(asked) == before
 
 
-def test_words_that_a_rule_replaces_are_shown_as_sent(browser, tiny, labelling):
+def test_words_that_a_rule_replaces_are_displayed_as_sent(browser, tiny, labelling):
     # This key sees the spans of the text as it was.
     policy = Policy(output={"late": Rule("redact", disclose="scores")})
     with showing(browser, tiny, labelling, policy=policy) as page:
@@ -366,8 +373,8 @@ def test_words_that_a_rule_replaces_are_shown_as_sent(browser, tiny, labelling):
         page.get_by_text("20 tokens, then").wait_for()
         answer = page.get_by_role("article", name=MODEL)
         assert re.search(r"\[(NAME|PLACE)\]", answer.locator(".text").inner_text())
-        assert marks(answer) == []
-        assert marks(page.get_by_role("article", name="You"))
+        assert highlights(answer) == []
+        assert highlights(page.get_by_role("article", name="You"))
 
 
 def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
@@ -392,18 +399,18 @@ def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
     assert policy == Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
 
 
-def test_two_probes_judge_the_same_text_side_by_side(page, address):
+def test_two_probes_classify_the_same_text_side_by_side(page, address):
     choose(page, "Compare")
     page.get_by_label("Probe A").select_option("spam")
     page.get_by_label("Probe B").select_option("intent")
     page.locator("#compare-text").fill(TEXT)
     page.locator("#compare").get_by_role("button", name="Compare").click()
     for side, name in (("Probe A", "spam"), ("Probe B", "intent")):
-        shown = page.get_by_role("region", name=side)
-        shown.wait_for()
+        region = page.get_by_role("region", name=side)
+        region.wait_for()
         for label, probability in verdict(address, name)["probabilities"].items():
-            assert shown.get_by_role("row", name=f"{label} {probability:.3f}").is_visible()
-        shares = shown.locator(".text .share").all()
+            assert region.get_by_role("row", name=f"{label} {probability:.3f}").is_visible()
+        shares = region.locator(".text .share").all()
         assert [each.get_attribute("title") for each in shares] == word_shares(
             explanation(address, name)
         )

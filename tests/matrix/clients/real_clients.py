@@ -50,13 +50,13 @@ class Client:
     """How one client package asks a server at an address.
 
     Attributes:
-        whole: Asks for a whole answer, with more fields in the body.
+        complete: Asks for a whole answer, with more fields in the body.
         stream: The same as a stream.
         tools: Offers a tool.
         typed: Asks for an object of a type.
     """
 
-    whole: Callable[[str, Body], Seen]
+    complete: Callable[[str, Body], Seen]
     stream: Callable[[str, Body], Seen]
     tools: Callable[[str], object]
     typed: Callable[[str], object]
@@ -91,8 +91,8 @@ def merged(chunks: Iterable[Body], headers: Mapping[str, str]) -> Seen:
         found |= lanes({}, chunk)
         tokens = (chunk.get("usage") or {}).get("prompt_tokens", tokens)
         for choice in chunk["choices"]:
-            if (own := choice["delta"].get("sidelight")) is not None:
-                found["last delta" if choice.get("finish_reason") else "first delta"] = own
+            if (extension := choice["delta"].get("sidelight")) is not None:
+                found["last delta" if choice.get("finish_reason") else "first delta"] = extension
             texts.append(choice["delta"].get("content") or "")
             ending = choice.get("finish_reason") or ending
     return Seen("".join(texts), tokens, ending, found)
@@ -124,7 +124,7 @@ def openai_python() -> Client:
     def fields(answer: Any) -> Body:
         return {**answer.to_dict(), "moderation": getattr(answer, "moderation", None)}
 
-    def whole(address: str, more: Body) -> Seen:
+    def complete(address: str, more: Body) -> Seen:
         raw = ask(address, extra_body=more)
         return answered(fields(raw.parse()), raw.headers)
 
@@ -135,7 +135,7 @@ def openai_python() -> Client:
     def typed(address: str) -> object:
         return completions(address).parse(model=MODEL, messages=MESSAGES, response_format=Answer)
 
-    return Client(whole, stream, lambda address: ask(address, tools=[TOOL]), typed)
+    return Client(complete, stream, lambda address: ask(address, tools=[TOOL]), typed)
 
 
 def langchain() -> Client:
@@ -162,10 +162,10 @@ def langchain() -> Client:
         return Seen(message.content, tokens, told.get("finish_reason"), left)
 
     def stream(address: str, more: Body) -> Seen:
-        whole, *others = chat(address, more).stream(MESSAGES)
-        for chunk in others:
-            whole += chunk
-        return seen(whole)
+        message, *chunks = chat(address, more).stream(MESSAGES)
+        for chunk in chunks:
+            message += chunk
+        return seen(message)
 
     return Client(
         lambda address, more: seen(chat(address, more).invoke(MESSAGES)),
@@ -197,7 +197,7 @@ def litellm() -> Client:
         found = answer._hidden_params["additional_headers"]
         return {name.removeprefix("llm_provider-"): value for name, value in found.items()}
 
-    def whole(address: str, more: Body) -> Seen:
+    def complete(address: str, more: Body) -> Seen:
         answer = ask(address, extra_body=more)
         return answered(answer.model_dump(), headers(answer))
 
@@ -207,7 +207,7 @@ def litellm() -> Client:
         return merged(chunks, headers(answer))
 
     return Client(
-        whole,
+        complete,
         stream,
         lambda address: ask(address, tools=[TOOL]),
         lambda address: ask(address, response_format={"type": "json_object"}),
@@ -228,7 +228,7 @@ def pydantic_ai() -> Client:
 
     async def streamed(address: str) -> Seen:
         async with agent(address).run_stream("hello") as run:
-            text = "".join([piece async for piece in run.stream_text(delta=True)])
+            text = "".join([chunk async for chunk in run.stream_text(delta=True)])
             usage = run.usage() if callable(run.usage) else run.usage
             return Seen(text, usage.input_tokens)
 
@@ -252,18 +252,18 @@ CLIENTS: Mapping[str, Callable[[], Client]] = {
 WITH_LANES = list(CLIENTS)[:3]
 
 
-def outcome(ask: Callable[[], object]) -> str:
+def call_result(ask: Callable[[], object]) -> str:
     """What the client makes of a request that the server refuses."""
     try:
         ask()
     except Exception as error:  # noqa: BLE001
-        said, cause = "", error
+        message, cause = "", error
         while cause is not None:
-            said += f"{cause} {getattr(cause, 'body', '')} "
+            message += f"{cause} {getattr(cause, 'body', '')} "
             cause = cause.__cause__ or cause.__context__
-        if "--engine vllm" in said:
+        if "--engine vllm" in message:
             return "refused"
-        return "raises" if "was blocked by" in said else f"fails: {said}"
+        return "raises" if "was blocked by" in message else f"fails: {message}"
     return "answered"
 
 
@@ -278,48 +278,48 @@ def code(ask: Callable[[], object]) -> str | None:
     raise AssertionError("The server refuses this request.")
 
 
-def word(seen: Any, said: Any) -> str:
+def word(seen: Any, expected: Any) -> str:
     """What became of a lane: ``typed`` is an object of the client's own, equal in content."""
     if seen is None:
         return "lost"
     if hasattr(seen, "to_dict"):
-        assert seen.to_dict() == said
+        assert seen.to_dict() == expected
         return "typed"
-    assert seen == said
+    assert seen == expected
     return "kept"
 
 
 def words(client: Client, scoring: str, blocking: str) -> dict[str, str]:
     """By column of the table of clients in docs/routes.md."""
-    whole, streamed = client.whole(scoring, {}), client.stream(scoring, {})
+    complete, streamed = client.complete(scoring, {}), client.stream(scoring, {})
     return {
-        "chat": "works" if whole.text else "empty",
-        "stream": "works" if streamed.text == whole.text else "differs",
+        "chat": "works" if complete.text else "empty",
+        "stream": "works" if streamed.text == complete.text else "differs",
         "usage of a stream": "kept" if streamed.tokens else "lost",
-        "tools": outcome(lambda: client.tools(scoring)),
-        "typed output": outcome(lambda: client.typed(scoring)),
-        "blocked prompt": outcome(lambda: client.whole(blocking, {})),
+        "tools": call_result(lambda: client.tools(scoring)),
+        "typed output": call_result(lambda: client.typed(scoring)),
+        "blocked prompt": call_result(lambda: client.complete(blocking, {})),
     }
 
 
 def lane_words(client: Client, scoring: str, blocking: str, cutting: str) -> dict[str, str]:
     """By row of the table of lanes in docs/routes.md."""
     found: dict[str, str] = {}
-    modes = {"plain": client.whole, "streamed": client.stream}
-    for (mode, ask), said, said_cut in zip(
+    modes = {"plain": client.complete, "streamed": client.stream}
+    for (mode, ask), expected, expected_cut in zip(
         modes.items(), server_itself(scoring), server_itself(cutting), strict=True
     ):
         seen, cut = ask(scoring, {}), ask(cutting, {})
-        assert (seen.text, cut.text) == (said.text, said_cut.text)
-        assert said_cut.ending == "content_filter"
+        assert (seen.text, cut.text) == (expected.text, expected_cut.text)
+        assert expected_cut.ending == "content_filter"
         assert code(lambda ask=ask: ask(scoring, {"probes": ["x"]})) == "probe_not_found"
         blocked = code(lambda ask=ask: ask(blocking, {}))
         found |= {
             f"{lane}, {mode}": word(seen.lanes.get(lane), value)
-            for lane, value in said.lanes.items()
+            for lane, value in expected.lanes.items()
         }
         found[f"`code` of a blocked prompt, {mode}"] = word(blocked, "content_filter")
-        found[f"`finish_reason` of a cut text, {mode}"] = word(cut.ending, said_cut.ending)
+        found[f"`finish_reason` of a cut text, {mode}"] = word(cut.ending, expected_cut.ending)
     return found
 
 

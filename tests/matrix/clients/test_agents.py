@@ -90,9 +90,9 @@ def test_an_agents_model_does_not_read_a_poisoned_tool_result(program, guard, ho
     address, asked = hosted
     (tmp_path / "notes.txt").write_text(POISONED_RESULT)
     done = run(program, QUESTION, tmp_path, guard, address)
-    withheld = AGENTS[program][1]
-    assert done.stdout == f"It says: {withheld}\n", done.stderr
-    assert [body["messages"][-1]["content"] for body in asked] == [QUESTION, withheld]
+    replacement = AGENTS[program][1]
+    assert done.stdout == f"It says: {replacement}\n", done.stderr
+    assert [body["messages"][-1]["content"] for body in asked] == [QUESTION, replacement]
 
 
 @pytest.mark.parametrize("program", AGENTS)

@@ -31,7 +31,7 @@ from worlds.servers import MODEL, served
 
 HERE = Path(__file__).parent
 NAMES = (*CLIENTS, "AI SDK")
-COLUMNS = "chat | stream | usage of a stream | tools | typed output | blocked prompt"
+HEADINGS = "chat | stream | usage of a stream | tools | typed output | blocked prompt"
 TIMEOUT_S = 240
 OVER_VLLM = "VLLM_USE_V2_MODEL_RUNNER" in os.environ
 # One process starts vLLM's servers; our own are cheap.
@@ -48,13 +48,13 @@ VLLM_SIZES = (
 )  # fmt: skip
 
 
-def table(corner: str, columns: str) -> dict[str, dict[str, str]]:
+def table(corner: str, headings: str) -> dict[str, dict[str, str]]:
     """The words by row and column of the table with this head."""
-    rows = documented_table("routes.md", corner, columns)
+    rows = documented_table("routes.md", corner, headings)
     return {row.pop(corner): row for row in rows}
 
 
-CLIENT_WORDS = table("client", COLUMNS)
+CLIENT_WORDS = table("client", HEADINGS)
 LANE_WORDS = table("lane", " | ".join(WITH_LANES))
 
 
@@ -70,12 +70,12 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[str
     for path in files:
         path.write_text(POLICIES[path.stem])
     with ExitStack() as running:
-        start = vllm_server(folder) if OVER_VLLM else own_server
+        start = vllm_server(folder) if OVER_VLLM else sidelight_server
         yield [running.enter_context(start(path)) for path in files]
 
 
 @contextmanager
-def own_server(policy: Path) -> Iterator[str]:
+def sidelight_server(policy: Path) -> Iterator[str]:
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, probes_of(backbone))
     with served(engine, policy=read_policy(policy)) as address:
@@ -113,8 +113,8 @@ def commands(name: str) -> Iterator[Sequence[str]]:
         if shutil.which("node"):
             yield "node", str(HERE / "ai_sdk.mjs")
         return
-    others = os.environ.get("SIDELIGHT_CLIENT_PYTHON", "").split(os.pathsep)
-    for python in filter(None, (sys.executable, *others)):
+    interpreters = os.environ.get("SIDELIGHT_CLIENT_PYTHON", "").split(os.pathsep)
+    for python in filter(None, (sys.executable, *interpreters)):
         yield python, str(HERE / "real_clients.py"), name
 
 

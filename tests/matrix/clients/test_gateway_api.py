@@ -31,7 +31,7 @@ def test_the_route_is_one_of_the_gateway_api_and_a_wrong_field_would_be_told():
     )
     if done.returncode == NOT_INSTALLED:
         pytest.skip("SIDELIGHT_NODE names no folder with @kubernetes-models/gateway-api")
-    said = json.loads(done.stdout)
-    assert said[0] is None, said[0]
-    assert "path/type" in said[1]
-    assert "backendRefs/0/port" in said[2]
+    output = json.loads(done.stdout)
+    assert output[0] is None, output[0]
+    assert "path/type" in output[1]
+    assert "backendRefs/0/port" in output[2]

@@ -50,7 +50,7 @@ def evaluated(folder: Path, sidelight: str, model: str) -> dict[str, Any]:
     return json.loads(logs[0].read_bytes())
 
 
-def test_an_attack_is_stopped_and_the_model_reads_the_question_alone(guard, hosted, tmp_path):
+def test_an_attack_is_stopped_and_the_model_reads_only_the_question(guard, hosted, tmp_path):
     address, asked = hosted
     log = evaluated(tmp_path, guard, address)
     (score,) = log["results"]["scores"]

@@ -70,9 +70,11 @@ def gateway(engine: TransformersEngine) -> Iterator[tuple[str, list[tuple[str, s
 
     policy = read_policy(EXAMPLES / "gateway_policy.toml")
     with (
-        listening(stronger) as other,
+        listening(stronger) as stronger_address,
         served(engine, policy=policy, api_key=KEY) as address,
-        running_caddy(SIDELIGHT_URL=address, STRONGER_URL=other, STRONGER_KEY=STRONGER_KEY) as url,
+        running_caddy(
+            SIDELIGHT_URL=address, STRONGER_URL=stronger_address, STRONGER_KEY=STRONGER_KEY
+        ) as url,
     ):
         yield url, asked
 
@@ -82,8 +84,8 @@ def running_caddy(**environment: str) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [CADDY or "", "run", "--config", str(EXAMPLES / "Caddyfile")]
-    given = {**os.environ, **environment, "GATEWAY_PORT": str(port)}
-    process = subprocess.Popen(command, env=given, stderr=subprocess.DEVNULL)
+    variables = {**os.environ, **environment, "GATEWAY_PORT": str(port)}
+    process = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
     transport = httpx.HTTPTransport(retries=8)  # Each waits twice as long as the one before.
     try:
         with httpx.Client(transport=transport) as http:

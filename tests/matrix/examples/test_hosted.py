@@ -69,10 +69,10 @@ def world(
     policy = read_policy(HOSTED / "policy.toml")
     with (
         served(TransformersEngine(tiny, [probe]), policy=policy) as address,
-        listening(hosted) as other,
+        listening(hosted) as hosted_address,
     ):
         patch.setenv("SIDELIGHT_URL", address)
-        patch.setenv("MODEL_URL", f"{other}/v1")
+        patch.setenv("MODEL_URL", f"{hosted_address}/v1")
         yield asked
 
 
@@ -104,7 +104,7 @@ def test_the_hosted_model_is_not_asked_what_the_guard_flags(tiny, guard, keys):
     assert not asked
 
 
-def test_an_answer_that_the_guard_flags_is_withheld(tiny, guard, keys):
+def test_an_answer_that_the_guard_flags_is_not_sent(tiny, guard, keys):
     passed, flagged, probe = guard
     with world(tiny, probe, flagged, keys) as asked:
         assert ask(passed).stdout == "The answer was withheld.\n"
@@ -156,7 +156,7 @@ def proxy(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
-def test_clients_of_the_proxy_reach_the_hosted_model_with_what_passes_alone(
+def test_clients_of_the_proxy_reach_the_hosted_model_only_with_what_passes(
     tiny, guard, keys, tmp_path
 ):
     passed, flagged, probe = guard

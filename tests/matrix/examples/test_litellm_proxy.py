@@ -110,7 +110,7 @@ def ask(hosted, tmp_path_factory) -> Iterator[Ask]:
         )
 
 
-def said(role: str, content: str, **fields: Any) -> dict[str, Any]:
+def message_of(role: str, content: str, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
@@ -120,35 +120,39 @@ def called_tool(result: str) -> list[dict[str, Any]]:
     function = {"name": "search_flights", "arguments": '{"origin": "VIE", "destination": "LIS"}'}
     call = {"id": "call_1", "type": "function", "function": function}
     return [
-        said("system", app.system),
-        said("user", app.user),
+        message_of("system", app.system),
+        message_of("user", app.user),
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        said("tool", result, tool_call_id="call_1"),
+        message_of("tool", result, tool_call_id="call_1"),
     ]
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_an_ordinary_request_of_an_application_reaches_the_model(ask, hosted, name):
+def test_a_harmless_request_of_an_application_reaches_the_model(ask, hosted, name):
     app = APPLICATIONS[name]
-    messages = [said("system", app.system), said("user", app.user)]
+    messages = [message_of("system", app.system), message_of("user", app.user)]
     answer = ask(*messages)
     assert answer.status_code == 200, answer.text
     assert hosted[1][-1]["messages"] == messages
     # A later turn, with what the model has said.
-    later = [*messages, said("assistant", "Of course."), said("user", "Thank you. What next?")]
+    later = [
+        *messages,
+        message_of("assistant", "Of course."),
+        message_of("user", "Thank you. What next?"),
+    ]
     assert ask(*later).status_code == 200
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_an_attack_on_an_application_does_not_reach_the_model(ask, hosted, name):
     before = len(hosted[1])
-    answer = ask(said("system", APPLICATIONS[name].system), said("user", ATTACK))
+    answer = ask(message_of("system", APPLICATIONS[name].system), message_of("user", ATTACK))
     assert answer.status_code == 400, answer.text
     assert "Flagged by injection" in answer.text
     assert len(hosted[1]) == before
 
 
-def test_a_poisoned_tool_result_does_not_reach_the_model_and_an_ordinary_one_does(ask, hosted):
+def test_a_poisoned_tool_result_does_not_reach_the_model_and_a_harmless_one_does(ask, hosted):
     before = len(hosted[1])
     poisoned = ask(*called_tool(POISONED_RESULT))
     assert poisoned.status_code == 400, poisoned.text

@@ -110,7 +110,7 @@ def test_an_injection_is_blocked_and_a_harmless_text_is_answered(backbone, injec
     assert poisoned["documents"] == "none"
 
 
-def test_an_answer_that_the_output_rail_flags_is_withheld(backbone, injection, tmp_path):
+def test_an_answer_that_the_output_rail_flags_is_not_sent(backbone, injection, tmp_path):
     flags = untrained_probe(backbone, "toxicity", task=TOXIC, threshold=0.0)
     with shop(backbone, injection, flags) as address:
         found = chat(address, tmp_path)
@@ -125,7 +125,7 @@ def test_nothing_is_answered_while_the_server_is_down(tmp_path):
 def test_nothing_is_answered_where_a_rail_names_a_probe_that_is_not_served(
     backbone, injection, tmp_path
 ):
-    other = injection.changed(name="other")
-    with shop(backbone, other) as address:
+    another = injection.changed(name="other")
+    with shop(backbone, another) as address:
         found = chat(address, tmp_path)
     assert {block["answer"] for block in found} == {FAILED}

@@ -52,12 +52,12 @@ def test_a_client_prints_the_verdicts_of_an_answer_and_of_a_stream(address, name
 
 
 @pytest.mark.parametrize("flags", [True, False])
-@pytest.mark.parametrize("said", [TEXTS, CALLS], ids=["texts", "tool_calls"])
-def test_the_proxy_configuration_blocks_what_a_probe_flags(tiny, flags, said, monkeypatch):
+@pytest.mark.parametrize("request", [TEXTS, CALLS], ids=["texts", "tool_calls"])
+def test_the_proxy_configuration_blocks_what_a_probe_flags(tiny, flags, request, monkeypatch):
     probe = untrained_probe(tiny, "toxicity", threshold=0.0 if flags else 1.0)
     with served(TransformersEngine(tiny, [probe])) as address:
         monkeypatch.setenv("SIDELIGHT_URL", address)
-        blocked = asyncio.run(ask_proxy_guardrail(said))
+        blocked = asyncio.run(ask_proxy_guardrail(request))
     assert blocked == flags
 
 
@@ -79,12 +79,12 @@ def proxy_guardrail(**changes: Any) -> Any:
     return initialize_guardrail(LitellmParams(**settings), entry)
 
 
-async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
+async def ask_proxy_guardrail(request: dict[str, Any]) -> bool:
     """Whether it blocks a prompt."""
     from litellm.exceptions import GuardrailRaisedException
 
     try:
-        await proxy_guardrail().apply_guardrail(said, {}, "request")
+        await proxy_guardrail().apply_guardrail(request, {}, "request")
     except GuardrailRaisedException:
         return True
     return False
@@ -109,9 +109,9 @@ async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, An
     )
 
     asked: list[dict[str, Any]] = []
-    other = FastAPI()
+    upstream = FastAPI()
 
-    @other.post("/chat/completions")
+    @upstream.post("/chat/completions")
     async def answer(request: Request) -> dict[str, Any]:
         asked.append(await request.json())
         message = {"role": "assistant", "content": "Dear [PERSON]"}
@@ -119,7 +119,7 @@ async def ask_through_proxy(messages: list[dict[str, Any]]) -> list[dict[str, An
         return {"id": "1", "object": "chat.completion", "created": 1, "choices": [choice]}
 
     chat = {"messages": copy.deepcopy(messages), "guardrail_to_apply": proxy_guardrail()}
-    with listening(other) as address:
+    with listening(upstream) as address:
         try:
             masked: Any = await UnifiedLLMGuardrails().async_pre_call_hook(
                 UserAPIKeyAuth(), DualCache(), chat, "acompletion"
@@ -191,7 +191,7 @@ async def streamed_through_proxy(text: str) -> str:
 
 
 @pytest.mark.parametrize("threshold", [0.8, 0.95])
-def test_no_piece_of_a_word_leaves_before_it_is_replaced(tiny, threshold, monkeypatch):
+def test_no_fragment_of_a_word_leaves_before_it_is_replaced(tiny, threshold, monkeypatch):
     text = "Dear Hassan Ali, we wrote to you on Monday and will call. Regards, Olga"
     probe = spans_probe(tiny, "late", side="response", threshold=threshold)
     policy = Policy(output={"late": Rule("redact")})
@@ -200,8 +200,8 @@ def test_no_piece_of_a_word_leaves_before_it_is_replaced(tiny, threshold, monkey
         streamed = asyncio.run(streamed_through_proxy(text))
         with http_client(address) as http:
             body = {"input_type": "response", "texts": [text]}
-            whole = http.post("/beta/litellm_basic_guardrail_api", json=body).json()
-    assert [streamed] == whole["texts"]
+            full = http.post("/beta/litellm_basic_guardrail_api", json=body).json()
+    assert [streamed] == full["texts"]
     assert streamed.count("[") > 1
 
 
@@ -243,7 +243,7 @@ def test_the_notebook_of_scikit_learn_ends_with_a_probe(tiny, tmp_path, monkeypa
     importlib.util.find_spec("ray") is None,
     reason="Ray is not installed (pip install 'ray[serve]')",
 )
-def test_ray_serves_replicas_that_judge_alike_and_ask_for_the_key(tiny, tmp_path):
+def test_ray_serves_replicas_that_classify_alike_and_ask_for_the_key(tiny, tmp_path):
     probes = [untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "urgency")]
     settings = {
         "probes": os.pathsep.join(str(save_probe(p, tmp_path / p.name)) for p in probes),

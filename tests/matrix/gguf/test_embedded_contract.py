@@ -36,13 +36,21 @@ def subject(tmp_path_factory):
     with asyncio.Runner() as runner:
         runner.run(engine.start())
 
-        def alone(text):
+        def write_single(text):
             # transformers has other weights: a text is compared with itself beside others.
             answer = runner.run(ask(engine, text))
             return answer.text.rstrip("\ufffd"), answer.finished.completion_tokens
 
         yield Subject(
-            engine, model, runner, unstarted, names, TEMPLATE, letter=" x", many=40, alone=alone
+            engine,
+            model,
+            runner,
+            unstarted,
+            names,
+            TEMPLATE,
+            letter=" x",
+            many=40,
+            write_single=write_single,
         )
         runner.run(engine.close())
 

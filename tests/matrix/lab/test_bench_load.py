@@ -16,11 +16,11 @@ def test_the_command_finds_no_fault_with_many_clients(spans, tmp_path, capsys):
         "bench", "load", *spans, "--clients", "24", "--minutes", "0.2", "--round", "6",
         "--max-tokens", "6", "--out", str(tmp_path),
     )  # fmt: skip
-    made = json.loads((tmp_path / "load.json").read_text())
-    assert (code, made["is_sound"]) == (0, True), made
-    assert made["conditions"]["probes of spans"] == 2 * len(spans)
-    assert made["endings"].keys() >= {"length", "content_filter"}
-    assert made["answers"] >= 24
-    assert len(made["rounds"]) == 2
-    assert all(one[side]["cpu"] > 0 for one in made["rounds"] for side in ("with", "without"))
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert (code, result["is_sound"]) == (0, True), result
+    assert result["conditions"]["probes of spans"] == 2 * len(spans)
+    assert result["endings"].keys() >= {"length", "content_filter"}
+    assert result["answers"] >= 24
+    assert len(result["rounds"]) == 2
+    assert all(one[side]["cpu"] > 0 for one in result["rounds"] for side in ("with", "without"))
     assert capsys.readouterr().out == (tmp_path / "load.md").read_text()

@@ -26,6 +26,6 @@ def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model(tmp_path,
     with gzip.open(TOXICCHAT, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, 600)]
     examples = load_examples([row for row in rows if len(row["text"]) < 40], label="toxicity")
-    few, others = examples.select(range(60)), examples.select(range(60, 100))
-    made = classifier.train(backbone, few, mechanism="pooling", background="none")
-    assert made.evaluate(others).metrics["auroc"].value > 0.8
+    few, rest = examples.select(range(60)), examples.select(range(60, 100))
+    trained = classifier.train(backbone, few, mechanism="pooling", background="none")
+    assert trained.evaluate(rest).metrics["auroc"].value > 0.8

@@ -25,7 +25,7 @@ def setting(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(setting):
+def results(setting):
     """Of all sections, in this process: a start of Python for each would take a minute.
 
     Sections of our own engine run on a pretended device that rejects mixing with the CPU.
@@ -42,19 +42,19 @@ def outcomes(setting):
 
 
 # Every section trains, serves or reads, on the tiny model.
-def test_every_section_runs_and_one_that_fails_loses_no_other(outcomes):
-    failed = {name for name, outcome in outcomes.items() if not outcome["passed"]}
+def test_every_section_runs_and_one_that_fails_loses_no_other(results):
+    failed = {name for name, result in results.items() if not result["passed"]}
     assert failed - {*NEEDS_VLLM} == {PLANTED}
-    assert json.dumps(outcomes)
+    assert json.dumps(results)
 
 
-def test_what_fails_is_one_line_with_its_type_and_our_innermost_line(outcomes, setting):
-    page = report(conditions_of(setting), outcomes)
+def test_what_fails_is_one_line_with_its_type_and_our_innermost_line(results, setting):
+    page = report(conditions_of(setting), results)
     assert "**Tried out without a GPU.**" in page
     (line,) = [line for line in page.splitlines() if line.startswith(f"| {PLANTED}")]
     assert "FAILED: ValueError: operands could not be broadcast" in line
     assert "(at sidelight_lab/bench/gpu_engine.py:" in line
-    assert str(setting.path) not in page + json.dumps(outcomes)
+    assert str(setting.path) not in page + json.dumps(results)
 
 
 def test_a_section_has_a_process_and_a_time_limit_and_what_passed_is_not_repeated(tmp_path, capsys):
@@ -68,7 +68,7 @@ def test_a_section_has_a_process_and_a_time_limit_and_what_passed_is_not_repeate
     second = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert second["vllm graphs"] == first["vllm graphs"]
     assert second["train"]["summary"] == "It took over 0.1 s."
-    with pytest.raises(SidelightError, match=wordings.OTHER_CONDITIONS.format(names="model")):
+    with pytest.raises(SidelightError, match=wordings.CONDITIONS_DIFFER.format(names="model")):
         run_check(tmp_path, only=["vllm graphs"])
     with pytest.raises(SidelightError, match=wordings.REFERENCE_FIRST):
         run_check(tmp_path / "other", only=["pace"])

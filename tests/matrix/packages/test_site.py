@@ -1,4 +1,6 @@
-"""The documentation as a site: it builds strictly, without the network, and asks nobody else."""
+"""The documentation as a site: it builds strictly, without the network, and loads nothing from
+elsewhere.
+"""
 
 import json
 import re

@@ -150,9 +150,9 @@ def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other
 
 def test_the_extra_and_the_guards_bring_what_the_demonstration_and_its_server_need(bare):
     bare.install(f"{bare.wheel}[serve]", str(bare.guards))
-    said = bare.output("sidelight", "demo")
+    output = bare.output("sidelight", "demo")
     for words in ("400 content_filter", "toxicity: toxic", "intent: ", "charged twice", "Done in"):
-        assert words in said
+        assert words in output
     page = (ROOT / "src/sidelight/server/playground/index.html").read_text()
     *harmless, attack = re.findall(r'data-example="([^"]+)"', page)
     texts = ["hi", "Hello, how are you?", "Good morning", "thanks", *harmless, attack]

@@ -7,8 +7,8 @@ import pytest
 from worlds.servers import cli
 from worlds.stock import stock_server
 
-# Whoever writes the template by hand can write control tokens too, which the routes of chats and
-# the probe by itself read as other tokens.
+# A client that writes the template by hand can write control tokens too, which the routes of chats
+# and the probe by itself read as other tokens.
 WRITTEN = ("control", "template")
 
 
@@ -24,13 +24,15 @@ def blocking(subjects, tmp_path_factory):
     policy.write_text(f'[input.injection]\nmode = "block"\nthreshold = {subjects.threshold}\n')
     folders = subjects.folders[:1]
     options = ("--enable-scale-out",)
-    with stock_server(subjects.path, folders, home, *options, SIDELIGHT_POLICY=str(policy)) as own:
-        yield own
+    with stock_server(
+        subjects.path, folders, home, *options, SIDELIGHT_POLICY=str(policy)
+    ) as server:
+        yield server
 
 
 def test_every_route_blocks_what_the_probe_flags_by_itself(blocking, subjects, tmp_path):
     scores = subjects.scores([subjects.chat(text) for text in subjects.texts])
-    labels = ["toxic" if own >= subjects.threshold else "fine" for own in scores]
+    labels = ["toxic" if score >= subjects.threshold else "fine" for score in scores]
     rows = [{"text": t, "label": n} for t, n in zip(subjects.texts, labels, strict=True)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
@@ -43,19 +45,19 @@ def test_every_route_blocks_what_the_probe_flags_by_itself(blocking, subjects, t
         assert cli("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0
         return json.loads(out.read_text())
 
-    live, alone = called("--url", blocking.address), called("--dtype", "float32")
+    live, offline = called("--url", blocking.address), called("--dtype", "float32")
     routes = {route["route"]: route["attacks"] for route in live["routes"]}
     assert routes.keys() == {"chat", "text", "ids", "responses", "messages"}
     for route, attacks in routes.items():
-        for row, own in zip(attacks, alone["attacks"], strict=True):
+        for row, offline_row in zip(attacks, offline["attacks"], strict=True):
             if row["attack"] == "system-turn":
-                # Nobody reads it, so the policy refuses it.
+                # No probe reads it, so the policy refuses it.
                 assert row["recall"]["flagged"] == row["recall"]["texts"] > 0, route
             elif not row["attack"].startswith(WRITTEN):
-                assert rates(row) == rates(own), (route, row["attack"])
+                assert rates(row) == rates(offline_row), (route, row["attack"])
             if row["attack"] != "empty-turns":
                 assert row["skipped"] == {}, (route, row["attack"])
-    # The same tokens have the same verdict, whoever has made them.
+    # The same tokens have the same verdict, whatever their source.
     for name in WRITTEN:
         of = [
             [rates(r) for r in routes[w] if r["attack"].startswith(name)] for w in ("text", "ids")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine_contract import TEXTS, other_probes, require_verdicts, user
+from engine_contract import TEXTS, replacement_probes, require_verdicts, user
 from sidelight.engines.base import GenerationError
 from sidelight.engines.transformers.backbone import load_backbone
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import read_card
 from sidelight_vllm import KEY
 from sidelight_vllm.engine import saved
-from sidelight_vllm.settings import identity_of
+from sidelight_vllm.settings import revision_of
 from worlds.models import untrained_probe
 from worlds.servers import cli
 from worlds.vllm import (
@@ -52,7 +52,7 @@ def prompts(model):
 
 
 @pytest.fixture
-def early(model) -> Model:
+def prompt_model(model) -> Model:
     """The model with the probes of the prompt alone."""
     chosen = [i for i, probe in enumerate(model.probes) if not probe.reads.includes_response]
     probes, folders = ([of[i] for i in chosen] for of in (model.probes, model.folders))
@@ -79,7 +79,7 @@ def adapter(model, folder):
     return merged
 
 
-def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path):
+def test_an_adapter_is_classified_like_its_merged_weights(model, prompts, tmp_path):
     from vllm.lora.request import LoRARequest
 
     base = model.backbone.model.state_dict()
@@ -104,18 +104,18 @@ def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
+def test_guessed_tokens_change_no_verdict_on_the_prompt(prompt_model, prompts, method):
     if method == "ngram" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         pytest.skip("Triton's interpreter cannot run the kernel of ngram speculation")
     guesses = {"method": method, "num_speculative_tokens": 3}
     if method == "ngram":
         guesses |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
     else:
-        guesses["model"] = early.path
-    with llm_of(early, speculative_config=guesses) as llm:
+        guesses["model"] = prompt_model.path
+    with llm_of(prompt_model, speculative_config=guesses) as llm:
         for _ in range(2):
             outputs = run_llm(llm, prompts, max_tokens=30, ignore_eos=True)
-            require_equal(verdicts(outputs), expected(early, prompts))
+            require_equal(verdicts(outputs), expected(prompt_model, prompts))
         metrics = {metric.name: metric for metric in llm.get_metrics()}
     assert metrics["vllm:spec_decode_num_accepted_tokens"].value > 0
 
@@ -137,7 +137,7 @@ def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
-def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path, monkeypatch):
+def test_projections_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path, monkeypatch):
     """As much memory as without probes, with room for fewer tokens."""
 
     def bytes_of(worker):
@@ -146,7 +146,7 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
         # Layers may share it.
         caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
         memory = {cache.data_ptr(): cache.nbytes() for cache in caches}
-        return current_worker()._pages.rows.nbytes, sum(memory.values())
+        return current_worker()._store.rows.nbytes, sum(memory.values())
 
     # The full layers are in three groups, and a block belongs to one of them.
     mostly_full = {"layer_types": [*["full_attention"] * 3, "sliding_attention"]}
@@ -158,15 +158,15 @@ def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path,
     for folders in ([], model.folders):
         with llm_of(replace(model, folders=folders)) as llm:
             cache_config = llm.llm_engine.vllm_config.cache_config
-            columns, cache = llm.collective_rpc(bytes_of)[0]
-            sizes.append((cache_config.num_gpu_blocks, columns, cache))
-    (most, _, whole), (blocks, columns, cache) = sizes
+            probe_bytes, cache = llm.collective_rpc(bytes_of)[0]
+            sizes.append((cache_config.num_gpu_blocks, probe_bytes, cache))
+    (most, _, full), (blocks, probe_bytes, cache) = sizes
     assert blocks < most
-    assert 0.97 * whole < cache + columns <= 1.01 * whole
+    assert 0.97 * full < cache + probe_bytes <= 1.01 * full
 
 
-def identity(folders):
-    return identity_of(read_card(folder).version for folder in folders)
+def revision(folders):
+    return revision_of(read_card(folder).version for folder in folders)
 
 
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
@@ -175,8 +175,13 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
         from sidelight_vllm.worker import current_worker
 
         worker = current_worker()
-        stage = worker._stage
-        buffers = [stage.rows, worker._pages.rows, stage.projection.weight, stage.projection.shift]
+        staging = worker._staging
+        buffers = [
+            staging.rows,
+            worker._store.rows,
+            staging.projection.weight,
+            staging.projection.shift,
+        ]
         return [buffer.data_ptr() for buffer in buffers]
 
     wanted = expected(model, prompts)
@@ -191,33 +196,33 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
         # Other probes take their place in all processes, and none if one of them cannot.
         probes = [*reversed(model.probes)]
         folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
-        others, some = replace(model, probes=probes, folders=folders), prompts[:8]
+        replacement, some = replace(model, probes=probes, folders=folders), prompts[:8]
         fewer = replace(model, probes=model.probes[1:], folders=model.folders[1:])
-        for chosen in (others, fewer, model, others):
+        for chosen in (replacement, fewer, model, replacement):
             before = engine.collective_rpc(addresses)
             engine.reset_prefix_cache()
             engine.collective_rpc("sidelight_check", args=(chosen.folders,))
-            engine.collective_rpc("sidelight_load", args=(identity(chosen.folders),))
+            engine.collective_rpc("sidelight_load", args=(revision(chosen.folders),))
             outputs = run_llm(engine, some)
             require_equal(verdicts(outputs), expected(chosen, some))
             assert engine.collective_rpc(addresses) == before
         wide = untrained_probe(model.backbone, "wide")
-        too_wide = [str(save_probe(wide, tmp_path / "wide")), *others.folders]
-        with pytest.raises(Exception, match="SIDELIGHT_COLUMNS="):
+        too_wide = [str(save_probe(wide, tmp_path / "wide")), *replacement.folders]
+        with pytest.raises(Exception, match="SIDELIGHT_PROJECTIONS="):
             engine.collective_rpc("sidelight_check", args=(too_wide,))
-        engine.collective_rpc("sidelight_check", args=(others.folders,))
+        engine.collective_rpc("sidelight_check", args=(replacement.folders,))
         outputs = run_llm(engine, some)
-        require_equal(verdicts(outputs), expected(others, some))
+        require_equal(verdicts(outputs), expected(replacement, some))
 
 
-def test_every_rank_judges_and_takes_other_probes(model):
+def test_every_rank_classifies_and_takes_other_probes(model):
     """Two engines under one client: each judges its own requests."""
     from sidelight_vllm.engine import load_vllm_engine
 
-    others = other_probes(model)
+    replacements = replacement_probes(model)
 
-    async def judged(engine, **options):
-        asked = (engine.judge([user(text)]) for text in TEXTS)
+    async def classified(engine, **options):
+        asked = (engine.classify([user(text)]) for text in TEXTS)
         return await asyncio.gather(*asked, **options)
 
     async def ask():
@@ -230,35 +235,35 @@ def test_every_rank_judges_and_takes_other_probes(model):
         )
         await engine.start()
         try:
-            answers = [await judged(engine) for _ in range(2)]
-            await engine.replace_probes(others)
-            answers.append(await judged(engine))
-            # The first rank alone, which nobody has told the others.
+            answers = [await classified(engine) for _ in range(2)]
+            await engine.replace_probes(replacements)
+            answers.append(await classified(engine))
+            # The first rank alone, of which the others were not told.
             with saved(model.probes) as (folders, served):
                 core = engine._llm.engine_core
-                for order in (("check", folders), ("load", served.identity)):
+                for order in (("check", folders), ("load", served.revision)):
                     call = ("collective_rpc", f"sidelight_{order[0]}", None, (order[1],))
                     await core._call_utility_async(*call, engine=core.core_engines[0])
-                failed = await judged(engine, return_exceptions=True)
+                failed = await classified(engine, return_exceptions=True)
             return answers, failed
         finally:
             await engine.close()
 
     answers, failed = asyncio.run(ask())
     prompts = [model.backbone.encoder.encode(user(text)) for text in TEXTS]
-    for answer, probes in zip(answers, (model.probes, model.probes, others), strict=True):
-        early = [probe.name for probe in probes if not probe.reads.includes_response]
+    for answer, probes in zip(answers, (model.probes, model.probes, replacements), strict=True):
+        prompt_names = [probe.name for probe in probes if not probe.reads.includes_response]
         wanted = expected(replace(model, probes=probes), prompts)
         for (event,), row in zip(answer, wanted, strict=True):
-            require_verdicts(event.judgement, row, early)
+            require_verdicts(event.verdicts, row, prompt_names)
     # Each rank has read some.
     errors = [one for one in failed if isinstance(one, GenerationError)]
     assert 0 < len(errors) < len(failed)
 
 
 def test_verdicts_need_neither_a_cache_nor_neighbours_nor_asynchronous_steps(model, prompts):
-    alone = {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
-    with llm_of(model, **alone) as llm:
+    plain_options = {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
+    with llm_of(model, **plain_options) as llm:
         require_equal(verdicts(run_llm(llm, prompts)), expected(model, prompts))
 
 
@@ -272,18 +277,18 @@ def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
         require_equal(verdicts(run_llm(engine, prompts)), wanted)
 
 
-def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
+def test_parity_finds_no_difference_but_rounding(prompt_model, tmp_path, capsys):
     data, out = tmp_path / "texts.jsonl", tmp_path / "parity.json"
     rows = [{"text": f"text number {i} " * (1 + i % 5)} for i in range(12)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    words = ["parity", *early.folders, "--data", str(data), "--model", early.path]
+    words = ["parity", *prompt_model.folders, "--data", str(data), "--model", prompt_model.path]
     assert cli(*words, "--dtype", "float32", "--out", str(out), *OPTIONS) == 0
     found = json.loads(out.read_text())
     assert "transformers - vllm" in capsys.readouterr().out
     batches = [f"{name}, batch {n} - 1" for name in ("transformers", "vllm") for n in (4, 16)]
     between = {"transformers - vllm", *batches}
     assert {row["between"] for row in found} == between
-    assert [row["probe"] for row in found] == [p.name for p in early.probes] * len(between)
+    assert [row["probe"] for row in found] == [p.name for p in prompt_model.probes] * len(between)
     assert all(row["texts"] == 12 and row["flips"] == 0 for row in found)
     assert 0 < max(row["largest"] for row in found) < 1e-4
 
@@ -292,12 +297,12 @@ def test_the_check_compares_verdicts_and_times_serving(tmp_path):
     only = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 0", "vllm serving: 1 ")
     chosen = [word for name in only for word in ("--only", name)]
     assert cli("bench", "gpu", "--out", str(tmp_path), *chosen) == 0
-    made = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert len(made) == len(only)
-    found = made["vllm parity: runner 1, eager"]["figures"]
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert len(sections) == len(only)
+    found = sections["vllm parity: runner 1, eager"]["metrics"]
     assert 0 < found["first_pass"] < 1e-4
     assert 0 < found["second_pass"] < 1e-4
     assert "readout" in found["probes"]
     for name in ("vllm serving: 0 readouts", "vllm serving: 1 readouts"):
-        assert all(ms > 0 for values in made[name]["figures"]["ms"].values() for ms in values)
+        assert all(ms > 0 for values in sections[name]["metrics"]["ms"].values() for ms in values)
     assert "% added" in (tmp_path / "gpu.md").read_text()

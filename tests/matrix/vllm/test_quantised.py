@@ -128,9 +128,9 @@ def rounded(numbers: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def measure(original, copy: str, texts: str, digest: str, *, gate="1") -> int:
-    given = {**SMALL, "num_gpu_blocks_override": 64}
-    given.pop("dtype")
-    words = [w for key, v in given.items() for w in ("--engine-option", f"{key}={json.dumps(v)}")]
+    options = {**SMALL, "num_gpu_blocks_override": 64}
+    options.pop("dtype")
+    words = [w for key, v in options.items() for w in ("--engine-option", f"{key}={json.dumps(v)}")]
     data = ["--data", texts, "--response", "answer", "--model", original.path]
     to = ["--engines", "transformers", "--quantised", copy, "--dtype", "float32"]
     with pytest.MonkeyPatch.context() as patch:
@@ -143,10 +143,10 @@ def configured(path: str, folders, digest: str = "", **options):
     from vllm.engine.arg_utils import EngineArgs
 
     config = {"probes": folders} if isinstance(folders, list) else folders
-    given = {"additional_config": {KEY: config}, **SMALL, **options}
+    settings = {"additional_config": {KEY: config}, **SMALL, **options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ACCEPTED, digest)
-        return EngineArgs(model=path, **given).create_engine_config()
+        return EngineArgs(model=path, **settings).create_engine_config()
 
 
 def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
@@ -172,12 +172,12 @@ def test_nothing_quantised_is_served_that_is_not_accepted(llama_model, copy, dig
         load_vllm_engine(copy.path, llama_model.probes)
     # What vLLM quantises itself is another model.
     for options in ({"quantization": "fp8"}, KV_IN_FP8):
-        for given in ("", digest):
+        for accepted in ("", digest):
             with pytest.raises(
                 FingerprintMismatchError,
-                match=wordings.SETTING_IS.format(name=ACCEPTED, value=given or "not"),
+                match=wordings.SETTING_IS.format(name=ACCEPTED, value=accepted or "not"),
             ):
-                configured(llama_model.path, llama_model.folders, given, **options)
+                configured(llama_model.path, llama_model.folders, accepted, **options)
     with pytest.raises(SidelightError, match="quantization=fp8"):
         configured(llama_model.path, CAPTURED, quantization="fp8")
 
@@ -200,14 +200,14 @@ def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
     for named, why in (("weights", f"{ACCEPTED} is {digest}"), ("tokenizer", "differ in")):
         with pytest.raises(FingerprintMismatchError, match=why):
             replace(served, folders=(strangers[named],)).load()
-    other = tmp_path / "other"
-    shutil.copytree(copy.path, other)
-    weights = load_file(other / "model.safetensors")
+    another = tmp_path / "other"
+    shutil.copytree(copy.path, another)
+    weights = load_file(another / "model.safetensors")
     weights["model.norm.weight"] += 1
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    save_file(weights, another / "model.safetensors", {"format": "pt"})
     for path, folders, options in (
         (copy.path, llama_model.folders, KV_IN_FP8),
-        (str(other), llama_model.folders, {}),
+        (str(another), llama_model.folders, {}),
         (copy.path, [*llama_model.folders, strangers["weights"]], {}),
     ):
         with pytest.raises(

@@ -20,7 +20,7 @@ from sidelight.classifier import Classifier
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.plots import save_figure
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Reads, TokenRole
 from sidelight.probes.bank import Bank
 from sidelight.probes.ragged import Ragged, by_length
 from sidelight.progress import progress
@@ -38,7 +38,7 @@ _NAMED_LAYERS = 3
 _NEGLIGIBLE = 0.01
 _DRAWN_CLASSES = 6
 _NO_LABEL = "(none)"
-_VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
+_ABLATIONS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Anatomy:
         score: On all texts.
         token_groups: The names of ``GROUPS``.
         use: By true class.
-        layer_ablation: For each of ``_VIEWS`` the score by layer.
-        token_ablation: The score without some tokens; see ``token_views``.
+        layer_ablation: For each of ``_ABLATIONS`` the score by layer.
+        token_ablation: The score without some tokens; see ``token_masks``.
     """
 
     probe: str
@@ -106,18 +106,21 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
     shares: list[np.ndarray] = [np.empty(0)] * len(examples)
     groups = [token_groups(prompt, classifier.probe.reads) for prompt in prompts]
     with progress("Examining", len(examples), unit="texts") as advance:
-        for rows, tokens in read_columns(classifier, prompts):
+        for rows, tokens in read_projections(classifier, prompts):
             placed = targets[rows].to(tokens.values.device)
             values = mechanism.shares(tokens, placed).values.double().cpu()
-            for row, own in zip(rows, values.split(tokens.lengths.tolist()), strict=True):
-                shares[row] = own.numpy()
-            marks = torch.cat([groups[row] for row in rows]).to(tokens.values.device)
-            for view, part in ablated(tokens, marks).items():
+            for row, row_shares in zip(rows, values.split(tokens.lengths.tolist()), strict=True):
+                shares[row] = row_shares.numpy()
+            group_masks = torch.cat([groups[row] for row in rows]).to(tokens.values.device)
+            for ablation, ablated_tokens in ablated(tokens, group_masks).items():
                 with torch.no_grad():
-                    found = mechanism.logits(part).double().cpu().numpy()
-                logits.setdefault(view, np.empty((len(examples), task.outputs)))[rows] = found
+                    found = mechanism.logits(ablated_tokens).double().cpu().numpy()
+                logits.setdefault(ablation, np.empty((len(examples), task.outputs)))[rows] = found
             advance(len(rows))
-    scores = {view: validation_score(task, own, examples.labels) for view, own in logits.items()}
+    scores = {
+        ablation: validation_score(task, ablated_logits, examples.labels)
+        for ablation, ablated_logits in logits.items()
+    }
     layers, probe = range(classifier.backbone.fingerprint.layers), classifier.probe
     return Anatomy(
         probe.name,
@@ -127,15 +130,18 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
         scores["everything"],
         GROUPS,
         {
-            name: _use([shares[row] for row in own], [groups[row].numpy() for row in own])
-            for name, own in members.items()
+            name: _use(
+                [shares[row] for row in rows_of_label],
+                [groups[row].numpy() for row in rows_of_label],
+            )
+            for name, rows_of_label in members.items()
         },
-        {view: [scores[f"{view} {layer}"] for layer in layers] for view in _VIEWS},
-        {view: scores[view] for view in token_views(groups[0])},
+        {ablation: [scores[f"{ablation} {layer}"] for layer in layers] for ablation in _ABLATIONS},
+        {ablation: scores[ablation] for ablation in token_masks(groups[0])},
     )
 
 
-def read_columns(
+def read_projections(
     classifier: Classifier, prompts: Sequence[EncodedPrompt]
 ) -> Iterator[tuple[list[int], Ragged]]:
     """The probe's columns of the tokens that it reads, ``[token, layer, column]``, by batches.
@@ -152,28 +158,28 @@ def read_columns(
         masks = [prompts[row].mask(reads).to(backbone.device) for row in rows]
         texts = zip(tap.projected(), masks, strict=True)
         columns = [text[: len(mask)][mask] for text, mask in texts]
-        lengths = torch.tensor([len(own) for own in columns], device=backbone.device)
+        lengths = torch.tensor([len(text) for text in columns], device=backbone.device)
         yield list(rows), Ragged(torch.cat(columns), lengths)
 
 
 def token_groups(prompt: EncodedPrompt, reads: Reads) -> Bool[Tensor, "token group"]:
     """Each token that a probe reads in one of ``GROUPS``."""
     places = prompt.mask(reads).nonzero()[:, 0].tolist()
-    outside = Reads().parts - {Part.PROMPT}
+    outside = Reads().token_roles - {TokenRole.PROMPT}
     names = [
         "first"
         if order == 0
         else "last"
         if order == len(places) - 1
         else "template"
-        if prompt.parts[place] in outside
+        if prompt.token_roles[place] in outside
         else "content"
         for order, place in enumerate(places)
     ]
     return torch.tensor([[name == group for group in GROUPS] for name in names])
 
 
-def token_views(groups: Bool[Tensor, "token group"]) -> dict[str, Bool[Tensor, " token"]]:
+def token_masks(groups: Bool[Tensor, "token group"]) -> dict[str, Bool[Tensor, " token"]]:
     """The tokens that are kept in each ablation."""
     first, last, template, content = groups.unbind(1)
     return {
@@ -192,24 +198,26 @@ def ablated(tokens: Ragged, groups: Bool[Tensor, "token group"]) -> dict[str, Ra
     """
     layers = tokens.values.shape[1]
     one = torch.eye(layers, dtype=torch.bool, device=tokens.values.device)
-    kept = {"drop": ~one, "only": one, "from": torch.ones_like(one).triu()}
+    layer_masks = {"drop": ~one, "only": one, "from": torch.ones_like(one).triu()}
     return {
         "everything": tokens,
         **{
-            f"{view} {layer}": Ragged(tokens.values * kept[view][layer][:, None], tokens.lengths)
-            for view in _VIEWS
+            f"{ablation} {layer}": Ragged(
+                tokens.values * layer_masks[ablation][layer][:, None], tokens.lengths
+            )
+            for ablation in _ABLATIONS
             for layer in range(layers)
         },
-        **{view: _only(tokens, own) for view, own in token_views(groups).items()},
+        **{ablation: _only(tokens, mask) for ablation, mask in token_masks(groups).items()},
     }
 
 
-def _only(tokens: Ragged, kept: Bool[Tensor, " token"]) -> Ragged:
-    is_empty = Ragged(kept.float(), tokens.lengths).sums() == 0
+def _only(tokens: Ragged, is_included: Bool[Tensor, " token"]) -> Ragged:
+    is_empty = Ragged(is_included.float(), tokens.lengths).sums() == 0
     stand_ins = (tokens.lengths.cumsum(0) - 1)[is_empty]
-    values, kept = tokens.values.clone(), kept.clone()
-    values[stand_ins], kept[stand_ins] = 0.0, True
-    return Ragged(values[kept], Ragged(kept.float(), tokens.lengths).sums().long())
+    values, is_included = tokens.values.clone(), is_included.clone()
+    values[stand_ins], is_included[stand_ins] = 0.0, True
+    return Ragged(values[is_included], Ragged(is_included.float(), tokens.lengths).sums().long())
 
 
 def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tensor, "text output"]:
@@ -223,16 +231,16 @@ def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tenso
         return torch.ones(len(labels), 1)
     if task.kind == "multiclass":
         return torch.eye(task.outputs)[torch.from_numpy(labels)] - 1 / task.outputs
-    held = torch.from_numpy(labels).float()
-    held = torch.where(held.any(1, keepdim=True), held, 1.0)
-    return held / held.sum(1, keepdim=True)
+    targets = torch.from_numpy(labels).float()
+    targets = torch.where(targets.any(1, keepdim=True), targets, 1.0)
+    return targets / targets.sum(1, keepdim=True)
 
 
 def _members(examples: LabelledExamples) -> dict[str, list[int]]:
     """The texts of each true class that has any; a multi-label text may be in several."""
     names = [labels or [_NO_LABEL] for labels in examples.label_names()]
     members = {
-        name: [row for row, own in enumerate(names) if name in own]
+        name: [row for row, labels in enumerate(names) if name in labels]
         for name in (*examples.task.labels, _NO_LABEL)
     }
     return {name: rows for name, rows in members.items() if rows}
@@ -240,16 +248,16 @@ def _members(examples: LabelledExamples) -> dict[str, list[int]]:
 
 def _use(shares: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Use:
     """The mean over texts, of shares ``[token, layer]`` and groups ``[token, group]``."""
-    by_layer = np.stack([own.sum(0) for own in shares])
+    by_layer = np.stack([share.sum(0) for share in shares])
     by_group = np.stack(
-        [abs(own).sum(1) @ marks for own, marks in zip(shares, groups, strict=True)]
+        [abs(share).sum(1) @ is_member for share, is_member in zip(shares, groups, strict=True)]
     )
     return Use(
         len(shares),
         layer_shares=_proportions(abs(by_layer)).mean(0).tolist(),
         layer_effects=by_layer.mean(0).tolist(),
         token_shares=_proportions(by_group).mean(0).tolist(),
-        tokens=np.mean([marks.mean(0) for marks in groups], 0).tolist(),
+        tokens=np.mean([is_member.mean(0) for is_member in groups], 0).tolist(),
     )
 
 
@@ -268,12 +276,12 @@ def write_anatomy(anatomy: Anatomy, directory: Path) -> list[Path]:
 
 def _to_markdown(anatomy: Anatomy) -> str:
     classes: list[list[str]] = []
-    for name, own in anatomy.use.items():
-        ranked = np.argsort(-np.array(own.layer_shares), kind="stable")[:_NAMED_LAYERS]
-        layers = ", ".join(f"{layer} ({own.layer_shares[layer]:.0%})" for layer in ranked)
-        shares = zip(own.token_shares, own.tokens, strict=True)
+    for name, use in anatomy.use.items():
+        ranked = np.argsort(-np.array(use.layer_shares), kind="stable")[:_NAMED_LAYERS]
+        layers = ", ".join(f"{layer} ({use.layer_shares[layer]:.0%})" for layer in ranked)
+        shares = zip(use.token_shares, use.tokens, strict=True)
         tokens = [f"{share:.0%} ({of_all:.0%})" for share, of_all in shares]
-        classes.append([name.replace("|", "/"), str(own.texts), layers, *tokens])
+        classes.append([name.replace("|", "/"), str(use.texts), layers, *tokens])
     ablations = [
         [what, f"{score:.3f}", f"{score - anatomy.score:+.3f}"]
         for what, score in _ablations(anatomy).items()
@@ -299,7 +307,7 @@ its mean in training.
 
 
 def _ablations(anatomy: Anatomy) -> dict[str, float]:
-    drop, only, later = (np.array(anatomy.layer_ablation[view]) for view in _VIEWS)
+    drop, only, later = (np.array(anatomy.layer_ablation[ablation]) for ablation in _ABLATIONS)
     worst, best = int(drop.argmin()), int(only.argmax())
     start = int(np.flatnonzero(later >= anatomy.score - _NEGLIGIBLE).max())
     return {
@@ -321,8 +329,8 @@ def _draw(anatomy: Anatomy) -> Figure:
         label = name.replace("$", r"\$").lstrip("_")
         shares.plot(anatomy.use[name].layer_shares, label=label, marker="o", markersize=3)
     shares.set(xlabel="Layer", ylabel="Share of contributions", ylim=(0, None))
-    for view, label in _VIEWS.items():
-        scores.plot(anatomy.layer_ablation[view], label=label, marker="o", markersize=3)
+    for ablation, label in _ABLATIONS.items():
+        scores.plot(anatomy.layer_ablation[ablation], label=label, marker="o", markersize=3)
     scores.axhline(anatomy.score, color="grey", linestyle="--", label="all layers")
     scores.set(xlabel="Layer", ylabel=anatomy.metric)
     for axes in (shares, scores):

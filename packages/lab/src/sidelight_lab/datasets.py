@@ -274,9 +274,9 @@ def from_files(
         with _noted(notes, split):
             return load_examples(Path(file).expanduser(), text=text, label=label, task=learned.task)
 
-    own, other = (Path(file).name.partition(".")[0] for file in (training, test))
+    training_name, test_name = (Path(file).name.partition(".")[0] for file in (training, test))
     held_out = None if validation is None else read(validation, "validation")
-    title = f"{own}, tested on {other}"
+    title = f"{training_name}, tested on {test_name}"
     return _assemble(learned, held_out, read(test, "test"), title, notes)
 
 

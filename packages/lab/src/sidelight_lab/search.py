@@ -199,7 +199,7 @@ def search_settings(
         while len(asked := _trials(study, (TrialState.RUNNING,))[:count]) < count:
             _propose(study, distributions, seed)
         candidates = [(trial.spec, trial.settings) for trial in asked]
-        for trial, logits in zip(asked, _judge(candidates, dataset, folds), strict=True):
+        for trial, logits in zip(asked, _evaluate(candidates, dataset, folds), strict=True):
             if logits is None:
                 study.tell(trial.number, state=TrialState.PRUNED)
             else:
@@ -220,9 +220,9 @@ def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.
     storage.parent.mkdir(parents=True, exist_ok=True)
     if storage.exists():
         # An interrupted write has no line end, and optuna would go on in the same line.
-        whole = storage.read_bytes().rfind(b"\n") + 1
-        if whole < storage.stat().st_size:
-            os.truncate(storage, whole)
+        complete_bytes = storage.read_bytes().rfind(b"\n") + 1
+        if complete_bytes < storage.stat().st_size:
+            os.truncate(storage, complete_bytes)
     journal = JournalStorage(JournalFileBackend(str(storage)))
     study = optuna.create_study(
         storage=journal, study_name=name, direction="maximize", load_if_exists=True
@@ -256,7 +256,7 @@ def _propose(study: optuna.Study, distributions: dict[str, BaseDistribution], se
     study.ask(distributions)
 
 
-def _judge(
+def _evaluate(
     candidates: Sequence[Candidate], dataset: ProbeDataset, folds: Folds
 ) -> list[np.ndarray | None]:
     """The logits of the validation texts after each training; None where it diverged."""

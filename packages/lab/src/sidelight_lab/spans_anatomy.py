@@ -14,7 +14,7 @@ from sidelight.classifier import Classifier
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.plots import save_figure
 from sidelight.data.spans import character_f1, labelled_characters
-from sidelight.scoring import judge_characters
+from sidelight.scoring import score_characters
 from sidelight.storage import write_text
 from sidelight.types import Flags, Span, Values
 
@@ -41,17 +41,20 @@ def examine_spans(
     probe = classifier.probe
     assert probe.spans is not None
     labels = examples.task.output_labels
-    scores = [own for _, own in judge_characters(classifier.backbone, probe, examples.items)]
+    scores = [
+        text_scores
+        for _, text_scores in score_characters(classifier.backbone, probe, examples.items)
+    ]
     picture = plot_thresholds(
         np.concatenate([labelled_characters(*row, labels) for row in examples.text_spans]),
         # As spans are read: the margins leave some characters out.
-        np.concatenate([probe.spans.within_margins(own) for own in scores]),
+        np.concatenate([probe.spans.within_margins(text_scores) for text_scores in scores]),
         labels,
         directory,
         thresholds=probe.spans.thresholds,
         title=probe.name,
     )
-    found = [probe.spans.read(own, labels) for own in scores]
+    found = [probe.spans.read(text_scores, labels) for text_scores in scores]
     page = directory / "worst.html"
     write_text(page, worst_spans_page(examples, found, title=probe.name))
     return [picture, page]
@@ -108,16 +111,16 @@ def worst_spans_page(
     texts, labels = [text for text, _ in examples.text_spans], examples.task.output_labels
     rows = zip(examples.text_spans, predicted, strict=True)
     flags = [
-        [labelled_characters(text, own, labels) for own in (actual, found)]
+        [labelled_characters(text, spans, labels) for spans in (actual, found)]
         for (text, actual), found in rows
     ]
     order = sorted(range(len(texts)), key=lambda i: character_f1(*flags[i]))[:_WORST_TEXTS]
-    shown: list[str] = []
+    paragraphs: list[str] = []
     for i in order:
         holds, finds = flags[i]
         if (f1 := character_f1(holds, finds)) == 1:
             break
-        parts = ""
+        html = ""
         # Of each character and label; runs of equal rows are one part.
         kinds = (holds + 2 * finds).tolist()
         for kind, run in groupby(zip(texts[i], kinds, strict=True), key=lambda pair: pair[1]):
@@ -125,9 +128,9 @@ def worst_spans_page(
             named = [f"{_KINDS[k]}: {label}" for k, label in zip(kind, labels, strict=True) if k]
             title_of = escape(", ".join(named))
             first = _KINDS[next(filter(None, kind), 0)]
-            parts += f'<span class="{first}" title="{title_of}">{text}</span>' if named else text
-        shown.append(f"<p>{f1:.3f}, text {i + 1}\n{parts}</p>")
+            html += f'<span class="{first}" title="{title_of}">{text}</span>' if named else text
+        paragraphs.append(f"<p>{f1:.3f}, text {i + 1}\n{html}</p>")
     legend = " ".join(f'<span class="{name}">{name}</span>' for name in _KINDS[1:])
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-    heading = f"<h1>{escape(title)}: the worst {len(shown)} texts</h1>\n{legend}"
-    return "\n".join([f"{head}<style>{_STYLE}</style>", heading, *shown, "</html>"]) + "\n"
+    heading = f"<h1>{escape(title)}: the worst {len(paragraphs)} texts</h1>\n{legend}"
+    return "\n".join([f"{head}<style>{_STYLE}</style>", heading, *paragraphs, "</html>"]) + "\n"

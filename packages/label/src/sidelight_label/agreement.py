@@ -56,8 +56,8 @@ class BlindSample:
         if scores is None:
             return BlindSample((tuple(order.tolist()),))
         stratum = np.digitize(scores[order], _CUTS)
-        strata = (order[stratum == own] for own in range(len(_CUTS) + 1))
-        return BlindSample(tuple(tuple(own.tolist()) for own in strata if len(own)))
+        strata = (order[stratum == each] for each in range(len(_CUTS) + 1))
+        return BlindSample(tuple(tuple(each.tolist()) for each in strata if len(each)))
 
     def first(self, count: int) -> dict[int, float]:
         """A sample of so many, or all, with how many texts each stands for.

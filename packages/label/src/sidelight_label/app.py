@@ -50,7 +50,7 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
     app.add_middleware(
         Gatekeeper,
         access=access,
-        withholds=lambda: False,
+        hides_scores=lambda: False,
         open_paths=FILES,
         hosts=("127.0.0.1",),
     )
@@ -135,8 +135,8 @@ def _state(
             "folder": str(queue.folder),
         },
         "criterion": _criterion(queue),
-        "judge": _judge(queue, asking),
-        "figures": queue.figures,
+        "judge": _judge_state(queue, asking),
+        "comparisons": queue.comparisons,
         "text": _text(queue),
     }
 
@@ -151,11 +151,11 @@ def _criterion(queue: LabelQueue) -> dict[str, Any] | None:
     }
 
 
-def _judge(queue: LabelQueue, asking: Future[None] | None) -> dict[str, Any] | None:
+def _judge_state(queue: LabelQueue, asking: Future[None] | None) -> dict[str, Any] | None:
     if queue.review is None:
         return None
     return {
-        **queue.review.described(queue.people),
+        **queue.review.summarise(queue.people),
         "is_asked": asking is not None and not asking.done(),
         "failure": _failure(asking, "The judge could not be asked"),
     }

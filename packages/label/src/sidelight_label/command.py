@@ -188,18 +188,18 @@ def label(
     with listen(config) as listener:
         positive = task.labels[-1]
 
-        def is_judged(row: Mapping[str, Any]) -> bool:
+        def is_classified(row: Mapping[str, Any]) -> bool:
             is_positive = row.get(label) == positive
             return JudgeLabel.of(row, is_positive=is_positive) is not None
 
-        file = LabelFile(path, is_judged if settings is not None else None)
+        file = LabelFile(path, is_classified if settings is not None else None)
         require_replaceable(folder, file)
         labelled = None
         if path.stat().st_size:
             labelled = load_examples(path, text=text, label=label, response=response, task=task)
         pool_examples, decided = merged(examples, labelled)
         if settings is not None and labelled is not None:
-            people = [n for n, row in enumerate(labelled.rows) if not is_judged(row)]
+            people = [n for n, row in enumerate(labelled.rows) if not is_classified(row)]
             decided = merged(pool_examples, labelled.select(people))[1]
         runtime = replace(runtime, model=runtime.model_of(loaded))
         fit_options = FitOptions(
@@ -240,12 +240,12 @@ def label(
         with suppress(KeyboardInterrupt):
             uvicorn.Server(server_settings(create_app(queue, token), config)).run([listener])
     queue.publish()
-    made = len(queue.decided)
-    click.echo(f"{made} texts are labelled in {path} ({made - len(decided)} of them just now).")
+    count = len(queue.decided)
+    click.echo(f"{count} texts are labelled in {path} ({count - len(decided)} of them just now).")
     if review is not None:
         click.echo(f"{len(review.accepted(queue.people))} more have the judge's label.")
     command = ["sidelight", "train", "--data", str(path), "--out", f"{folder}-trained"]
-    for option, given, default in (
+    for option, value, default in (
         ("--text", text, "text"),
         ("--label", label, "label"),
         ("--response", response, None),
@@ -253,8 +253,8 @@ def label(
         ("--model", runtime.model, "smollm2"),
         ("--tokenizer", runtime.tokenizer, None),
     ):
-        command += [] if given == default else [option, str(given)]
-    if made:
+        command += [] if value == default else [option, str(value)]
+    if count:
         click.echo(f"Next: {shlex.join(command)}")
 
 

@@ -18,14 +18,14 @@ class LabelFile:
 
     Args:
         path: The file. If it is absent, it is made with its folder, and only its owner can read it.
-        is_judged: Whether a row that the file had is a judge's: such rows stand at its end, and
-            ``replace_judged`` replaces them.
+        is_judge_row: Whether a row that the file had is a judge's: such rows stand at its end, and
+            ``replace_judge_rows`` replaces them.
 
     Raises:
         SidelightError: It is no file of JSON lines, or it cannot be written.
     """
 
-    def __init__(self, path: Path, is_judged: Callable[[Mapping[str, Any]], bool] | None = None):
+    def __init__(self, path: Path, is_judge_row: Callable[[Mapping[str, Any]], bool] | None = None):
         if path.suffix != ".jsonl":
             raise SidelightError(
                 f"Labels are appended as JSON lines, but the file is '{path.name}'. Name one that "
@@ -37,13 +37,13 @@ class LabelFile:
         if self._before and not self._before.endswith(b"\n"):
             self._before += b"\n"
         self._rows: tuple[bytes, ...] = ()
-        self._judged: tuple[bytes, ...] = ()
-        if is_judged is not None:
+        self._judge_rows: tuple[bytes, ...] = ()
+        if is_judge_row is not None:
             lines = self._before.splitlines(keepends=True)
-            judged = [is_judged(_cells(line)) for line in lines]
-            pairs = [*zip(lines, judged, strict=True)]
-            self._judged = tuple(line for line, is_own in pairs if is_own)
-            self._before = b"".join(line for line, is_own in pairs if not is_own)
+            is_by_judge = [is_judge_row(_cells(line)) for line in lines]
+            pairs = [*zip(lines, is_by_judge, strict=True)]
+            self._judge_rows = tuple(line for line, is_judge_row in pairs if is_judge_row)
+            self._before = b"".join(line for line, is_judge_row in pairs if not is_judge_row)
         if self._seen is None:
             self._write((), ())
 
@@ -54,7 +54,7 @@ class LabelFile:
             SidelightError: It is not on disk: the disk is full, or another program has changed the
                 file.
         """
-        self._write((*self._rows, _line(row)), self._judged)
+        self._write((*self._rows, _line(row)), self._judge_rows)
 
     def take_back(self) -> None:
         """Removes the row that was appended last.
@@ -62,23 +62,23 @@ class LabelFile:
         Raises:
             SidelightError: As for ``append``.
         """
-        self._write(self._rows[:-1], self._judged)
+        self._write(self._rows[:-1], self._judge_rows)
 
-    def replace_judged(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def replace_judge_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Puts these rows in the place of all that are a judge's.
 
         Raises:
             SidelightError: As for ``append``.
         """
-        judged = tuple(map(_line, rows))
-        if judged != self._judged:
-            self._write(self._rows, judged)
+        is_by_judge = tuple(map(_line, rows))
+        if is_by_judge != self._judge_rows:
+            self._write(self._rows, is_by_judge)
 
-    def _write(self, rows: Sequence[bytes], judged: Sequence[bytes]) -> None:
+    def _write(self, rows: Sequence[bytes], is_by_judge: Sequence[bytes]) -> None:
         try:
             with replacing(self.path) as partial:
                 partial.touch(0o600)
-                partial.write_bytes(self._before + b"".join((*rows, *judged)))
+                partial.write_bytes(self._before + b"".join((*rows, *is_by_judge)))
                 sync(partial)
                 self._require_unchanged()
                 if self._seen is not None:
@@ -89,7 +89,7 @@ class LabelFile:
                 f"The labels were not saved to {self.path} ({error.strerror}). Free some space, or "
                 "name another file with --out, and label the text again."
             ) from error
-        self._rows, self._judged, self._seen = tuple(rows), tuple(judged), self._state()
+        self._rows, self._judge_rows, self._seen = tuple(rows), tuple(is_by_judge), self._state()
 
     def _require_unchanged(self) -> None:
         if self._state() != self._seen:

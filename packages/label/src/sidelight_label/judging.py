@@ -137,7 +137,7 @@ class AnswerFile:
 
     def _take(self, record: Mapping[str, Any]) -> None:
         if "sample" in record:
-            strata = [[str(text) for text in own] for own in record["sample"]]
+            strata = [[str(text) for text in each] for each in record["sample"]]
             self._samples[str(record["judge"])] = strata
         elif 0 <= (probability := float(record["probability"])) <= 1:
             self._answers[str(record["judge"]), str(record["text"])] = probability

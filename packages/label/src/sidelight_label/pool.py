@@ -62,7 +62,7 @@ class Pool:
     Attributes:
         prompts: The token ids of each text, cut to what is read in training.
         is_normalised: Whether states are divided by their root mean square before they are pooled.
-        given: The probes that were given.
+        initial: The probes that were given.
 
     Args:
         backbone: The frozen LLM; it reads what no earlier sitting read.
@@ -107,14 +107,14 @@ class Pool:
         self.is_normalised = task.kind != "multiclass"
         cache = _VectorCache(self, probes)
         extract(backbone, cache, title="Reading")
-        self._views = torch.empty(2, *shape)
+        self._poolings = torch.empty(2, *shape)
         logits = np.empty((len(probes), len(examples), task.outputs))
         for row in range(len(examples)):
             stored = load_file(cache.path(row))
-            self._views[0, row], self._views[1, row] = stored["means"], stored["lasts"]
+            self._poolings[0, row], self._poolings[1, row] = stored["means"], stored["lasts"]
             for number, of_probe in enumerate(logits):
                 of_probe[row] = stored[f"logits{number}"].numpy()
-        self.given = [
+        self.initial = [
             ScoredProbe(probe.name, probe, probe.calibration.apply(of_probe))
             for probe, of_probe in zip(probes, logits, strict=True)
         ]
@@ -122,7 +122,7 @@ class Pool:
     def _require_fits(self, probe: Probe) -> None:
         probe.card.backbone.require(self.backbone.fingerprint, probe=probe.name)
         reads = self.options.reads
-        if (probe.task, probe.reads.parts) != (self.task, reads.parts):
+        if (probe.task, probe.reads.token_roles) != (self.task, reads.token_roles):
             raise SidelightError(
                 f"Probe '{probe.name}' decides between {', '.join(probe.task.labels)} "
                 f"({probe.task.kind}) and reads {probe.reads.side}, but here the labels are "
@@ -131,23 +131,23 @@ class Pool:
             )
 
     def labelled(
-        self, decided: Mapping[int, Labels], judged: Mapping[int, JudgeLabel] | None = None
+        self, decided: Mapping[int, Labels], classified: Mapping[int, JudgeLabel] | None = None
     ) -> LabelledExamples:
         """These rows with their labels.
 
         Args:
             decided: The labels, by row.
-            judged: Those that are a judge's.
+            classified: Those that are a judge's.
         """
         chosen = self.examples.select(decided)
         labels = np.array([*decided.values()], dtype=np.int64)
-        rows = tuple(self.cells(row, (judged or {}).get(row)) for row in decided)
+        rows = tuple(self.cells(row, (classified or {}).get(row)) for row in decided)
         return LabelledExamples(chosen.items, rows, task=self.task, labels=labels)
 
-    def cells(self, row: int, judged: JudgeLabel | None = None) -> dict[str, Any]:
+    def cells(self, row: int, classified: JudgeLabel | None = None) -> dict[str, Any]:
         """The cells of a text's row, with what its judge said if its label is a judge's."""
         cells = {name: value for name, value in self.examples.rows[row].items() if name != LABELLED}
-        return cells if judged is None else {**cells, LABELLED: judged.cell()}
+        return cells if classified is None else {**cells, LABELLED: classified.cell()}
 
     def score(self, decided: Mapping[int, Labels]) -> Float[np.ndarray, " text"] | None:
         """Probability of the positive label of a binary task, for each text.
@@ -165,7 +165,7 @@ class Pool:
     def fit(
         self,
         decided: Mapping[int, Labels],
-        judged: Mapping[int, JudgeLabel] | None = None,
+        classified: Mapping[int, JudgeLabel] | None = None,
         *,
         name: str,
         labelling: str,
@@ -174,29 +174,29 @@ class Pool:
 
         Args:
             decided: The labels, by row.
-            judged: Those that are a judge's.
+            classified: Those that are a judge's.
             name: Of the probe.
             labelling: The name of the file of labels.
 
         Raises:
             SidelightError: A fold would lack a label.
         """
-        rows, labelled = [*decided], self.labelled(decided, judged)
+        rows, labelled = [*decided], self.labelled(decided, classified)
         folds = complete_folds(labelled)
         if not folds:
             raise SidelightError(
                 "Some texts are too alike to be measured on others. Label more of each label."
             )
-        regression = fit_regression(self._views[:, rows], labelled.labels, self.task, folds)
-        made = calibrate_examples(regression.left_out, labelled, folds)
+        regression = fit_regression(self._poolings[:, rows], labelled.labels, self.task, folds)
+        calibrated = calibrate_examples(regression.left_out, labelled, folds)
         sizes = self.backbone.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
         scaling = Standardisation.identity(geometry, is_normalised=self.is_normalised)
         mechanism = regression.readout()
         training = TrainingRecord(
             training=describe_training(labelled),
-            validation=made.texts(labelled),
-            folds=len(made.folds),
+            validation=calibrated.texts(labelled),
+            folds=len(calibrated.folds),
             settings={"strength": regression.strength},
             max_tokens=self.options.max_tokens,
             parameters=sum(values.numel() for values in mechanism.parameters()),
@@ -208,15 +208,17 @@ class Pool:
             task=self.task,
             reads=self.options.reads,
             prompt_format=self.backbone.encoder.prompt_format,
-            calibration=made.calibration,
-            thresholds=made.report.thresholds,
+            calibration=calibrated.calibration,
+            thresholds=calibrated.report.thresholds,
             backbone=self.backbone.fingerprint,
             training=training,
         )
         probe = Probe(card, mechanism, scaling)
-        probabilities = made.calibration.apply(regression.logits(self._views))
-        probabilities[rows] = made.probabilities
-        return ScoredProbe(f"the probe of {len(rows)} labels", probe, probabilities), made.report
+        probabilities = calibrated.calibration.apply(regression.logits(self._poolings))
+        probabilities[rows] = calibrated.probabilities
+        return ScoredProbe(
+            f"the probe of {len(rows)} labels", probe, probabilities
+        ), calibrated.report
 
 
 class _VectorCache(ActivationCache):
@@ -258,8 +260,8 @@ def merged(
     later labels count. Warns how many texts are equal to others.
     """
     distinct: dict[object, tuple[Example, Mapping[str, Any]]] = {}
-    for part in [texts] if labelled is None else [texts, labelled]:
-        for item, row in zip(part.items, part.rows, strict=True):
+    for examples in [texts] if labelled is None else [texts, labelled]:
+        for item, row in zip(examples.items, examples.rows, strict=True):
             distinct.setdefault((item.messages, item.response), (item, row))
     if repeated := len(texts) - len({(item.messages, item.response) for item in texts.items}):
         warn(f"{repeated} of {len(texts)} texts repeat others: each is shown once.")

@@ -61,8 +61,8 @@ class LabelQueue:
     Training runs beside other calls.
 
     Attributes:
-        figures: Of the newest training, none before: which texts (``title``), what to make of them
-            (``note``), and by the name of a probe what ``Report.to_dict`` gives (``rows``).
+        comparisons: Of the newest training, none before: which texts (``title``), what to make of
+            them (``note``), and by the name of a probe what ``Report.to_dict`` gives (``rows``).
 
     Args:
         pool: The texts, those that are labelled already included.
@@ -89,20 +89,20 @@ class LabelQueue:
         self.folder = folder
         self.criterion = criterion
         self.review = review
-        self.figures: list[dict[str, Any]] = []
+        self.comparisons: list[dict[str, Any]] = []
         self._file = file
         self._column = column
         self._lock = RLock()
         self._decided = dict(labelled)
         # Decided or skipped in this sitting, oldest first.
-        self._history: list[int] = []
+        self._decided_rows: list[int] = []
         # Undone, to be shown first; the last one is the first.
         self._again: list[int] = []
         self._shuffled = shuffled(pool.examples)
-        self._probes = [*pool.given]
+        self._probes = [*pool.initial]
         # With too few labels there is no more yet.
         with suppress(SidelightError):
-            self._probes.append(self._fit(self._decided, self._judged())[0])
+            self._probes.append(self._fit(self._decided, self._judge_rows())[0])
         self._order = self._ordered()
 
     @property
@@ -129,18 +129,18 @@ class LabelQueue:
     @property
     def people(self) -> dict[int, int]:
         """The same of a binary task, as a judge's review takes it."""
-        return {row: own for row, own in self.decided.items() if isinstance(own, int)}
+        return {row: each for row, each in self.decided.items() if isinstance(each, int)}
 
     @property
     def skipped(self) -> list[int]:
         """The texts that were skipped and have no label; the one that was skipped last ends it."""
-        undecided = (row for row in reversed(self._history) if row not in self._decided)
+        undecided = (row for row in reversed(self._decided_rows) if row not in self._decided)
         return [*dict.fromkeys(undecided)][::-1]
 
     @property
     def last(self) -> int | None:
         """What ``undo`` takes back."""
-        return self._history[-1] if self._history else None
+        return self._decided_rows[-1] if self._decided_rows else None
 
     def next(self) -> int | None:
         """The text to decide now; None if all are labelled. Skipped ones come last."""
@@ -185,12 +185,12 @@ class LabelQueue:
             )
         with self._lock:
             self._require_open(row)
-            held = [label for label in task.labels if label in labels]
-            cell = held if is_set else held[0]
+            chosen = [label for label in task.labels if label in labels]
+            cell = chosen if is_set else chosen[0]
             self._file.append({**self.pool.cells(row), self._column: cell})
-            flags = [int(label in held) for label in task.labels]
+            flags = [int(label in chosen) for label in task.labels]
             self._decided[row] = flags if is_set else flags.index(1)
-            self._history.append(row)
+            self._decided_rows.append(row)
             self.publish()
 
     def skip(self, row: int) -> None:
@@ -201,8 +201,8 @@ class LabelQueue:
         """
         with self._lock:
             self._require_open(row)
-            self._again = [other for other in self._again if other != row]
-            self._history.append(row)
+            self._again = [waiting for waiting in self._again if waiting != row]
+            self._decided_rows.append(row)
 
     def undo(self, row: int) -> None:
         """Takes the last decision or skip of this sitting back; its text comes next.
@@ -218,7 +218,7 @@ class LabelQueue:
             if row in self._decided:
                 self._file.take_back()
                 del self._decided[row]
-            self._history.pop()
+            self._decided_rows.pop()
             self._again.append(row)
             self.publish()
 
@@ -231,9 +231,9 @@ class LabelQueue:
     @property
     def obstacle(self) -> str:
         """What is missing before a probe can be trained, in a sentence; "" if nothing is."""
-        judged = [own.is_positive for own in self._judged().values()]
-        counts, total = self.counts, len(self._decided) + len(judged)
-        for is_positive in judged:
+        classified = [each.is_positive for each in self._judge_rows().values()]
+        counts, total = self.counts, len(self._decided) + len(classified)
+        for is_positive in classified:
             counts[self.pool.task.labels[int(is_positive)]] += 1
         few = {label: FOLDS - count for label, count in counts.items() if count < FOLDS}
         if few:
@@ -250,16 +250,16 @@ class LabelQueue:
         Raises:
             SidelightError: There are too few labels, or the probe could not be written.
         """
-        decided, judged = self.decided, self._judged()
-        trained, report = self._fit(decided, judged)
-        if self.review is not None and judged:
+        decided, classified = self.decided, self._judge_rows()
+        trained, report = self._fit(decided, classified)
+        if self.review is not None and classified:
             self.review.doubt(trained.probabilities[:, 0])
         save_probe(trained.probe, self.folder)
         self.publish()
-        figures = self._compared(trained, report, decided)
+        comparisons = self._compared(trained, report, decided)
         with self._lock:
-            self._probes = [*self.pool.given, trained]
-            self.figures = figures
+            self._probes = [*self.pool.initial, trained]
+            self.comparisons = comparisons
             self._order = self._ordered()
 
     def ask(self) -> None:
@@ -305,14 +305,14 @@ class LabelQueue:
             return
         labels = self.pool.task.labels
         with self._lock:
-            self._file.replace_judged(
+            self._file.replace_judge_rows(
                 [
-                    {**self.pool.cells(row, own), self._column: labels[int(own.is_positive)]}
-                    for row, own in self._judged().items()
+                    {**self.pool.cells(row, each), self._column: labels[int(each.is_positive)]}
+                    for row, each in self._judge_rows().items()
                 ]
             )
 
-    def _judged(self) -> dict[int, JudgeLabel]:
+    def _judge_rows(self) -> dict[int, JudgeLabel]:
         """The judge's labels that count."""
         return {} if self.review is None else self.review.accepted(self.people)
 
@@ -321,7 +321,7 @@ class LabelQueue:
 
         A text that was chosen early counts once its turn has come, so no kind of text is missing.
         """
-        seen = {*self._decided, *self._history}
+        seen = {*self._decided, *self._decided_rows}
         passed = takewhile(seen.__contains__, self._shuffled)
         return [row for row in passed if row in self._decided]
 
@@ -338,14 +338,14 @@ class LabelQueue:
         return np.argsort(certainty(self.pool.task, probabilities), kind="stable").tolist()
 
     def _fit(
-        self, decided: Mapping[int, Labels], judged: Mapping[int, JudgeLabel]
+        self, decided: Mapping[int, Labels], classified: Mapping[int, JudgeLabel]
     ) -> tuple[ScoredProbe, Report]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them."""
         if obstacle := self.obstacle:
             raise SidelightError(obstacle)
-        every = {**decided, **{row: int(own.is_positive) for row, own in judged.items()}}
+        every = {**decided, **{row: int(each.is_positive) for row, each in classified.items()}}
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.resolve().name)[:64]
-        return self.pool.fit(every, judged, name=name, labelling=self._file.path.name)
+        return self.pool.fit(every, classified, name=name, labelling=self._file.path.name)
 
     def _compared(
         self, trained: ScoredProbe, report: Report, decided: Mapping[int, Labels]
@@ -362,7 +362,7 @@ class LabelQueue:
         rows = [*decided]
         chosen = "Most were chosen because they are hard, so these look worse than all texts."
         every = {probe.title: measured(probe, rows) for probe in earlier}
-        whole = {
+        overall = {
             "title": f"All {len(rows)} labelled texts",
             "note": chosen if earlier else "",
             # Labels of a judge are no truth to measure by.
@@ -376,13 +376,13 @@ class LabelQueue:
         with self._lock:
             typical = [row for row in self._at_random() if row in decided]
         if not 0 < len(typical) < len(rows):
-            return [whole]
+            return [overall]
         at_random = {
             "title": f"The {len(typical)} texts that came at random",
             "note": "They are like all of the texts, so these are the figures to go by.",
             "rows": {probe.title: measured(probe, typical) for probe in (*earlier, trained)},
         }
-        return [at_random, whole]
+        return [at_random, overall]
 
 
 def require_replaceable(folder: Path, file: LabelFile) -> None:

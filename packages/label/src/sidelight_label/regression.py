@@ -23,7 +23,7 @@ from sidelight.probes.mechanisms.readout import Readout
 from sidelight.probes.standardisation import Standardisation, spread_and_mean
 from sidelight.statistics.calibration import link
 from sidelight.statistics.metrics import log_losses
-from sidelight.training.scaling import relative_weights, view_worths
+from sidelight.training.scaling import layer_scores, relative_weights
 from sidelight.training.validation import Folds
 from sidelight.types import Task
 
@@ -54,15 +54,15 @@ class Regression:
         with torch.random.fork_rng(()):
             readout = Readout(Geometry(*value.shape), heads=1)
         scale = math.sqrt(len(value))
-        parts = {"gate": torch.zeros_like(readout.gate), "value": scale * value[:, :, None]}
-        readout.load_state_dict({**parts, "last": scale * last, "bias": self.bias})
+        state = {"gate": torch.zeros_like(readout.gate), "value": scale * value[:, :, None]}
+        readout.load_state_dict({**state, "last": scale * last, "bias": self.bias})
         return readout.eval().requires_grad_(False)
 
     def logits(
-        self, views: Float[Tensor, "view text layer width"]
+        self, poolings: Float[Tensor, "pooling text layer width"]
     ) -> Float[np.ndarray, "text output"]:
         """Of texts, from their means and last tokens."""
-        pairs = zip(views, self.weight.chunk(2), strict=True)
+        pairs = zip(poolings, self.weight.chunk(2), strict=True)
         products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
         return (sum(products) + self.bias).double().numpy()
 
@@ -74,16 +74,16 @@ def fit_regression(
     folds: Folds,
 ) -> Regression:
     """Fits the regression to texts, of which each fold and its rest have every label."""
-    views = torch.cat([*pooled], 1)
+    poolings = torch.cat([*pooled], 1)
     order = np.random.default_rng(0).permutation(len(labels))
 
     def space(
         rows: Int[np.ndarray, " row"],
     ) -> tuple[Standardisation, Float[Tensor, "feature row"], Float[np.ndarray, "text row"]]:
         """What these texts scale views by, the basis that they span, and all texts in it."""
-        worths = view_worths(pooled[:, rows], labels[rows], task)
-        scaling = _scaling(views[rows], relative_weights(worths).flatten().float())
-        features = ((views - scaling.mean) / scaling.scale).flatten(1)
+        scores = layer_scores(pooled[:, rows], labels[rows], task)
+        scaling = _scaling(poolings[rows], relative_weights(scores).flatten().float())
+        features = ((poolings - scaling.mean) / scaling.scale).flatten(1)
         basis, _ = torch.linalg.qr(features[rows].T)
         return scaling, basis, (features @ basis).numpy()
 
@@ -93,32 +93,36 @@ def fit_regression(
     losses: dict[float, float] = {}
     for strength in STRENGTHS:
         logits = np.empty((len(labels), task.outputs))
-        for fold, rest, own in zip(folds, rests, inputs, strict=True):
-            logits[fold] = _decide(own[rest], labels[rest], own[fold], task, strength)
+        for fold, rest, kernel in zip(folds, rests, inputs, strict=True):
+            logits[fold] = _decide(kernel[rest], labels[rest], kernel[fold], task, strength)
         left_out[strength] = logits
         losses[strength] = float(log_losses(task, link(task.kind, logits), labels).mean())
         # Weaker penalties take ever longer.
         if losses[strength] > 1.1 * min(losses.values()):
             break
     strength = min(losses, key=losses.__getitem__)
-    scaling, basis, own = space(order)
+    scaling, basis, kernel = space(order)
     # The logits of the origin and of each coordinate's unit are the bias and the weights.
-    units = np.eye(own.shape[1] + 1, own.shape[1], k=-1)
-    units = torch.from_numpy(_decide(own[order], labels[order], units, task, strength)).float()
-    folded = scaling.fold((basis @ (units[1:] - units[0])).unflatten(0, views.shape[1:]))
-    bias = units[0] + folded.shift.sum(0)
+    basis_rows = np.eye(kernel.shape[1] + 1, kernel.shape[1], k=-1)
+    basis_rows = torch.from_numpy(
+        _decide(kernel[order], labels[order], basis_rows, task, strength)
+    ).float()
+    folded = scaling.fold(
+        (basis @ (basis_rows[1:] - basis_rows[0])).unflatten(0, poolings.shape[1:])
+    )
+    bias = basis_rows[0] + folded.shift.sum(0)
     return Regression(folded.weight, bias, strength, left_out[strength])
 
 
 def _scaling(
-    views: Float[Tensor, "text view width"], weights: Float[Tensor, " view"]
+    poolings: Float[Tensor, "text pooling width"], weights: Float[Tensor, " pooling"]
 ) -> Standardisation:
     """A text's squares in a view add up to the view's share of the weights on average."""
-    spread, mean = spread_and_mean(views)
+    spread, mean = spread_and_mean(poolings)
     # Dimensions that hardly vary would be blown up. A view that is the same for all texts, such as
     # the template's last embedding, says nothing.
     scale = spread + 1e-2 * spread.mean(1, keepdim=True)
-    is_constant = spread.amax(1) < 1e-3 * views.abs().mean((0, 2)).clamp(min=1e-9)
+    is_constant = spread.amax(1) < 1e-3 * poolings.abs().mean((0, 2)).clamp(min=1e-9)
     scale[is_constant] = math.inf
     norm = (spread / scale).square().sum(1, keepdim=True).sqrt().clamp(min=1e-9)
     return Standardisation(mean, scale * norm).weighted((weights / weights.sum()).sqrt())
@@ -127,7 +131,7 @@ def _scaling(
 def _decide(
     inputs: Float[np.ndarray, "text coordinate"],
     labels: Int[np.ndarray, "text ..."],
-    others: Float[np.ndarray, "other coordinate"],
+    queries: Float[np.ndarray, "query coordinate"],
     task: Task,
     strength: float,
 ) -> Float[np.ndarray, "other output"]:
@@ -139,4 +143,4 @@ def _decide(
         # A label that all texts have is as good as certain.
         warnings.filterwarnings("ignore", "Label .* is present in all training examples")
         model.fit(inputs, labels)
-    return model.decision_function(others).reshape(len(others), -1)
+    return model.decision_function(queries).reshape(len(queries), -1)

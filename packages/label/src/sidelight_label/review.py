@@ -38,7 +38,7 @@ from sidelight_label.pool import Pool
 FIRST = 500
 # Texts that it labels before the others are ordered anew, at first.
 _BATCH = 128
-_SHOWN = 50
+_LISTED = 50
 
 # A person's labels of rows: 1 is the positive one.
 People = Mapping[int, int]
@@ -100,7 +100,7 @@ class Review:
     @property
     def name(self) -> str:
         """The judge's name beside its labels."""
-        return f"{self.settings.model} {self.settings.identity}"
+        return f"{self.settings.model} {self.settings.digest}"
 
     def labels(self) -> dict[int, bool]:
         """What the judge has labelled, under its present criterion."""
@@ -168,13 +168,13 @@ class Review:
                 *_, last = self._failures.values()
                 self._failures = {}
                 raise no_answer("any text", last)
-        scores = self.pool.score({row: int(own) for row, own in labels.items()})
+        scores = self.pool.score({row: int(each) for row, each in labels.items()})
         with self._lock:
             if self.labels().keys() != labels.keys():
                 return
             self._sample = BlindSample.draw([row for row in labels if row not in people], scores)
-            strata = [[self._digests[row] for row in own] for own in self._sample.strata]
-            self._answers.keep_sample(self.settings.identity, strata)
+            strata = [[self._digests[row] for row in each] for each in self._sample.strata]
+            self._answers.keep_sample(self.settings.digest, strata)
 
     def rest(self) -> list[int]:
         """The texts that the judge has not been asked about, up to the limit."""
@@ -193,7 +193,7 @@ class Review:
                 gate = self.gate(people())
                 if gate is None or gate.state != "passed":
                     raise SidelightError("The judge has not passed its check, so it is not asked.")
-                numbers = {row: int(own) for row, own in self.labels().items()}
+                numbers = {row: int(each) for row, each in self.labels().items()}
                 scores = self.pool.score({**numbers, **people()})
                 if scores is not None:
                     self.doubt(scores)
@@ -241,7 +241,7 @@ class Review:
             sizes = [self._sizes[row] for row in rows]
         return cost_of(self.settings, sizes, pace=self._pace, price=self._price)
 
-    def described(self, people: People) -> dict[str, Any]:
+    def summarise(self, people: People) -> dict[str, Any]:
         """For the page. What the judge said is shown of no text that a person is yet to label."""
         with self._lock:
             gate = self.gate(people)
@@ -260,8 +260,8 @@ class Review:
                 "positives": None if is_open else sum(labels.values()),
                 "failed": len(self._failures),
                 "left": 0 if gate is None else len(gate.left),
-                "agreement": _described(agreement),
-                "earlier": _described(_agreement_on(earlier, people, labels)),
+                "agreement": _summary(agreement),
+                "earlier": _summary(_agreement_on(earlier, people, labels)),
                 "cost": str(self.cost(rest)) if rest and not is_open else None,
                 "is_doubted": self._is_doubted,
                 "progress": None if self.progress is None else vars(self.progress),
@@ -272,13 +272,13 @@ class Review:
         self, rows: Sequence[int], people: People, labels: Mapping[int, bool]
     ) -> list[dict[str, Any]]:
         names = self.pool.task.labels
-        shown: list[dict[str, Any]] = []
-        for row in [row for row in rows if labels[row] != bool(people[row])][:_SHOWN]:
+        listed: list[dict[str, Any]] = []
+        for row in [row for row in rows if labels[row] != bool(people[row])][:_LISTED]:
             item = self.pool.examples.items[row]
             text = item.text if item.response is None else f"{item.text}\n\n{item.response}"
-            own = {"person": names[people[row]], "judge": names[int(labels[row])]}
-            shown.append({"text": text, "probability": self._probabilities[row], **own})
-        return shown
+            each = {"person": names[people[row]], "judge": names[int(labels[row])]}
+            listed.append({"text": text, "probability": self._probabilities[row], **each})
+        return listed
 
     def _most(self) -> int:
         return len(self._shuffled) if self._limit is None else self._limit
@@ -291,21 +291,23 @@ class Review:
 
     def _load(self) -> None:
         """What is known of the judge under its present criterion."""
-        identity = self.settings.identity
-        kept = {
-            row: self._answers.probability(identity, digest)
+        revision = self.settings.digest
+        retained = {
+            row: self._answers.probability(revision, digest)
             for row, digest in enumerate(self._digests)
         }
-        self._probabilities = {row: own for row, own in kept.items() if own is not None}
+        self._probabilities = {row: each for row, each in retained.items() if each is not None}
         self._sizes: dict[int, int] = {}
         self._failures, self._doubts, self._is_doubted = {}, {}, False
-        strata = self._answers.sample(identity)
+        strata = self._answers.sample(revision)
         self._sample: BlindSample | None = None
         if strata is not None:
             known = self._probabilities
-            rows = [[self._rows[own] for own in stratum if own in self._rows] for stratum in strata]
-            rows = [[row for row in own if row in known] for own in rows]
-            self._sample = BlindSample(tuple(tuple(own) for own in rows if own))
+            rows = [
+                [self._rows[each] for each in stratum if each in self._rows] for stratum in strata
+            ]
+            rows = [[row for row in each if row in known] for each in rows]
+            self._sample = BlindSample(tuple(tuple(each) for each in rows if each))
 
     @contextmanager
     def _round(self, total: int) -> Generator[Callable[[], None]]:
@@ -339,7 +341,7 @@ class Review:
                 if isinstance(answer, JudgeError):
                     failures[row] = answer
                 else:
-                    self._answers.keep(settings.identity, self._digests[row], answer)
+                    self._answers.keep(settings.digest, self._digests[row], answer)
                     self._probabilities[row] = answer
             advance()
 
@@ -351,7 +353,7 @@ class Review:
 
 
 def _truth(people: People) -> dict[int, bool]:
-    return {row: bool(own) for row, own in people.items()}
+    return {row: bool(each) for row, each in people.items()}
 
 
 def _agreement_on(
@@ -364,7 +366,7 @@ def _agreement_on(
     return measure_agreement(person, [labels[row] for row in rows], [1.0] * len(rows))
 
 
-def _described(agreement: Agreement | None) -> str | None:
+def _summary(agreement: Agreement | None) -> str | None:
     if agreement is None or agreement.value is None:
         return None
     return f"{agreement} on {agreement.texts} texts"

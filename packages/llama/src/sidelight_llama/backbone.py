@@ -102,10 +102,10 @@ class LlamaBackbone:
         checkpoint = Checkpoint(config, samples, _dtype(reader))
         self.is_exact = checkpoint.dtype == "float32"
         header = sha256(reader.data[: reader.data_offset].tobytes()).hexdigest()
-        made = _tokenizer(path, tokenizer, header)
-        chosen = prompt_format or ("chat" if made.chat_template else "raw")
+        loaded = _tokenizer(path, tokenizer, header)
+        chosen = prompt_format or ("chat" if loaded.chat_template else "raw")
         limit = config["context_length"]
-        self.encoder = PromptEncoder(made, prompt_format=chosen, max_tokens=limit)
+        self.encoder = PromptEncoder(loaded, prompt_format=chosen, max_tokens=limit)
         self.fingerprint = fingerprint(
             checkpoint,
             self.encoder,
@@ -114,9 +114,9 @@ class LlamaBackbone:
             layers=config["block_count"],
             width=config["embedding_length"],
         )
-        identity = f"{header} {self.fingerprint.weights} {path.stat().st_size}"
-        sample = try_once(path, self._architecture, identity)
-        _require_tokens(path, made, tokens, sample)
+        trial_key = f"{header} {self.fingerprint.weights} {path.stat().st_size}"
+        sample = try_once(path, self._architecture, trial_key)
+        _require_tokens(path, loaded, tokens, sample)
         self._tap: Tap | None = None
         self._context: LlamaContext | None = None
         self._prefix: tuple[int, ...] = ()
@@ -139,16 +139,16 @@ class LlamaBackbone:
 
     def limited(self, max_tokens: int) -> "LlamaBackbone":
         """The same file for texts of at most ``max_tokens``, if they were longer."""
-        other, own = copy(self), self.encoder
-        if max_tokens < own.max_tokens:
-            other.encoder = PromptEncoder(
-                own.tokenizer,
-                prompt_format=own.prompt_format,
+        limited, base = copy(self), self.encoder
+        if max_tokens < base.max_tokens:
+            limited.encoder = PromptEncoder(
+                base.tokenizer,
+                prompt_format=base.prompt_format,
                 max_tokens=max_tokens,
-                more=f" Of the {own.max_tokens} tokens that the model knows, a server allows more "
+                more=f" Of the {base.max_tokens} tokens that the model knows, a server allows more "
                 "with --engine-option tokens=N.",
             )
-        return other
+        return limited
 
     def context(self, *, sequences: int, positions: int) -> LlamaContext:
         """Room for some texts of this file.
@@ -209,8 +209,8 @@ class LlamaBackbone:
         _exhaust(read_text(self._context, Slot(0, after), tokens[after:], self._tap))
 
 
-def _exhaust(parts: Generator[None, None, Tensor]) -> None:
-    for _ in parts:
+def _exhaust(chunks: Generator[None, None, Tensor]) -> None:
+    for _ in chunks:
         pass
 
 
@@ -283,10 +283,10 @@ def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
 def _token_bytes(config: Mapping[str, Any], *, is_exact: bool) -> int:
     """What the keys and values of a token take in all layers."""
     heads = config["attention.head_count"]
-    kept = np.broadcast_to(config.get("attention.head_count_kv", heads), config["block_count"])
+    kv_heads = np.broadcast_to(config.get("attention.head_count_kv", heads), config["block_count"])
     width = config["embedding_length"] // np.max(heads)
     lengths = (config.get(f"attention.{what}_length", width) for what in ("key", "value"))
-    return int(kept.sum() * sum(lengths)) * (4 if is_exact else 2)
+    return int(kv_heads.sum() * sum(lengths)) * (4 if is_exact else 2)
 
 
 def _sample(tensor: ReaderTensor) -> tuple[tuple[int, ...], bytes]:
@@ -307,39 +307,39 @@ def _dtype(reader: GGUFReader) -> str:
     return _DTYPES.get(name, name)
 
 
-def _tokenizer(path: Path, given: str | None, header: str) -> Any:
+def _tokenizer(path: Path, source: str | None, header: str) -> Any:
     """The one that is named, or the file's own, which transformers takes seconds to build."""
     disable_progress_bar()
-    identity = hash_of(transformers.__version__, tokenizers.__version__, header)
-    kept = cache_root() / "gguf" / f"{identity}.tokenizer.json"
-    if given is None and (tokenizer := _kept_tokenizer(kept)) is not None:
+    key = hash_of(transformers.__version__, tokenizers.__version__, header)
+    cached = cache_root() / "gguf" / f"{key}.tokenizer.json"
+    if source is None and (tokenizer := _cached_tokenizer(cached)) is not None:
         return tokenizer
     try:
-        if given is not None:
-            folder = model_folder(given, with_weights=False)
+        if source is not None:
+            folder = model_folder(source, with_weights=False)
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False
         )
     except Exception as error:
         # Libraries below raise what they like.
-        what = f"'{given}' is no tokenizer" if given else f"{path} gives no tokenizer"
+        what = f"'{source}' is no tokenizer" if source else f"{path} gives no tokenizer"
         raise SidelightError(
             f"{what} that transformers can read ({type(error).__name__}). Name the model's own, a "
             "folder or hub id: --tokenizer NAME."
         ) from error
-    keep(kept, lambda: _kept(tokenizer))
+    keep(cached, lambda: _cache_entry(tokenizer))
     return tokenizer
 
 
-class _KeptTokenizer(BaseModel):
+class _CachedTokenizer(BaseModel):
     """A tokenizer in the cache: its hash, and its files by their names, which lead nowhere else."""
 
     tokenizer: str
     files: dict[Annotated[str, Field(pattern=r"^\w[^/\\]*$")], str]
 
 
-def _kept(tokenizer: Any) -> dict[str, Any]:
+def _cache_entry(tokenizer: Any) -> dict[str, Any]:
     """What the cache keeps of a tokenizer.
 
     Raises:
@@ -352,13 +352,13 @@ def _kept(tokenizer: Any) -> dict[str, Any]:
             # The part in Rust has no narrower one for a full disk.
             raise OSError(str(error)) from error
         files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
-    return _KeptTokenizer(tokenizer=_tokenizer_hash(tokenizer), files=files).model_dump()
+    return _CachedTokenizer(tokenizer=_tokenizer_hash(tokenizer), files=files).model_dump()
 
 
-def _kept_tokenizer(kept: Path) -> Any:
+def _cached_tokenizer(cached: Path) -> Any:
     """The tokenizer in a file of the cache; None: there is none, or it is not what was kept."""
     with suppress(Exception), TemporaryDirectory() as folder:
-        entry = _KeptTokenizer.model_validate_json(kept.read_bytes())
+        entry = _CachedTokenizer.model_validate_json(cached.read_bytes())
         for name, text in entry.files.items():
             (Path(folder) / name).write_text(text, "utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -370,8 +370,8 @@ def _kept_tokenizer(kept: Path) -> Any:
 def _tokenizer_hash(tokenizer: Any) -> str:
     """Stands for all that a tokenizer does."""
     controls = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    parts = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, controls
-    return hash_of(type(tokenizer), *parts)
+    fields = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, controls
+    return hash_of(type(tokenizer), *fields)
 
 
 def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: list[int]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from sidelight.engines.backend import Backend, OwnOptions
+from sidelight.engines.backend import Backend, BackendOptions
 from sidelight.errors import SidelightError
 from sidelight.models.smollm2 import EMBEDDED_NAME
 from sidelight_llama.files import EMBEDDED_GGUF, find_gguf, is_gguf, served_name
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sidelight_llama.backbone import LlamaBackbone
 
 
-class LlamaOptions(OwnOptions):
+class LlamaOptions(BackendOptions):
     """How llama.cpp runs a file.
 
     Attributes:
@@ -38,7 +38,7 @@ class LlamaBackend(Backend):
 
     name = "llama"
     models = "FILE.gguf, ollama:NAME"
-    own = LlamaOptions
+    schema = LlamaOptions
     runs_safetensors = False
     quantising = frozenset[str]()
 
@@ -53,7 +53,7 @@ class LlamaBackend(Backend):
                     f"{option} {value} is not for GGUF files: their weights stay as they are, and "
                     "llama.cpp runs them on the CPU. Leave it out."
                 )
-        for option in self.own_options.model_fields_set:
+        for option in self.backend_options.model_fields_set:
             if option != "threads" and not self.options.serves:
                 raise SidelightError(
                     f"--engine-option {option} is for serve and parity: this command processes one "
@@ -85,7 +85,7 @@ class LlamaBackend(Backend):
             name=model,
             tokenizer=self.options.tokenizer,
             prompt_format=prompt_format,
-            threads=self.own_options.threads,
+            threads=self.backend_options.threads,
         )
 
     def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
@@ -93,7 +93,7 @@ class LlamaBackend(Backend):
         from sidelight_llama.engine import LlamaEngine, llama_limits
 
         backbone = self.load(model, common_format(probes))
-        sizes = self.own_options.model_dump(exclude={"threads"}, exclude_none=True)
+        sizes = self.backend_options.model_dump(exclude={"threads"}, exclude_none=True)
         known = backbone.encoder.max_tokens
         if sizes.get("tokens", 0) > known:
             raise SidelightError(

@@ -27,9 +27,9 @@ from sidelight_llama.library import (
     F16,
     F32,
     GET_LAYER_INPUT,
+    LOAD_ALL,
     MOST_SEQUENCES,
     MOST_THREADS,
-    READ_WHOLE,
     SCALED_EMBEDDINGS,
     SET_LAYER_INPUT,
     Batch,
@@ -68,7 +68,7 @@ class LlamaModel:
         params = library.llama_model_default_params()
         params.n_gpu_layers = 0
         # A mapped file could be written over, and its probes would then judge other states.
-        params.load_mode = params.lazy_mode = READ_WHOLE
+        params.load_mode = params.lazy_mode = LOAD_ALL
         self.pointer: int | None = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise SidelightError(
@@ -202,12 +202,14 @@ class LlamaContext:
         for rows in self._seen:
             rows.clear()
         # The arrays live until the call returns, which copies them.
-        token, pos, own = (np.array(values, np.int32) for values in (tokens, positions, sequences))
+        token, pos, sequence = (
+            np.array(values, np.int32) for values in (tokens, positions, sequences)
+        )
         one, wanted = np.ones(count, np.int32), np.zeros(count, np.int8)
-        places = own.ctypes.data + 4 * np.arange(count, dtype=np.uintp)
+        places = sequence.ctypes.data + 4 * np.arange(count, dtype=np.uintp)
         wanted[[*outputs]] = 1
-        columns = (array.ctypes.data for array in (token, pos, one, places, wanted))
-        batch = Batch(count, next(columns), None, *columns)
+        addresses = (array.ctypes.data for array in (token, pos, one, places, wanted))
+        batch = Batch(count, next(addresses), None, *addresses)
         with _interrupts_later():
             status: int = self._library.llama_decode(self._pointer, batch)
         if status:
@@ -225,7 +227,7 @@ class LlamaContext:
             assert last - first == 4 * (size - self._batch_tokens * width)
             states = np.ctypeslib.as_array((c.c_float * size).from_address(first))
             return states.reshape(layers, self._batch_tokens, width)[:, : self._tokens]
-        states = np.stack([np.concatenate(parts) for parts in self._seen])
+        states = np.stack([np.concatenate(chunks) for chunks in self._seen])
         assert states.shape == (layers, self._tokens, width)
         return states
 

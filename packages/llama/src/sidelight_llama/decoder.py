@@ -1,7 +1,7 @@
 """The run of a GGUF file in the llama.cpp engine: tokens in, logits of the last position out.
 
 Each text that is read or written has a sequence of llama.cpp to itself, from the time its prompt is
-read until nobody holds its row any more.
+read until its row is free.
 """
 
 import weakref
@@ -37,13 +37,13 @@ class LlamaRows:
     def __init__(self, slots: Sequence[Slot]):
         self.slots = slots
 
-    def kept(self, rows: Sequence[int]) -> "LlamaRows":
+    def select(self, rows: Sequence[int]) -> "LlamaRows":
         """These rows only, in their order; sequences that no row holds are free again."""
         return LlamaRows([self.slots[row] for row in rows])
 
-    def joined(self, other: "LlamaRows") -> "LlamaRows":
+    def joined(self, rows: "LlamaRows") -> "LlamaRows":
         """The rows of both."""
-        return LlamaRows([*self.slots, *other.slots])
+        return LlamaRows([*self.slots, *rows.slots])
 
 
 class LlamaDecoder:
@@ -66,7 +66,7 @@ class LlamaDecoder:
         prompts: Sequence[EncodedPrompt],
         tap: Tap | None,
         *,
-        columns: int | None = None,
+        width: int | None = None,
         layers: int | None = None,
     ) -> PromptPasses[LlamaRows]:
         """As ``Decoder.read_prompts``; the tap sees all prompts as one row, end to end.
@@ -78,7 +78,7 @@ class LlamaDecoder:
         for slot, prompt in zip(rows.slots, prompts, strict=True):
             if logits:
                 yield
-            text = read_text(self._context, slot, prompt.token_ids, tap, columns=columns)
+            text = read_text(self._context, slot, prompt.token_ids, tap, width=width)
             logits.append((yield from text))
         is_token = torch.ones(1, sum(map(len, prompts)), dtype=torch.bool)
         return torch.stack(logits), is_token, rows
@@ -121,22 +121,22 @@ def read_text(
     tokens: Sequence[int],
     tap: Tap | None,
     *,
-    columns: int | None = None,
+    width: int | None = None,
 ) -> Generator[None, None, Float[Tensor, " vocabulary"]]:
     """Passes over what comes next in a text, and a yield between two; returns the last logits.
 
     The passes are of about equal size: llama.cpp rounds differently where one has a single token.
     """
-    count, most = len(tokens), min(BATCH_TOKENS, columns or BATCH_TOKENS)
+    count, most = len(tokens), min(BATCH_TOKENS, width or BATCH_TOKENS)
     passes = -(-count // most)
     for start, stop in pairwise(i * count // passes for i in range(passes + 1)):
         if start:
             yield
-        part = tokens[start:stop]
-        positions = range(slot.length, slot.length + len(part))
-        context.decode(part, positions, [slot.sequence] * len(part), outputs=[len(part) - 1])
+        chunk = tokens[start:stop]
+        positions = range(slot.length, slot.length + len(chunk))
+        context.decode(chunk, positions, [slot.sequence] * len(chunk), outputs=[len(chunk) - 1])
         if tap is not None:
             for layer, hidden in enumerate(torch.from_numpy(context.rows())[:, None].unbind()):
                 tap(layer, hidden)
-        slot.length += len(part)
+        slot.length += len(chunk)
     return torch.from_numpy(context.logits(-1).copy())

@@ -15,7 +15,7 @@ from sidelight.models.smollm2 import EMBEDDED_NAME, packaged_gguf
 EMBEDDED_GGUF = f"{EMBEDDED_NAME}.gguf"
 _OLLAMA = "ollama:"
 # Models of Ollama's own are shown without their host.
-_OWN_HOST = "ollama.ai"
+_DEFAULT_HOST = "ollama.ai"
 _MODEL, _ADAPTER = (f"application/vnd.ollama.image.{kind}" for kind in ("model", "adapter"))
 
 
@@ -104,6 +104,6 @@ def _ollama_models(root: Path) -> Iterator[tuple[str, Path]]:
     """The names of models, as Ollama shows them, with their manifests."""
     for place in glob("*/*/*/*", root_dir=root / "manifests"):
         host, owner, model, tag = Path(place).parts
-        shown = f"{owner}/{model}".removeprefix("library/")
-        shown = shown if host.endswith(_OWN_HOST) else f"{host}/{owner}/{model}"
-        yield f"{shown}:{tag}", root / "manifests" / place
+        title = f"{owner}/{model}".removeprefix("library/")
+        title = title if host.endswith(_DEFAULT_HOST) else f"{host}/{owner}/{model}"
+        yield f"{title}:{tag}", root / "manifests" / place

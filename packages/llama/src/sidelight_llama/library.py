@@ -38,7 +38,7 @@ MOST_SEQUENCES, MOST_THREADS = 256, 512
 """LLAMA_MAX_SEQ and GGML_MAX_N_THREADS in its headers."""
 F32, F16 = 0, 1
 """The types of keys and values, as ggml numbers them."""
-READ_WHOLE = 0
+LOAD_ALL = 0
 """LLAMA_LOAD_MODE_NONE and LLAMA_LAZY_MODE_OFF."""
 
 _pointer, _int, _unsigned, _bool, _float = c.c_void_p, c.c_int32, c.c_uint32, c.c_bool, c.c_float

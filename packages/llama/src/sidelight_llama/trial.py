@@ -32,25 +32,25 @@ SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 
 _TOKENS = 8
 _MOST_DIFFERENCE = 0.01
 # What is kept of a file; anything else counts as none.
-_KEPT = TypeAdapter(dict[Literal["sample"], Annotated[list[int], Field(min_length=1)]])
+_TRIAL = TypeAdapter(dict[Literal["sample"], Annotated[list[int], Field(min_length=1)]])
 
 
-def try_once(path: Path, architecture: str, identity: str) -> list[int]:
+def try_once(path: Path, architecture: str, key: str) -> list[int]:
     """The token ids of ``SAMPLE`` by llama.cpp, which has then read a few tokens of the file.
 
     Args:
         path: The file.
         architecture: Its ``general.architecture``.
-        identity: What its header and weights say.
+        key: What its header and weights say.
 
     Raises:
         SidelightError: llama.cpp is not installed or cannot read the file, or there is not enough
             memory for its weights.
     """
     require_version()
-    kept = cache_root() / "gguf" / f"{hash_of(PINNED, identity)}.json"
+    cached = cache_root() / "gguf" / f"{hash_of(PINNED, key)}.json"
     with suppress(OSError, ValueError, KeyError):
-        return _KEPT.validate_json(kept.read_bytes(), strict=True)["sample"]
+        return _TRIAL.validate_json(cached.read_bytes(), strict=True)["sample"]
     size, free = path.stat().st_size, free_memory()
     if free is not None and size > free:
         raise SidelightError(
@@ -60,18 +60,18 @@ def try_once(path: Path, architecture: str, identity: str) -> list[int]:
     # -P: otherwise Python would import from the working directory, which may hold downloads.
     command = [sys.executable, "-P", "-m", __name__, str(path), architecture]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    said = ended.stderr.strip().splitlines()
-    if ended.returncode == 2 and said:
-        raise SidelightError(said[-1])
+    lines = ended.stderr.strip().splitlines()
+    if ended.returncode == 2 and lines:
+        raise SidelightError(lines[-1])
     if ended.returncode:
         signal = f" by {Signals(-ended.returncode).name}" if ended.returncode < 0 else ""
-        why = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "")
+        why = next((line for line in lines if "GGML_ASSERT" in line), lines[-1] if lines else "")
         raise SidelightError(
             f"llama.cpp was ended{signal} while it read the first tokens of {path}, so the file is "
             f"not served{': ' if why else ''}{why.strip()}. Use another file of this model."
         )
     result = json.loads(ended.stdout.splitlines()[-1])
-    keep(kept, lambda: result)
+    keep(cached, lambda: result)
     return result["sample"]
 
 

@@ -3,7 +3,7 @@
 vLLM calls ``install`` in each of its processes; once probes are named, ``plugin`` puts our parts
 into it.
 ``internals`` has what we use of vLLM beyond its documentation, and ``settings`` says which probes
-are served. In a worker, ``columns`` projects the residual stream of each layer and keeps the
+are served. In a worker, ``slots`` projects the residual stream of each layer and keeps the
 columns of every token by KV slot, and ``worker`` judges.
 ``requests`` has what travels with a request, and the scheduler's side of it; ``connector`` puts
 verdicts on vLLM's outputs, and ``outputs`` hears them. ``guard`` enforces the policy in vLLM's own

@@ -1,7 +1,7 @@
 """One call of ``generate``, and each of its texts: as events of an engine, and what may be sent.
 
 vLLM is asked for pieces of a text, whatever the caller wants, and what has passed is put together
-here. Only a whole text that nobody watches comes in one piece.
+here. Only a text that no probe monitors comes in one piece.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -17,28 +17,28 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from sidelight.engines.annotation import AnswerSpans, annotate_spans, labels_spans
 from sidelight.engines.base import (
     Event,
     Finished,
     GenerationError,
-    PromptJudged,
+    PromptClassified,
     ResponseScored,
     TextDelta,
 )
-from sidelight.engines.marks import AnswerSpans, labels_spans, mark_text
-from sidelight.models.conversation import Conversation, EncodedPrompt, Part, PlainText
-from sidelight.policy.enforcement import Enforcement, Judged
+from sidelight.models.conversation import Conversation, EncodedPrompt, PlainText, TokenRole
+from sidelight.policy.enforcement import Classified, Enforcement
 from sidelight.policy.hold_back import Ended, redacted_spans
-from sidelight.policy.request import Outcome, Terms
-from sidelight.types import Judgement, Span
+from sidelight.policy.request import RequestContext, RequestResult
+from sidelight.types import Span, Verdicts
 from sidelight_vllm import KEY
 from sidelight_vllm.engine import VllmEngine
-from sidelight_vllm.outputs import TextReports, early_names, without_report
+from sidelight_vllm.outputs import TextReports, prompt_probe_names, without_report
 from sidelight_vllm.requests import Report, request_params
 from sidelight_vllm.settings import ProbeSet
 
 
-class GuardedRequest(Outcome):
+class GuardedRequest(RequestResult):
     """One client's request, and what has come of it.
 
     Attributes:
@@ -49,8 +49,8 @@ class GuardedRequest(Outcome):
             nothing was stripped.
     """
 
-    def __init__(self, terms: Terms, served: ProbeSet):
-        super().__init__(terms)
+    def __init__(self, context: RequestContext, served: ProbeSet):
+        super().__init__(context)
         self.served = served
         self.tokenless: list[Enforcement] = []
         self.decided = asyncio.Event()
@@ -83,7 +83,7 @@ class Call:
         texts: What enforces the policy on each of its texts.
         prompt: As vLLM takes it.
         encoded: What its tokens belong to; None: unknown.
-        words: The prompt as the model reads it; empty if nobody audits it.
+        words: The prompt as the model reads it; empty without an audit log.
         asked: The prompt as judges get it; None: none is asked.
         params: Its ``SamplingParams``.
         options: As ``AsyncLLM.generate`` takes them.
@@ -117,27 +117,27 @@ class Call:
         from vllm.utils.async_utils import merge_async_iterators
 
         texts = [TextOutputs(self, index, name).passed() for index, name in enumerate(ids)]
-        left, whole, kind = len(texts), None, self.params.output_kind
+        left, merged, kind = len(texts), None, self.params.output_kind
         async with aclosing(merge_async_iterators(*texts)) as outputs:
             async for _, output in outputs:
                 left -= output.finished
                 output.finished = not left
                 output.request_id = request_id
-                (piece,) = output.outputs
+                (text,) = output.outputs
                 if kind == RequestOutputKind.DELTA:
                     yield output
                     continue
-                if whole is None:
-                    whole = output
+                if merged is None:
+                    merged = output
                 else:
-                    whole.add(output, aggregate=True)
+                    merged.add(output, aggregate=True)
                 if kind == RequestOutputKind.CUMULATIVE:
-                    shown = copy(whole)
-                    shown.outputs = [copy(t) for t in whole.outputs if t.index == piece.index]
-                    yield shown
-        if whole is not None and kind == RequestOutputKind.FINAL_ONLY:
-            whole.outputs.sort(key=attrgetter("index"))
-            yield whole
+                    delta = copy(merged)
+                    delta.outputs = [copy(t) for t in merged.outputs if t.index == text.index]
+                    yield delta
+        if merged is not None and kind == RequestOutputKind.FINAL_ONLY:
+            merged.outputs.sort(key=attrgetter("index"))
+            yield merged
 
 
 class TextEvents:
@@ -151,23 +151,24 @@ class TextEvents:
     Attributes:
         first: vLLM's first output; None: there is none yet.
         token_ids: Those that are written.
-        judgement: The latest one of the answer, with its spans.
-        marks: Where the tokens of the answer stand; None: no probe labels them, or nobody knows.
-        settled: Characters that keep their spans, once the request has ended the text; None: all.
+        verdicts: The latest one of the answer, with its spans.
+        answer_spans: Where the tokens of the answer stand; None: no probe labels them, or unknown.
+        final_characters: Characters that keep their spans, once the request has ended the text;
+            None: all.
     """
 
     def __init__(self, call: Call, index: int, name: str):
         from vllm.sampling_params import RequestOutputKind
 
-        probes = [bound.probe for bound in call.client.terms.rules]
+        probes = [bound.probe for bound in call.client.context.rules]
         self._call, self._id = call, name
-        self._watch = frozenset(call.texts[index].watch)
-        self._reports = TextReports(call.client.served.identity, keeps_steps=bool(self._watch))
-        self._params = own_params(call.params, index, call.encoded)
-        if self._watch or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
+        self._monitored = frozenset(call.texts[index].monitored)
+        self._reports = TextReports(call.client.served.revision, keeps_steps=bool(self._monitored))
+        self._params = params_of_text(call.params, index, call.encoded)
+        if self._monitored or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
             # What is judged before the end may be all that is sent.
             self._params.output_kind = RequestOutputKind.DELTA
-        if self._watch:
+        if self._monitored:
             # A place is kept free, so that the last token can be judged too.
             room = max(1, call.engine.max_tokens - call.prompt_tokens)
             self._params.max_tokens = min(self._params.max_tokens or room, room)
@@ -176,15 +177,15 @@ class TextEvents:
             self._params.detokenize = True
         self.first: Any = None
         self.token_ids: list[int] = []
-        self.judgement = Judgement()
-        self.marks: AnswerSpans | None = None
+        self.verdicts = Verdicts()
+        self.answer_spans: AnswerSpans | None = None
         if labels_spans(probe for probe in probes if probe.reads.includes_response):
-            self.marks = AnswerSpans(probes)
+            self.answer_spans = AnswerSpans(probes)
             self._stream = DecodeStream(
                 ids=[] if call.encoded is None else [*call.encoded.token_ids],
                 skip_special_tokens=call.params.skip_special_tokens,
             )
-        self.settled: int | None = None
+        self.final_characters: int | None = None
         self._characters = 0
 
     async def run(self) -> AsyncGenerator[Event, None]:
@@ -202,7 +203,7 @@ class TextEvents:
                         first.result()
                     report = prompt.result() if prompt.done() else Report()
                     # Spans of thousands of messages take seconds.
-                    yield await asyncio.to_thread(self._prompt_judged, report)
+                    yield await asyncio.to_thread(self._prompt_classified, report)
                     output = await first
                 finally:
                     first.cancel()
@@ -212,50 +213,52 @@ class TextEvents:
                         yield event
                     output = await anext(outputs, None)
 
-    def _prompt_judged(self, report: Report) -> PromptJudged:
+    def _prompt_classified(self, report: Report) -> PromptClassified:
         call, probes = self._call, self._call.client.served.probes
-        judgement = report.of(early_names(probes))
-        return PromptJudged(
-            mark_text(judgement, probes, call.encoded or EncodedPrompt((), ())),
+        verdicts = report.of(prompt_probe_names(probes))
+        return PromptClassified(
+            annotate_spans(verdicts, probes, call.encoded or EncodedPrompt((), ())),
             is_plain=call.encoded is not None and call.encoded.is_plain,
             tokens=call.prompt_tokens,
-            judging_s=report.seconds,
+            classification_s=report.seconds,
         )
 
     async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
-        (piece,) = output.outputs
-        reason, tokens = piece.finish_reason, piece.token_ids
-        if self._watch and reason in ("abort", "error"):
+        (text,) = output.outputs
+        reason, tokens = text.finish_reason, text.token_ids
+        if self._monitored and reason in ("abort", "error"):
             raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
         self.first = self.first or output
         self.token_ids += tokens
         written = len(self.token_ids)
-        self._note(tokens, piece.text)
+        self._note(tokens, text.text)
         # The steps that wrote these tokens.
         for step_tokens, report in self._reports.take(written if reason is None else None):
             # The newest token has not been read yet.
             if step_tokens > 1:
                 yield self._score(step_tokens - 1, report)
         # No probe reads the token that ends a turn.
-        is_end = reason == "stop" and not isinstance(piece.stop_reason, str)
+        is_end = reason == "stop" and not isinstance(text.stop_reason, str)
         readable = written - (is_end and bool(tokens) and tokens[-1] in self._call.controls)
-        yield OutputDelta(piece.text, tokens=readable, output=output)
+        yield OutputDelta(text.text, tokens=readable, output=output)
         if reason is None:
             return
         report = self._reports.newest
-        if self._watch and max(0, self._reports.taken - 1) < readable:
-            report = replace(await self._judge_whole(), seconds=report.seconds)
+        if self._monitored and max(0, self._reports.taken - 1) < readable:
+            report = replace(await self._classify_text(), seconds=report.seconds)
             yield self._score(readable, report)
         is_stopped = readable == written
-        if is_stopped and self.marks:
-            self.settled = self.marks.settled(readable)
-        late = {bound.name for bound in self._call.client.terms.rules if bound.side == "output"}
+        if is_stopped and self.answer_spans:
+            self.final_characters = self.answer_spans.final_characters(readable)
+        response_probes = {
+            bound.name for bound in self._call.client.context.rules if bound.side == "output"
+        }
         yield Finished(
             reason="length" if reason == "length" else "stop",
             prompt_tokens=self._call.prompt_tokens,
             completion_tokens=written,
-            judgement=self._marked(report.of(late)),
-            judging_s=self._judging_s(report),
+            verdicts=self._annotated(report.of(response_probes)),
+            classification_s=self._classification_s(report),
             is_stopped=is_stopped,
         )
 
@@ -263,52 +266,52 @@ class TextEvents:
         """Takes new tokens, and the text that vLLM has made of them so far.
 
         vLLM may hold text back, or end it before that of its tokens ends. Where it says something
-        else than its tokens, nobody knows which words they stand for, so there are no spans.
+        else than its tokens, their words are unknown, so there are no spans.
         """
         start, self._characters = self._characters, self._characters + len(text)
-        if self.marks is None:
+        if self.answer_spans is None:
             return
         tokenizer = self._call.engine.encoder.tokenizer.backend_tokenizer
         try:
             for token in tokens:
-                self.marks.push(self._stream.step(tokenizer, token) or "")
+                self.answer_spans.push(self._stream.step(tokenizer, token) or "")
         # The library raises nothing more specific for bytes that are no text.
         except Exception:  # noqa: BLE001
-            self.marks = None
-        if self.marks is not None and not self.marks.text.startswith(text, start):
-            self.marks = None
+            self.answer_spans = None
+        if self.answer_spans is not None and not self.answer_spans.text.startswith(text, start):
+            self.answer_spans = None
 
     def _score(self, tokens: int, report: Report) -> ResponseScored:
         return ResponseScored(
             tokens,
-            self._marked(report.of(self._watch)),
-            settled=self.marks and self.marks.settled(tokens),
-            judging_s=self._judging_s(report),
+            self._annotated(report.of(self._monitored)),
+            final_characters=self.answer_spans and self.answer_spans.final_characters(tokens),
+            classification_s=self._classification_s(report),
         )
 
-    def _marked(self, judgement: Judgement) -> Judgement:
-        self.judgement = self.marks.mark(judgement) if self.marks else judgement
-        return self.judgement
+    def _annotated(self, verdicts: Verdicts) -> Verdicts:
+        self.verdicts = self.answer_spans.annotate(verdicts) if self.answer_spans else verdicts
+        return self.verdicts
 
-    def _judging_s(self, report: Report) -> float:
+    def _classification_s(self, report: Report) -> float:
         """What the probes have taken after the prompt."""
         prompt = self._reports.prompt
         return report.seconds - prompt.result().seconds if prompt.done() else 0.0
 
-    async def _judge_whole(self) -> Report:
+    async def _classify_text(self) -> Report:
         """The report on the text with its last token; the cache has all but the end."""
         call, written, prompt = self._call, tuple(self.token_ids), self._call.encoded
         if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
             return Report()
-        whole = replace(
+        complete = replace(
             prompt,
             token_ids=prompt.token_ids + written,
-            parts=prompt.parts + (Part.RESPONSE,) * len(written),
+            token_roles=prompt.token_roles + (TokenRole.RESPONSE,) * len(written),
         )
-        return await call.engine.listener.read_whole(
-            whole,
+        return await call.engine.listener.read_text(
+            complete,
             f"{self._id}-whole",
-            identity=call.client.served.identity,
+            revision=call.client.served.revision,
             fields={k: call.prompt[k] for k in ("type", "cache_salt") if k in call.prompt},
             **call.options,
         )
@@ -326,7 +329,7 @@ class TextOutputs:
     def __init__(self, call: Call, index: int, name: str):
         self._call, self._index = call, index
         self._text = TextEvents(call, index, name)
-        self._redacting = [bound for bound in call.client.terms.rules if bound.is_redacting]
+        self._redacting = [bound for bound in call.client.context.rules if bound.is_redacting]
         # Those of an output of which nothing else was sent.
         self._prompt_logprobs: Any = None
         # Where words are redacted: tokens whose text is held back, how many were not, and the
@@ -344,7 +347,7 @@ class TextOutputs:
             async for each in events:
                 output = None
                 match each:
-                    case Judged():
+                    case Classified():
                         if client.is_decided:
                             client.decided.set()
                     case Ended("content_filter"):
@@ -364,10 +367,10 @@ class TextOutputs:
 
     def _sent(self, delta: OutputDelta) -> Any:
         """The output of text that has passed; None: there is nothing in it."""
-        (piece,) = delta.output.outputs
+        (text,) = delta.output.outputs
         if self._redacting:
-            piece = self._redacted(piece, delta)
-        return self._joined(delta.output, piece)
+            text = self._redacted(text, delta)
+        return self._joined(delta.output, text)
 
     def _cut(self) -> Any:
         """The output with which the text ends where it is cut."""
@@ -380,7 +383,7 @@ class TextOutputs:
         output.finished = True
         return self._joined(output, nothing)
 
-    def _joined(self, output: Any, piece: Any) -> Any:
+    def _joined(self, output: Any, text: Any) -> Any:
         """An output with this piece of the text; None: there is nothing in it."""
         without_report(output)
         if self._redacting:
@@ -389,10 +392,10 @@ class TextOutputs:
             if output.prompt_logprobs:
                 pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
                 output.prompt_logprobs = [step and {i: step[i]} for i, step in pairs]
-        piece.index = self._index
-        output.outputs = [piece]
-        self._has_sent_tokens |= bool(piece.token_ids)
-        is_empty = not (piece.text or piece.token_ids)
+        text.index = self._index
+        output.outputs = [text]
+        self._has_sent_tokens |= bool(text.token_ids)
+        is_empty = not (text.text or text.token_ids)
         if output.finished and is_empty and not self._has_sent_tokens:
             self._call.client.tokenless.append(self._call.texts[self._index])
         if is_empty and not output.finished:
@@ -402,22 +405,22 @@ class TextOutputs:
         self._prompt_logprobs = None
         return output
 
-    def _redacted(self, piece: Any, delta: OutputDelta) -> Any:
+    def _redacted(self, text: Any, delta: OutputDelta) -> Any:
         """vLLM's ``CompletionOutput``, with what the rules leave of it."""
-        spans = redacted_spans(self._redacting, self._text.judgement)
-        steps = piece.logprobs or [None] * len(piece.token_ids)
+        spans = redacted_spans(self._redacting, self._text.verdicts)
+        steps = text.logprobs or [None] * len(text.token_ids)
         # Alternatives of a token may spell a word that is redacted.
-        pairs = zip(piece.token_ids, steps, strict=True)
+        pairs = zip(text.token_ids, steps, strict=True)
         self._waiting += ((token, step and {token: step[token]}) for token, step in pairs)
-        self._characters += len(piece.text)
-        kept = [*self._release(spans, delta)]
+        self._characters += len(text.text)
+        released = [*self._release(spans, delta)]
         return replace(
-            piece,
+            text,
             text=delta.text,
-            token_ids=[token for token, _ in kept],
-            logprobs=None if piece.logprobs is None else [step for _, step in kept],
+            token_ids=[token for token, _ in released],
+            logprobs=None if text.logprobs is None else [step for _, step in released],
             # A client asks by a stop for words that the text may have.
-            stop_reason=None if spans else piece.stop_reason,
+            stop_reason=None if spans else text.stop_reason,
             # What follows tells of tokens that are not sent.
             cumulative_logprob=None,
             routed_experts=None,
@@ -430,8 +433,8 @@ class TextOutputs:
         At the end, those without a text stay only if they control, and no others that a later token
         could have labelled; that is known before the last of what was held back has passed.
         """
-        places = self._text.marks.places if self._text.marks else []
-        settled = self._text.settled
+        places = self._text.answer_spans.places if self._text.answer_spans else []
+        final_characters = self._text.final_characters
         while self._waiting:
             place = places[self._released] if self._released < len(places) else None
             if not delta.output.finished and (place is None or place[1] > self._characters):
@@ -441,22 +444,24 @@ class TextOutputs:
             if place is None:
                 stays = token[0] in self._call.controls
             else:
-                stays = settled is None or place[1] <= settled
+                stays = final_characters is None or place[1] <= final_characters
                 stays &= all(span.end <= place[0] or place[1] <= span.start for span in spans)
             if stays:
                 yield token
 
 
-def own_params(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:
+def params_of_text(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:
     """A copy of ``SamplingParams`` for one text, with what its prompt's tokens belong to."""
-    own = params.clone()
-    own.n = 1
+    text_params = params.clone()
+    text_params.n = 1
     if params.n > 1 and params.seed is not None:
-        own.seed = params.seed + index
-    extra = dict(own.extra_args or {})
+        text_params.seed = params.seed + index
+    extra = dict(text_params.extra_args or {})
     transfer = extra.get("kv_transfer_params")
     # Whatever the client says that its tokens belong to.
-    kept = {k: v for k, v in transfer.items() if k != KEY} if isinstance(transfer, dict) else {}
-    described = {} if encoded is None else request_params(encoded)
-    own.extra_args = {**extra, "kv_transfer_params": kept | described}
-    return own
+    transfer_params = (
+        {k: v for k, v in transfer.items() if k != KEY} if isinstance(transfer, dict) else {}
+    )
+    annotation = {} if encoded is None else request_params(encoded)
+    text_params.extra_args = {**extra, "kv_transfer_params": transfer_params | annotation}
+    return text_params

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import ConfigDict
 
-from sidelight.engines.backend import Backend, OwnOptions
+from sidelight.engines.backend import Backend, BackendOptions
 from sidelight.engines.transformers.backend import require_safetensors
 from sidelight.errors import SidelightError
 from sidelight_vllm import QUANTISING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sidelight.states.reader import Model, Reader
 
 
-class VllmOptions(OwnOptions):
+class VllmOptions(BackendOptions):
     """Any field of vLLM's ``EngineArgs``, which checks it."""
 
     model_config = ConfigDict(extra="allow")
@@ -28,7 +28,7 @@ class VllmBackend(Backend):
     """Runs models in vLLM."""
 
     name = "vllm"
-    own = VllmOptions
+    schema = VllmOptions
     quantising = frozenset(QUANTISING)
 
     def require_options(self) -> None:
@@ -54,20 +54,20 @@ class VllmBackend(Backend):
         from sidelight_vllm.offline import VllmReader
 
         options = self.options
-        made = VllmReader(
+        reader = VllmReader(
             self.read(model, prompt_format),
             dtype=options.dtype,
-            options=self.own_options.model_dump(),
+            options=self.backend_options.model_dump(),
         )
-        with closing(made):
-            yield made
+        with closing(reader):
+            yield reader
 
     def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
         from sidelight_vllm.engine import load_vllm_engine
 
         options = self.options
         return load_vllm_engine(
-            model, probes, dtype=options.dtype, options=self.own_options.model_dump()
+            model, probes, dtype=options.dtype, options=self.backend_options.model_dump()
         )
 
     @property

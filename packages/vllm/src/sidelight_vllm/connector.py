@@ -28,22 +28,28 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from sidelight.errors import SidelightError
-from sidelight_vllm.columns import Reading
 from sidelight_vllm.internals import end_with_parent, full_group, steps_of
 from sidelight_vllm.requests import Tracking
 from sidelight_vllm.settings import Served, log, prompt_encoder
-from sidelight_vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts, current_worker
+from sidelight_vllm.slots import GatherPlan
+from sidelight_vllm.worker import (
+    LayerProjections,
+    Loaded,
+    RequestClassifier,
+    StepVerdicts,
+    current_worker,
+)
 
 
 @dataclass
-class StepReadings(KVConnectorMetadata):
+class StepPlan(KVConnectorMetadata):
     """The readings of the workers after a step.
 
     Attributes:
         has_pass: Whether the step runs any token.
     """
 
-    readings: list[Reading] = field(default_factory=list[Reading])
+    plans: list[GatherPlan] = field(default_factory=list[GatherPlan])
     has_pass: bool = True
 
 
@@ -60,8 +66,8 @@ class WorkerResults(KVConnectorWorkerMetadata):
     def verdicts(self) -> StepVerdicts:
         return self._work.result() if isinstance(self._work, Future) else self._work
 
-    def aggregate(self, other: "WorkerResults") -> "WorkerResults":
-        return WorkerResults(self.verdicts | other.verdicts)
+    def aggregate(self, results: "WorkerResults") -> "WorkerResults":
+        return WorkerResults(self.verdicts | results.verdicts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WorkerResults, (self.verdicts,)
@@ -83,12 +89,12 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             end_with_parent()
             served = Served.of(vllm_config)
             assert served is not None
-            self._served, self._judge = served, RequestJudge.load(served)
+            self._served, self._classifier = served, RequestClassifier.load(served)
             recognise = None
-            if not served.is_described:
-                recognise = prompt_encoder(vllm_config, self._judge.panel.probes).recognise
+            if not served.is_annotated:
+                recognise = prompt_encoder(vllm_config, self._classifier.banks.probes).recognise
             self.tracking = Tracking(
-                reads_responses=self._judge.loaded.reads_responses, recognise=recognise
+                reads_responses=self._classifier.loaded.reads_responses, recognise=recognise
             )
 
     # Beside the scheduler.
@@ -102,9 +108,9 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             request.request_id, request.kv_transfer_params, token_ids, adapter=adapter
         )
 
-    def build_connector_meta(self, scheduler_output: Any) -> StepReadings:
-        readings = self.tracking.plan(steps_of(scheduler_output, self._index))
-        return StepReadings(readings, scheduler_output.total_num_scheduled_tokens > 0)
+    def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
+        plans = self.tracking.plan(steps_of(scheduler_output, self._index))
+        return StepPlan(plans, scheduler_output.total_num_scheduled_tokens > 0)
 
     def take(self, results: WorkerResults | None) -> None:
         """Takes the verdicts of a step, before vLLM makes its outputs; leaves nothing to vLLM."""
@@ -112,33 +118,37 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             return
         verdicts = results.verdicts
         self.tracking.reads_responses = verdicts.probes.reads_responses
-        judgements = {**verdicts.judgements}
-        pieces: dict[str, list[LayerColumns]] = defaultdict(list)
-        for piece in verdicts.columns:
-            pieces[piece.reading.request_id].append(piece)
-        follows = not pieces or self._follows(verdicts.probes)
-        for request_id, layers in pieces.items():
-            # A step that ran on past its request's end would leave a state that nobody drops.
+        by_request = {**verdicts.by_request}
+        shares: dict[str, list[LayerProjections]] = defaultdict(list)
+        for share in verdicts.projections:
+            shares[share.plan.request_id].append(share)
+        follows = not shares or self._follows(verdicts.probes)
+        for request_id, layers in shares.items():
+            # A step that ran on past its request's end would leave a state behind.
             if request_id not in self.tracking:
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
             if follows:
-                judgements[request_id] = self._judge.join(layers)
+                by_request[request_id] = self._classifier.join(layers)
             else:
-                judgements |= self._judge.fail([layers[0].reading])
-        for request_id, judgement in judgements.items():
-            self.tracking.record(request_id, judgement, verdicts.seconds, verdicts.probes.identity)
+                by_request |= self._classifier.fail([layers[0].plan])
+        for request_id, request_verdicts in by_request.items():
+            self.tracking.record(
+                request_id, request_verdicts, verdicts.seconds, verdicts.probes.revision
+            )
 
     def _follows(self, loaded: Loaded) -> bool:
         """Whether the probes here are those of the stages, which may have taken others."""
-        if loaded.identity not in ("", self._judge.loaded.identity):
+        if loaded.revision not in ("", self._classifier.loaded.revision):
             try:
-                self._judge = RequestJudge.load(replace(self._served, folders=loaded.folders))
+                self._classifier = RequestClassifier.load(
+                    replace(self._served, folders=loaded.folders)
+                )
             # An error here would end the engine.
             except (SidelightError, OSError):
                 log.exception("The scheduler cannot load the probes of its workers.")
                 return False
-        return loaded.identity == self._judge.loaded.identity
+        return loaded.revision == self._classifier.loaded.revision
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -146,7 +156,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         """Gives the report for the request's last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
-        self._judge.forget([request.request_id])
+        self._classifier.forget([request.request_id])
         return False, report
 
     # In a worker.
@@ -156,15 +166,15 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         caches = (c if isinstance(c, list | tuple) else [c] for c in kv_caches.values())
         memory = [cache.untyped_storage() for cache in chain.from_iterable(caches)]
         # Layers of several groups share it.
-        total = sum({part.data_ptr(): part.nbytes() for part in memory}.values())
+        total = sum({cache.data_ptr(): cache.nbytes() for cache in memory}.values())
         block_size = self._group.kv_cache_spec.block_size
         worker.allocate(
             blocks=self._blocks, block_size=block_size, attention=self._group.layer_names[0]
         )
-        columns = self._blocks * block_size * worker.bytes_per_token
+        probe_bytes = self._blocks * block_size * worker.bytes_per_token
         log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
-            columns / 2**20, 100 * columns / total, total / 2**20,
+            probe_bytes / 2**20, 100 * probe_bytes / total, total / 2**20,
         )  # fmt: skip
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
@@ -177,8 +187,8 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
         if not step.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
-        work = current_worker().judge(step.readings)
-        return WorkerResults(work) if step.readings else None
+        work = current_worker().classify(step.plans)
+        return WorkerResults(work) if step.plans else None
 
     # Nothing is loaded, stored or handed off.
 
@@ -218,8 +228,8 @@ class SharedConnector(MultiConnector):
         """As ``ProbeConnector.take``; what is left is for the other one."""
         if results is None:
             return None
-        ours, *others = results.metadata
-        return replace(results, metadata=(self._connectors[0].take(ours), *others))
+        ours, *rest = results.metadata
+        return replace(results, metadata=(self._connectors[0].take(ours), *rest))
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int

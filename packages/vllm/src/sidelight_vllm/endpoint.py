@@ -84,11 +84,15 @@ class ProbeEndpoint:
         access = config.access
         if keys:
             # vLLM asks for them on some routes; ours hold on all.
-            access = replace(access, keys=(), others=access.keys)
+            access = replace(access, keys=(), foreign_keys=access.keys)
         is_local = args.host in LOOPBACK and not keys
         hosts = config.hosts if is_local or config.allowed_host else None
         app.add_middleware(
-            Gatekeeper, access=access, withholds=self._withholds, defers=self._defers, hosts=hosts
+            Gatekeeper,
+            access=access,
+            hides_scores=self._hides_scores,
+            defers=self._defers,
+            hosts=hosts,
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -105,16 +109,16 @@ class ProbeEndpoint:
         context = copy(guard.context)
         context.config = self._config
         doors = classify.router, detectors.router, guardrail.router
-        judging = checks.router, questions.router, *doors
-        routers = *judging, admin.admin_probes_router, status_router
+        check_routers = checks.router, questions.router, *doors
+        routers = *check_routers, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
         REGISTRY.register(context.observer.metrics)
-        wrap(ResponsesResponse, "from_request", _mark_cut)
+        wrap(ResponsesResponse, "from_request", _truncated_response)
         self.guard = guard
 
-    def _withholds(self) -> bool:
-        return self.guard is not None and self.guard.context.registry.withholds
+    def _hides_scores(self) -> bool:
+        return self.guard is not None and self.guard.context.registry.hides_scores
 
     def _defers(self) -> bool:
         return self.guard is not None and self.guard.context.registry.defers
@@ -135,8 +139,8 @@ class ProbeEndpoint:
             await app(scope, receive, send)
         elif (ours := self.application(scope)) is not None:
             # As the outermost application of its own.
-            own = {"app": ours, "root_path": "", "path": routed_path(scope)}
-            await ours({**scope, **own}, receive, send)
+            fields = {"app": ours, "root_path": "", "path": routed_path(scope)}
+            await ours({**scope, **fields}, receive, send)
         elif scope["method"] != "POST":
             await app(scope, receive, send)
         else:
@@ -152,15 +156,15 @@ class ProbeEndpoint:
             try:
                 probes = _report_request(fields).probes
                 served = await stack.enter_async_context(guard.engine.serving())
-                terms = guard.context.terms(
-                    observer, probes, for_text=True, sees_all=caller.is_admin
+                context = guard.context.request_context(
+                    observer, probes, for_text=True, is_admin=caller.is_admin
                 )
-                request = GuardedRequest(terms, served)
-                if terms.policy.invisible_characters == "strip":
+                request = GuardedRequest(context, served)
+                if context.policy.invisible_characters == "strip":
                     body = await asyncio.to_thread(_strip_body, fields, request.sent)
                     receive = _giving(body, receive) if request.sent else receive
             except SidelightError as error:
-                refusal = as_request_error(error, sees_all=caller.is_admin).answer(scope)
+                refusal = as_request_error(error, is_admin=caller.is_admin).answer(scope)
                 await refusal(scope, receive, send)
                 return
             answer = _Answer(
@@ -189,7 +193,7 @@ class _Answer:
         self._is_stream = self._has_begun = self._is_over = False
         self._body = b""
         self._sent: dict[str, Any] | None = None
-        self._identity: dict[str, Any] = {}
+        self._chunk_fields: dict[str, Any] = {}
 
     async def __call__(self, event: Event) -> None:
         if self._is_over:
@@ -234,7 +238,7 @@ class _Answer:
 
     def _refusal(self) -> RequestError:
         assert self._request.refusal is not None
-        return as_request_error(self._request.refusal, sees_all=self._request.terms.sees_all)
+        return as_request_error(self._request.refusal, is_admin=self._request.context.is_admin)
 
     async def _refuse(self) -> None:
         self._is_over = True
@@ -260,7 +264,7 @@ class _Answer:
         if answer.get("status") == "queued":
             # It is written in the background, where vLLM has no answer to a refusal.
             await self._request.decided.wait()
-        _mark_cuts(answer, self._request.cut)
+        _report_truncation(answer, self._request.cut)
         return json.dumps({**answer, **self._fields()}).encode()
 
     def _with_chunks(self, body: bytes) -> bytes:
@@ -272,27 +276,31 @@ class _Answer:
         is_end = _DONE in events
         if self._scope["path"] not in _CHUNKED or not (self._sent is None or is_end) or not body:
             return body
-        self._identity = self._identity or _identity(events[0])
+        self._chunk_fields = self._chunk_fields or _chunk_fields_of(events[0])
         fields, added = self._fields(), self._tokenless_ends() if is_end else []
         if fields != self._sent:
             added.append({"choices": [], **fields})
         self._sent = fields
         place = events.index(_DONE) if is_end else 0
-        chunks = [json.dumps({**self._identity, **chunk}).encode() for chunk in added]
+        chunks = [json.dumps({**self._chunk_fields, **chunk}).encode() for chunk in added]
         events[place:place] = [_DATA + chunk for chunk in chunks]
         return _EVENT_END.join(events)
 
     def _tokenless_ends(self) -> list[dict[str, Any]]:
         """The last chunks of texts of which no token was sent, which vLLM leaves out."""
-        is_chat = self._identity.get("object") == "chat.completion.chunk"
+        is_chat = self._chunk_fields.get("object") == "chat.completion.chunk"
         tokenless = {
             index: text.ended.reason
             for index, text in enumerate(self._request.choices)
             if text in self._request.tokenless and text.ended
         }
-        if tokenless and not self._identity:
+        if tokenless and not self._chunk_fields:
             name = f"cmpl-{self._id[REQUEST_ID]}"
-            self._identity = {"id": name, "object": "text_completion", "created": int(time.time())}
+            self._chunk_fields = {
+                "id": name,
+                "object": "text_completion",
+                "created": int(time.time()),
+            }
         text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         end = {**text, "logprobs": None}
         return [
@@ -367,7 +375,7 @@ def _strip_body(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[
         return read(value)
 
     with suppress(RecursionError):
-        read_fields = {n: read(own) if n in _PROMPTS else own for n, own in fields.items()}
+        read_fields = {n: read(value) if n in _PROMPTS else value for n, value in fields.items()}
         body = json.dumps(read_fields).encode()
         if is_changed:
             return [{"type": "http.request", "body": body, "more_body": False}]
@@ -385,7 +393,7 @@ def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
         raise wrong_field(first, first["loc"]) from error
 
 
-def _identity(event: bytes) -> dict[str, Any]:
+def _chunk_fields_of(event: bytes) -> dict[str, Any]:
     """The fields that say which answer a chunk belongs to."""
     try:
         first = json.loads(event.removeprefix(_DATA))
@@ -394,7 +402,7 @@ def _identity(event: bytes) -> dict[str, Any]:
     return {name: first[name] for name in ("id", "object", "created", "model") if name in first}
 
 
-def _mark_cuts(answer: dict[str, Any], cut: Sequence[bool]) -> None:
+def _report_truncation(answer: dict[str, Any], cut: Sequence[bool]) -> None:
     """Says which texts were cut where vLLM has no word for it, or has taken another."""
     for choice in answer.get("choices") or ():
         if cut[choice["index"]]:
@@ -414,7 +422,7 @@ def _as_refusal(event: bytes) -> bytes:
     return head + separator + json.dumps(end).encode()
 
 
-def _mark_cut(original: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
+def _truncated_response(original: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
     """A ``ResponsesResponse`` that says if a text was cut, in streams and stored answers too."""
     from openai.types.responses.response import IncompleteDetails
 

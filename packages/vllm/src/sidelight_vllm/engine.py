@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+from sidelight.engines.annotation import annotate_spans, labels_spans
 from sidelight.engines.base import (
     Engine,
     EngineBusyError,
@@ -19,11 +20,10 @@ from sidelight.engines.base import (
     GenerationError,
     Load,
     NotExplainedError,
-    PromptJudged,
+    PromptClassified,
     require_same_model,
     require_verdicts,
 )
-from sidelight.engines.marks import labels_spans, mark_text
 from sidelight.engines.text import TextCodec
 from sidelight.engines.transformers.backbone import read_model
 from sidelight.errors import SidelightError
@@ -33,19 +33,19 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import read_card
 from sidelight.probes.probe import Probe, common_format
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 from sidelight_vllm import KEY
 from sidelight_vllm.internals import guesses_responses
-from sidelight_vllm.lock import NOT_WHOLE, ProbeLock
-from sidelight_vllm.outputs import OutputListener, early_names
+from sidelight_vllm.lock import INCONSISTENT, ProbeLock
+from sidelight_vllm.outputs import OutputListener, prompt_probe_names
 from sidelight_vllm.settings import (
-    DESCRIBED,
+    ANNOTATED,
     ProbeSet,
     Served,
-    identity_of,
     log,
     require_options,
     require_vllm,
+    revision_of,
 )
 
 # At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
@@ -57,8 +57,8 @@ def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], ProbeSet]]:
     """Saves probes for as long as they take to load; gives their folders too."""
     with TemporaryDirectory(prefix="sidelight-probes-") as home:
         folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
-        identity = identity_of(read_card(folder).version for folder in folders)
-        yield folders, ProbeSet(tuple(probes), identity)
+        revision = revision_of(read_card(folder).version for folder in folders)
+        yield folders, ProbeSet(tuple(probes), revision)
 
 
 class VllmEngine(Engine):
@@ -120,7 +120,7 @@ class VllmEngine(Engine):
 
     @property
     def is_ready(self) -> bool:
-        return self._is_open and self._lock.is_whole and not self._llm.errored
+        return self._is_open and self._lock.is_consistent and not self._llm.errored
 
     async def start(self) -> None:
         self._is_open = True
@@ -178,19 +178,19 @@ class VllmEngine(Engine):
             # Cached blocks hold what the old probes read.
             await self._llm.pause_generation(mode="wait", clear_cache=True)
             try:
-                await self._llm.collective_rpc("sidelight_load", args=(new.identity,))
+                await self._llm.collective_rpc("sidelight_load", args=(new.revision,))
             finally:
                 await self._llm.resume_generation()
             self._lock.served = new
         # Whatever went wrong or stopped it, the workers' probes are unknown.
         except BaseException as error:
-            self._lock.is_whole = False
-            log.critical("%s", NOT_WHOLE)
-            raise EngineUnavailableError(NOT_WHOLE) from error
+            self._lock.is_consistent = False
+            log.critical("%s", INCONSISTENT)
+            raise EngineUnavailableError(INCONSISTENT) from error
 
     def serving(self, begun: ProbeSet | None = None) -> AbstractAsyncContextManager[ProbeSet]:
-        """The probes that are served: see ``ProbeLock.reading``."""
-        return self._lock.reading(begun)
+        """The probes that are served: see ``ProbeLock.shared``."""
+        return self._lock.shared(begun)
 
     async def tokenize(self, text: Conversation) -> tuple[int, ...]:
         return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
@@ -206,48 +206,48 @@ class VllmEngine(Engine):
             "'sidelight serve --engine vllm'."
         )
 
-    def judge(
+    def classify(
         self,
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-    ) -> Coroutine[Any, Any, list[PromptJudged]]:
+    ) -> Coroutine[Any, Any, list[PromptClassified]]:
         if explain is not None:
             raise NotExplainedError()
-        return self._judge(conversations, self._lock.served)
+        return self._classify(conversations, self._lock.served)
 
-    async def _judge(
+    async def _classify(
         self, conversations: Sequence[Sequence[Message]], begun: ProbeSet
-    ) -> list[PromptJudged]:
+    ) -> list[PromptClassified]:
         probes = begun.probes
         async with self.serving(begun):
             encode = partial(self._codec.encode, with_places=labels_spans(probes))
             prompts = await self._codec.in_thread(
                 conversations, lambda: [*map(encode, conversations)]
             )
-            judged = await self.check_all(prompts, begun.identity)
-        early, every = early_names(probes), {probe.name for probe in probes}
+            checked = await self.check_all(prompts, begun.revision)
+        prompt_names, every = prompt_probe_names(probes), {probe.name for probe in probes}
 
         def event(
-            turns: Sequence[Message], prompt: EncodedPrompt, judgement: Judgement
-        ) -> PromptJudged:
-            said = judgement.of(every if has_response(turns) else early)
-            said = mark_text(said, probes, prompt)
-            return PromptJudged(said, is_plain=prompt.is_plain, tokens=len(prompt))
+            turns: Sequence[Message], prompt: EncodedPrompt, verdicts: Verdicts
+        ) -> PromptClassified:
+            readable = verdicts.of(every if has_response(turns) else prompt_names)
+            readable = annotate_spans(readable, probes, prompt)
+            return PromptClassified(readable, is_plain=prompt.is_plain, tokens=len(prompt))
 
         # Spans of thousands of messages take seconds.
-        each = zip(conversations, prompts, judged, strict=True)
+        each = zip(conversations, prompts, checked, strict=True)
         return await asyncio.to_thread(lambda: [*starmap(event, each)])
 
-    async def check_all(self, prompts: Sequence[EncodedPrompt], identity: str) -> list[Judgement]:
-        """Their judgements, in order, by the probes of this identity.
+    async def check_all(self, prompts: Sequence[EncodedPrompt], revision: str) -> list[Verdicts]:
+        """Their verdicts, in order, by the probes of this revision.
 
         Args:
             prompts: Token ids of texts.
-            identity: That of the probes.
+            revision: That of the probes.
 
         Raises:
-            EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
+            EngineBusyError: Too many wait. A list longer than the limit can only enter if none
                 waits.
             EngineUnavailableError: vLLM has stopped.
             GenerationError: vLLM gave up a request, or gave no verdict.
@@ -256,11 +256,11 @@ class VllmEngine(Engine):
             raise EngineBusyError(waiting=self._waiting, limit=_WAITING)
         together = asyncio.Semaphore(_RUNNING)
 
-        async def read(prompt: EncodedPrompt) -> Judgement:
+        async def read(prompt: EncodedPrompt) -> Verdicts:
             async with together:
-                return await self._read(prompt, identity)
+                return await self._read(prompt, revision)
 
-        def leave(_: asyncio.Task[Judgement]) -> None:
+        def leave(_: asyncio.Task[Verdicts]) -> None:
             self._waiting -= 1
 
         try:
@@ -273,21 +273,21 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _read(self, prompt: EncodedPrompt, identity: str) -> Judgement:
+    async def _read(self, prompt: EncodedPrompt, revision: str) -> Verdicts:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self.encoder.require_within_context(prompt)
         if not self.is_ready:
             raise EngineUnavailableError()
         try:
-            report = await self.listener.read_whole(prompt, uuid.uuid4().hex, identity=identity)
+            report = await self.listener.read_text(prompt, uuid.uuid4().hex, revision=revision)
         except EngineDeadError as error:
             raise EngineUnavailableError(
                 "vLLM has stopped; its log says why. Start the server again."
             ) from error
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
-        report.require_judged()
+        report.require_verdicts()
         return report
 
 
@@ -320,7 +320,7 @@ def load_vllm_engine(
     require_options(fields, AsyncEngineArgs)
     arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **fields)
     with saved(probes) as (folders, loaded):
-        arguments.additional_config = {KEY: {"probes": folders, DESCRIBED: True}}
+        arguments.additional_config = {KEY: {"probes": folders, ANNOTATED: True}}
         try:
             llm = AsyncLLM.from_engine_args(arguments)
         except TypeError as error:

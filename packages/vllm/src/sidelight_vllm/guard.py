@@ -17,22 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sidelight.engines.marks import labels_spans
+from sidelight.engines.annotation import labels_spans
 from sidelight.errors import SidelightError
 from sidelight.models.control_tokens import control_tokens
 from sidelight.models.conversation import Conversation, Message, PlainText
 from sidelight.models.invisible import reject_disguises
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Enforcement
-from sidelight.policy.request import Terms
+from sidelight.policy.request import RequestContext
 from sidelight.server.config import ServerConfig
 from sidelight.server.requests import ServerContext
 from sidelight_vllm import KEY
-from sidelight_vllm.answers import Call, GuardedRequest, own_params
+from sidelight_vllm.answers import Call, GuardedRequest, params_of_text
 from sidelight_vllm.engine import VllmEngine
 from sidelight_vllm.internals import wrap
 from sidelight_vllm.outputs import without_report
-from sidelight_vllm.recogniser import PromptRecogniser, refuse_dictated_answers, require_drawable
+from sidelight_vllm.recogniser import PromptRecogniser, refuse_structured_outputs, require_drawable
 from sidelight_vllm.settings import Served, prompt_encoder
 
 
@@ -102,7 +102,9 @@ class EngineGuard:
             async with self.engine.serving(client.served if client else None) as served:
                 if client is None:
                     observer = self.context.observer.of(_unique(request_id))
-                    client = GuardedRequest(self.context.terms(observer, for_text=True), served)
+                    client = GuardedRequest(
+                        self.context.request_context(observer, for_text=True), served
+                    )
                 # Before anything is awaited, so that prompts are in the order of their calls.
                 texts = client.begin(sampling_params.n)
                 written = self._outputs(prompt, client, texts, sampling_params, request_id, options)
@@ -134,12 +136,12 @@ class EngineGuard:
     def require_unblocked(self, what: str) -> None:
         """Refuses what no probe reads where a rule blocks or redacts."""
         client = client_request.get()
-        rules = self.context.registry.rules if client is None else client.terms.rules
+        rules = self.context.registry.rules if client is None else client.context.rules
         if any(bound.is_enforced for bound in rules):
             error = PolicyError(
                 f"{what} cannot be judged, and the policy blocks what is not judged. Use "
                 "/v1/chat/completions, /v1/completions or /v1/responses.",
-                code="not_judged",
+                code="not_classified",
             )
             if client is not None:
                 client.refusal = client.refusal or error
@@ -157,7 +159,7 @@ class EngineGuard:
         if (adapter := options.get("lora_request")) is not None:
             client.adapter = adapter.lora_name
         require_drawable(params)
-        refuse_dictated_answers(params, client.terms)
+        refuse_structured_outputs(params, client.context)
         if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
         elif isinstance(prompt, str):
@@ -165,9 +167,9 @@ class EngineGuard:
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self.require_unblocked("Prompts that are neither text nor token ids")
-            self._reject_disguises({}, client.terms)
-            own = own_params(params, 0, None)
-            written = self.engine.listener.generate(prompt, own, request_id, **options)
+            self._reject_disguises({}, client.context)
+            call_params = params_of_text(params, 0, None)
+            written = self.engine.listener.generate(prompt, call_params, request_id, **options)
             async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield without_report(output)
@@ -197,11 +199,11 @@ class EngineGuard:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
         is_labelled = labels_spans(p for p in client.served.probes if not p.reads.includes_response)
-        said = prompt.get(KEY)
+        messages = prompt.get(KEY)
         prompt = {name: value for name, value in prompt.items() if name != KEY}
-        await asyncio.to_thread(self._reject_disguises, prompt, client.terms)
+        await asyncio.to_thread(self._reject_disguises, prompt, client.context)
         encoded = await asyncio.to_thread(
-            self.recogniser.recognise, prompt, said, with_places=is_labelled
+            self.recogniser.recognise, prompt, messages, with_places=is_labelled
         )
         if encoded is not None and client.sent:
             sent = [client.sent.get(text) if text else "" for text in encoded.texts]
@@ -210,7 +212,7 @@ class EngineGuard:
                 encoded = replace(encoded, texts=(), places=())
             else:
                 encoded = encoded.read_from([Message("", text or "") for text in sent])
-        await asyncio.to_thread(self.recogniser.require_read, encoded, client.terms)
+        await asyncio.to_thread(self.recogniser.require_read, encoded, client.context)
         words = ""
         if encoded is not None and self.context.observer.audit is not None:
             # The audit log hashes the prompt as the model reads it.
@@ -221,7 +223,7 @@ class EngineGuard:
             prompt,
             encoded,
             words=PlainText(words),
-            asked=self._asked(prompt, said, client),
+            asked=self._asked(prompt, messages, client),
             params=params,
             options=options,
             engine=self.engine,
@@ -231,28 +233,30 @@ class EngineGuard:
     def _asked(
         self,
         prompt: Mapping[str, Any],
-        said: Sequence[Message] | None,
+        messages: Sequence[Message] | None,
         client: GuardedRequest,
     ) -> Conversation | None:
         """The prompt as judges get it: its messages, or else its text."""
-        if client.terms.judges is None:
+        if client.context.judges is None:
             return None
-        if said:
+        if messages:
             sent = client.sent
             # Spans stand in the texts as they were sent.
-            return [replace(turn, content=sent.get(turn.content) or turn.content) for turn in said]
+            return [
+                replace(turn, content=sent.get(turn.content) or turn.content) for turn in messages
+            ]
         text = prompt.get("prompt")
         ids = prompt["prompt_token_ids"]
         return PlainText(text if isinstance(text, str) else self._tokenizer.decode(ids))
 
-    def _reject_disguises(self, prompt: Mapping[str, Any], terms: Terms) -> None:
+    def _reject_disguises(self, prompt: Mapping[str, Any], context: RequestContext) -> None:
         """Check a prompt after ``endpoint`` has stripped the body, if the request has one.
 
         Raises:
             DisguisedTextError: The prompt still contains invisible characters.
             PolicyError: It has no token ids to check.
         """
-        invisible = terms.policy.invisible_characters
+        invisible = context.policy.invisible_characters
         if invisible == "off":
             return
         ids = prompt.get("prompt_token_ids")
@@ -260,7 +264,7 @@ class EngineGuard:
             raise PolicyError(
                 "The prompt has no token ids, so it cannot be checked for invisible characters, "
                 "and the server's policy strips or refuses them. Send text.",
-                code="not_judged",
+                code="not_classified",
             )
         reject_disguises(self._tokenizer.decode(ids), invisible, can_strip=False)
 

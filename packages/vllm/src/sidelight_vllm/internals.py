@@ -187,9 +187,9 @@ def end_with_parent() -> None:
     if parent is None:
         return
 
-    def watch() -> None:
+    def wait_for_parent() -> None:
         parent.join()
         # vLLM ends the workers with it.
         os._exit(1)
 
-    Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()
+    Thread(target=wait_for_parent, daemon=True, name="sidelight-end-with-parent").start()

@@ -12,7 +12,7 @@ _LOOKS_EVERY_S = 0.02
 # Once nothing has run in vLLM for so long, requests still inside wait for slow clients.
 _SLOW_AFTER_S = 5.0
 _PATIENCE_S = 300.0
-NOT_WHOLE = (
+INCONSISTENT = (
     "Replacing the probes failed on some workers, so they may differ now. Restart the server."
 )
 
@@ -26,34 +26,34 @@ class ProbeLock:
 
     Attributes:
         served: What was written last.
-        is_whole: Whether all workers have it.
+        is_consistent: Whether all workers have it.
     """
 
     def __init__(self, served: ProbeSet):
         self.served = served
-        self.is_whole = True
+        self.is_consistent = True
         self._readers = 0
         self._is_written = False
         self._is_open = asyncio.Event()
         self._is_open.set()
 
     @asynccontextmanager
-    async def reading(self, begun: ProbeSet | None = None) -> AsyncGenerator[ProbeSet]:
-        """The served probes, which stay while somebody is inside.
+    async def shared(self, begun: ProbeSet | None = None) -> AsyncGenerator[ProbeSet]:
+        """The served probes, which stay while a request is inside.
 
         Args:
             begun: What the request read of which this is a part; None: it begins here.
 
         Raises:
-            EngineUnavailableError: Those are being replaced, or have been, or nobody knows which
+            EngineUnavailableError: Those are being replaced, or have been, or it is unknown which
                 ones the workers have.
         """
         if begun is None:
             await self._opened()
         elif self._is_written or begun is not self.served:
             raise EngineUnavailableError("The probes have just been replaced. Retry.")
-        if not self.is_whole:
-            raise EngineUnavailableError(NOT_WHOLE)
+        if not self.is_consistent:
+            raise EngineUnavailableError(INCONSISTENT)
         self._readers += 1
         try:
             yield self.served

@@ -21,22 +21,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Reads, TokenRole
 from sidelight.progress import Progress
 from sidelight.states.cache import ActivationCache
 from sidelight.states.reader import Model
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 from sidelight_vllm import KEY
-from sidelight_vllm.columns import Reading, Stage
 from sidelight_vllm.requests import request_params
 from sidelight_vllm.settings import (
-    DESCRIBED,
+    ANNOTATED,
     STATES,
     Served,
     log,
     require_options,
     require_vllm,
 )
+from sidelight_vllm.slots import GatherPlan, StagingBuffer
 from sidelight_vllm.worker import Worker
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
@@ -46,7 +46,7 @@ _STATES = "states"
 
 OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
 """A number, a prompt to run once under it, and its ``kv_transfer_params``."""
-# Names of options whose values nobody else may see, such as `hf_token`.
+# Names of options whose values are secret, such as `hf_token`.
 _SECRET = re.compile("token$|key|password|secret")
 
 
@@ -164,7 +164,7 @@ class VllmReader:
             model=self._path,
             dtype=self.fingerprint.dtype,
             disable_log_stats=True,
-            additional_config={KEY: {"probes": [], STATES: True, DESCRIBED: True}},
+            additional_config={KEY: {"probes": [], STATES: True, ANNOTATED: True}},
             **{"max_model_len": self.encoder.max_tokens, **self._options},
         )
         return LLMEngine.from_engine_args(arguments)
@@ -173,7 +173,7 @@ class VllmReader:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # vLLM writes at least one token, which nobody reads.
+        # vLLM writes at least one token, which is not read.
         sampling = SamplingParams(
             max_tokens=1,
             temperature=0,
@@ -186,8 +186,10 @@ class VllmReader:
 
 def capture_params(prompt: EncodedPrompt, reads: Reads, path: Path) -> dict[str, Any]:
     """The ``kv_transfer_params`` of a request whose read tokens go to files at this path."""
-    parts = (Part.PROMPT if is_read else Part.UNREAD for is_read in prompt.mask(reads).tolist())
-    return request_params(replace(prompt, parts=tuple(parts)), path=str(path))
+    token_roles = (
+        TokenRole.PROMPT if is_read else TokenRole.UNREAD for is_read in prompt.mask(reads).tolist()
+    )
+    return request_params(replace(prompt, token_roles=tuple(token_roles)), path=str(path))
 
 
 def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
@@ -197,8 +199,8 @@ def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
         SidelightError: Some are missing.
     """
     files = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: int(file.suffix[1:]))
-    parts = [load_file(file)[_STATES] for file in files]
-    if sum(map(len, parts)) != layers:
+    layers_read = [load_file(file)[_STATES] for file in files]
+    if sum(map(len, layers_read)) != layers:
         raise SidelightError(
             f"vLLM has run a text, but hidden states are missing in {path.parent}; its log says "
             "why. Name a folder with room that all of its workers see (--set cache=FOLDER), or use "
@@ -207,7 +209,7 @@ def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
     for file in files:
         # What is mapped stays readable.
         file.unlink()
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return layers_read[0] if len(layers_read) == 1 else torch.cat(layers_read)
 
 
 class StateWorker(Worker):
@@ -215,36 +217,36 @@ class StateWorker(Worker):
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
         super().__init__(served, layers=layers, tokens=tokens, device=device)
-        self._columns = served.fingerprint.width
-        shape = self._stage.rows.shape[:2]
-        rows = self._stage.rows.new_full((*shape, self._columns), torch.nan, dtype=torch.bfloat16)
-        self._stage = Stage(self._stage.projection, rows)
+        self._width = served.fingerprint.width
+        shape = self._staging.rows.shape[:2]
+        rows = self._staging.rows.new_full((*shape, self._width), torch.nan, dtype=torch.bfloat16)
+        self._staging = StagingBuffer(self._staging.projection, rows)
         # Each pipeline stage writes the states of its layers.
-        self._is_whole = True
+        self._has_all_layers = True
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
         """Takes the residual stream as it is."""
-        self._stage.rows[layer, : len(stream)].copy_(stream)
+        self._staging.rows[layer, : len(stream)].copy_(stream)
 
-    def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
-        assert self._pages is not None
+    def _read(self, plans: Sequence[GatherPlan]) -> Float[Tensor, "token layer projection"]:
+        assert self._store is not None
         # Layer by layer: those of a long text would take much of a GPU's memory.
-        slots = self._pages.slots(readings)
-        return torch.stack([rows[slots].cpu() for rows in self._pages.rows.unbind(1)], 1)
+        slots = self._store.slots(plans)
+        return torch.stack([rows[slots].cpu() for rows in self._store.rows.unbind(1)], 1)
 
-    def _judged(
-        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> Mapping[str, Judgement]:
-        judgements: dict[str, Judgement] = {}
-        pieces = columns.split([len(reading.parts) for reading in readings])
-        for reading, states in zip(readings, pieces, strict=True):
-            judgements[reading.request_id] = Judgement()
+    def _verdicts(
+        self, plans: Sequence[GatherPlan], projections: Float[Tensor, "token layer projection"]
+    ) -> Mapping[str, Verdicts]:
+        by_request: dict[str, Verdicts] = {}
+        shares = projections.split([len(plan.token_roles) for plan in plans])
+        for plan, states in zip(plans, shares, strict=True):
+            by_request[plan.request_id] = Verdicts()
             try:
-                parts = torch.frombuffer(bytearray(reading.parts), dtype=torch.uint8)
-                hidden = states[parts != Part.UNREAD].transpose(0, 1).contiguous()
-                save_file({_STATES: hidden}, f"{reading.path}.{self._layers.start}")
+                token_roles = torch.frombuffer(bytearray(plan.token_roles), dtype=torch.uint8)
+                hidden = states[token_roles != TokenRole.UNREAD].transpose(0, 1).contiguous()
+                save_file({_STATES: hidden}, f"{plan.path}.{self._layers.start}")
             # As for verdicts, vLLM would wait for the step's output.
             except Exception:  # noqa: BLE001
-                log.exception("Hidden states cannot be written to %s.", reading.path)
-                judgements[reading.request_id] = Judgement(failed=(_STATES,))
-        return judgements
+                log.exception("Hidden states cannot be written to %s.", plan.path)
+                by_request[plan.request_id] = Verdicts(failed=(_STATES,))
+        return by_request

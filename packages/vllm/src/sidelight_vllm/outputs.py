@@ -18,7 +18,7 @@ class TextReports:
     """What vLLM's outputs report of one text: at first of its prompt, then step by step.
 
     Args:
-        identity: That of the probes which the request began with; verdicts of others are none.
+        revision: That of the probes which the request began with; verdicts of others are none.
         keeps_steps: Whether the steps are wanted, and not only the newest report.
 
     Attributes:
@@ -26,9 +26,9 @@ class TextReports:
         taken: How many tokens the steps have written that were taken.
     """
 
-    def __init__(self, identity: str, *, keeps_steps: bool = False):
+    def __init__(self, revision: str, *, keeps_steps: bool = False):
         self.prompt: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
-        self._identity, self._keeps_steps = identity, keeps_steps
+        self._revision, self._keeps_steps = revision, keeps_steps
         self._newest: Mapping[str, Any] | None = None
         self._steps = deque[tuple[int, Mapping[str, Any] | None]]()
         self.taken = 0
@@ -59,10 +59,10 @@ class TextReports:
 
     def _read(self, params: Mapping[str, Any] | None) -> Report:
         report = read_report(params)
-        if report.identity == self._identity:
+        if report.revision == self._revision:
             return report
-        other = "Other probes have judged than those that the request began with."
-        return Report(error=report.error or other)
+        message = "Other probes have judged than those that the request began with."
+        return Report(error=report.error or message)
 
 
 class OutputListener:
@@ -94,12 +94,12 @@ class OutputListener:
         finally:
             del self._texts[request_id]
 
-    async def read_whole(
+    async def read_text(
         self,
         prompt: EncodedPrompt,
         request_id: str,
         *,
-        identity: str,
+        revision: str,
         fields: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Report:
@@ -108,7 +108,7 @@ class OutputListener:
         Args:
             prompt: The token ids, and what they belong to.
             request_id: Unique.
-            identity: That of the probes which are to judge it.
+            revision: That of the probes which are to judge it.
             fields: What else vLLM's form of the prompt has.
             options: As ``AsyncLLM.generate`` takes them.
         """
@@ -121,7 +121,7 @@ class OutputListener:
             detokenize=False,
             extra_args={"kv_transfer_params": request_params(prompt)},
         )
-        reports = TextReports(identity)
+        reports = TextReports(revision)
         with self.to(request_id, reports):
             text = {**(fields or {}), "prompt_token_ids": [*prompt.token_ids]}
             async with aclosing(self.generate(text, params, request_id, **options)) as outputs:
@@ -139,13 +139,13 @@ class OutputListener:
         return self._process(outputs, *args, **kwargs)
 
 
-def early_names(probes: Sequence[Probe]) -> frozenset[str]:
+def prompt_probe_names(probes: Sequence[Probe]) -> frozenset[str]:
     """Names of the probes that read the prompt alone."""
     return frozenset(probe.name for probe in probes if not probe.reads.includes_response)
 
 
 def without_report(output: Any) -> Any:
     """The output without the probes' report."""
-    kept = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
-    output.kv_transfer_params = kept or None
+    remaining = {k: v for k, v in (output.kv_transfer_params or {}).items() if k != KEY}
+    output.kv_transfer_params = remaining or None
     return output

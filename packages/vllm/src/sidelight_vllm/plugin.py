@@ -26,7 +26,6 @@ from sidelight.models.fingerprint import ACCEPTED, Fingerprint, accepted_copy
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probes.probe import Probe
 from sidelight_vllm import ENVIRONMENT, KEY, POLICY, TESTED
-from sidelight_vllm.columns import tap_layers
 from sidelight_vllm.guard import EngineGuard
 from sidelight_vllm.internals import (
     guesses_responses,
@@ -36,19 +35,20 @@ from sidelight_vllm.internals import (
     wrap,
 )
 from sidelight_vllm.settings import (
-    COLUMNS,
+    ANNOTATED,
     CONNECTOR,
-    DESCRIBED,
+    PROJECTIONS,
     SHARED_CONNECTOR,
     STATES,
     Served,
     fingerprint_of,
     found_folders,
     log,
-    named_columns,
     named_folders,
+    reserved_projections,
     server_config,
 )
+from sidelight_vllm.slots import tap_layers
 from sidelight_vllm.worker import Worker
 
 _PACKAGE = "sidelight_vllm"
@@ -88,10 +88,10 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     """The engine's configuration, with our parts named in it."""
     settings = arguments.additional_config.get(KEY, {})
     settings = settings if isinstance(settings, dict) else {}
-    if others := settings.keys() - {"probes", "fingerprint", DESCRIBED, STATES}:
+    if unknown := settings.keys() - {"probes", "fingerprint", ANNOTATED, STATES}:
         raise SidelightError(
-            f"additional_config['{KEY}'] has {', '.join(sorted(others))}, but takes 'probes' "
-            f"alone. Set {COLUMNS} or {ACCEPTED} in the environment instead."
+            f"additional_config['{KEY}'] has {', '.join(sorted(unknown))}, but takes 'probes' "
+            f"alone. Set {PROJECTIONS} or {ACCEPTED} in the environment instead."
         )
     folders = named_folders(settings)
     if folders is None:
@@ -107,7 +107,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     probes = served.load().probes
     if served.keeps_states:
         require_states(arguments)
-    elif not served.is_described:
+    elif not served.is_annotated:
         require_policy(arguments, probes)
     arguments.worker_extension_cls = f"{_PACKAGE}.worker.WorkerExtension"
     _connect(arguments, served)
@@ -128,8 +128,8 @@ def _served(arguments: Any, settings: Mapping[str, Any], folders: tuple[str, ...
     return Served(
         folders,
         files.quantised(how) if how else files,
-        is_described=bool(settings.get(DESCRIBED)),
-        columns=named_columns(),
+        is_annotated=bool(settings.get(ANNOTATED)),
+        projections=reserved_projections(),
         accepted=accepted_copy(),
         keeps_states=bool(settings.get(STATES)),
     )
@@ -199,11 +199,11 @@ def _leave_room(original: Callable[..., list[int]], executor: Any) -> list[int]:
     available = original(executor)
     if Served.of(executor.vllm_config) is None:
         return available
-    columns = executor.collective_rpc("sidelight_bytes_per_token")
+    probe_bytes = executor.collective_rpc("sidelight_bytes_per_token")
     specs = executor.get_kv_cache_specs()
     return [
         int(memory * share_of_cache(*each))
-        for memory, *each in zip(available, specs, columns, strict=True)
+        for memory, *each in zip(available, specs, probe_bytes, strict=True)
     ]
 
 
@@ -212,7 +212,7 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
     original(llm, *args, **kwargs)
     served = Served.of(llm.vllm_config)
     # Our own engine describes its requests, and our own server enforces its policy on them.
-    if served is not None and not served.is_described:
+    if served is not None and not served.is_annotated:
         EngineGuard(llm, served, server_config())
 
 
@@ -260,8 +260,8 @@ def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
     rules = bound_rules(config.loaded_policy, probes)
     if not is_server and any(bound.is_enforced for bound in rules):
         raise SidelightError(
-            f"{POLICY} blocks or redacts, and vLLM's LLM class gives its outputs to whoever calls "
-            "it. Unset it, or use a server."
+            f"{POLICY} blocks or redacts, and vLLM's LLM class gives its outputs to its caller. "
+            "Unset it, or use a server."
         )
 
 
@@ -292,7 +292,7 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
         # The columns would be lost with the memory that is given up.
         "--enable-sleep-mode": config.model_config.enable_sleep_mode,
-        # Probes would judge by weights that nobody has compared with their own.
+        # Probes would judge by weights that were not compared with theirs.
         "--weight-transfer-config": config.weight_transfer_config is not None,
         "VLLM_FLOAT32_MATMUL_PRECISION other than highest": envs.VLLM_FLOAT32_MATMUL_PRECISION
         != "highest",

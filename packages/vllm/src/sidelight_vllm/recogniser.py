@@ -11,17 +11,17 @@ from typing import Any
 from jinja2 import TemplateError
 
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Part, PlainText
+from sidelight.models.conversation import EncodedPrompt, Message, PlainText, TokenRole
 from sidelight.models.encode import PromptEncoder
 from sidelight.policy.decisions import PolicyError
-from sidelight.policy.request import Terms
+from sidelight.policy.request import RequestContext
 
 # What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
-_WORDED = ("json", "regex", "choice", "grammar", "structural_tag")
+_STRUCTURES = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
 class PromptRecogniser:
-    """Finds the turns in the token ids of vLLM's prompts, whoever has written them.
+    """Finds the turns in the token ids of vLLM's prompts.
 
     Attributes:
         template: The chat template of the server, if it is not the tokenizer's own, and arguments
@@ -34,24 +34,24 @@ class PromptRecogniser:
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
 
     def recognise(
-        self, prompt: Mapping[str, Any], said: Sequence[Message] | None, *, with_places: bool
+        self, prompt: Mapping[str, Any], messages: Sequence[Message] | None, *, with_places: bool
     ) -> EncodedPrompt | None:
         """The prompt with what its tokens belong to; None: no probe can tell.
 
-        Its messages are ``said``, if it has any. Places are in these, or in its text.
+        Its messages are ``messages``, if it has any. Places are in these, or in its text.
         """
         ids = prompt.get("prompt_token_ids")
         if ids is None or prompt.get("type", "token") != "token":
             return None
         try:
-            encoded = self._encoder.recognise(ids, said)
+            encoded = self._encoder.recognise(ids, messages)
         # Ids that the tokenizer does not take.
         except (OverflowError, TypeError, ValueError):
             return None
         if not with_places:
             return encoded
         try:
-            text = said or PlainText(prompt.get("prompt", ""))
+            text = messages or PlainText(prompt.get("prompt", ""))
             located = self._encoder.encode(text, with_places=True)
         # What vLLM has read in another way.
         except (SidelightError, TypeError, ValueError):
@@ -60,16 +60,16 @@ class PromptRecogniser:
             return encoded
         return replace(encoded, texts=located.texts, places=located.places)
 
-    def require_read(self, prompt: EncodedPrompt | None, terms: Terms) -> None:
+    def require_read(self, prompt: EncodedPrompt | None, context: RequestContext) -> None:
         """Refuses what a client can write where no blocking probe reads it.
 
         Raises:
-            PolicyError: There is such text, or nobody can tell.
+            PolicyError: There is such text, or it cannot be told.
         """
-        refuses_system = terms.policy.refuses_system_turns
+        refuses_system = context.policy.refuses_system_turns
         if prompt is None and refuses_system:
             raise PolicyError(
-                "The prompt is not a list of token ids, so nobody can tell whether it begins with "
+                "The prompt is not a list of token ids, so it is unknown whether it begins with "
                 "a system turn, which the server's policy refuses. Send text without images.",
                 code="system_turn_refused",
             )
@@ -89,7 +89,7 @@ class PromptRecogniser:
                 "policy.",
                 code="system_turn_refused",
             )
-        is_guarded = any(bound.is_enforced and bound.side == "output" for bound in terms.rules)
+        is_guarded = any(bound.is_enforced and bound.side == "output" for bound in context.rules)
         if is_guarded and turns[-1].role == "assistant" and turns[-1].stop == len(prompt):
             raise PolicyError(
                 "The conversation ends with an answer to be continued. Probes of answers read only "
@@ -102,7 +102,7 @@ class PromptRecogniser:
         if self._heads[0] != date.today():
             heads = (self._head(role) for role in ("user", "assistant", "tool"))
             self._heads = date.today(), [head for head in heads if head is not None]
-        return any(own_head[: len(head)] == head for own_head in self._heads[1])
+        return any(template_head[: len(head)] == head for template_head in self._heads[1])
 
     def _head(self, role: str) -> tuple[int, ...] | None:
         template, arguments = self.template
@@ -124,11 +124,11 @@ class PromptRecogniser:
 
 def _unread(prompt: EncodedPrompt) -> tuple[int, ...]:
     """The ids in front of the first token that may be read."""
-    parts = takewhile(lambda part: part == Part.UNREAD, prompt.parts)
-    return prompt.token_ids[: len([*parts])]
+    token_roles = takewhile(lambda role: role == TokenRole.UNREAD, prompt.token_roles)
+    return prompt.token_ids[: len([*token_roles])]
 
 
-def refuse_dictated_answers(params: Any, terms: Terms) -> None:
+def refuse_structured_outputs(params: Any, context: RequestContext) -> None:
     """Refuses an answer that the client words in vLLM's ``SamplingParams``.
 
     It is not refused if a blocking probe reads it.
@@ -136,22 +136,22 @@ def refuse_dictated_answers(params: Any, terms: Terms) -> None:
     Raises:
         PolicyError: The client says what the answer must look like, and so what it says.
     """
-    blocking = {bound.side for bound in terms.rules if bound.is_blocking}
+    blocking = {bound.side for bound in context.rules if bound.is_blocking}
     is_read = "output" in blocking or not blocking
-    if is_read or not terms.policy.refuses_system_turns:
+    if is_read or not context.policy.refuses_system_turns:
         return
     structure = params.structured_outputs
-    is_worded = params.trace_decode_token_ids is not None or any(
-        getattr(structure, kind, None) is not None for kind in _WORDED
+    is_structured = params.trace_decode_token_ids is not None or any(
+        getattr(structure, kind, None) is not None for kind in _STRUCTURES
     )
-    if is_worded:
+    if is_structured:
         raise PolicyError(
             "The request says what the answer must look like (a schema, choice, regular "
             "expression, grammar or forced call of a tool), and so what it says. The server's "
             "policy blocks prompts alone, so no probe that blocks would read these words. "
             "Leave it out, or ask for a JSON object. If only the operator writes such "
             'requests, set system_turns = "trust" in the policy, or let a rule block outputs.',
-            code="answer_worded",
+            code="structured_outputs_refused",
         )
 
 

@@ -17,12 +17,12 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Part
-from sidelight.types import Judgement
+from sidelight.models.conversation import EncodedPrompt, TokenRole
+from sidelight.types import Verdicts
 from sidelight_vllm import KEY
-from sidelight_vllm.columns import Reading
 from sidelight_vllm.internals import Step
-from sidelight_vllm.settings import DESCRIBED
+from sidelight_vllm.settings import ANNOTATED
+from sidelight_vllm.slots import GatherPlan
 
 
 @dataclass(frozen=True)
@@ -30,39 +30,39 @@ class PromptDescription:
     """What a request says of its prompt.
 
     Attributes:
-        parts: The ``Part`` of its tokens, and how many in a row have it.
+        token_roles: The ``TokenRole`` of its tokens, and how many in a row have it.
         tokens: The hash of these tokens.
         is_plain: Whether they are plain text.
         path: Where ``offline`` wants their states; "" if it wants none.
     """
 
-    parts: list[tuple[Part, NonNegativeInt]]
+    token_roles: list[tuple[TokenRole, NonNegativeInt]]
     tokens: str
     is_plain: bool
     path: str = ""
 
 
 @dataclass(frozen=True)
-class Report(Judgement):
-    """What an output says of its text so far: a judgement, whose it is, and how long it took.
+class Report(Verdicts):
+    """What an output says of its text so far: verdicts, from which probes, and how long they took.
 
     Attributes:
         seconds: What the workers spent on it.
-        identity: That of the probes which gave the latest verdict.
+        revision: That of the probes which gave the latest verdict.
         adapter: The LoRA adapter that writes the text; "" for none.
-        error: Why there is no judgement; "" if there is one.
+        error: Why there are no verdicts; "" if there are.
     """
 
     seconds: float = 0.0
-    identity: str = ""
+    revision: str = ""
     adapter: str = ""
     error: str = "The request was not judged."
 
-    def require_judged(self) -> None:
+    def require_verdicts(self) -> None:
         """Refuses to take the text for judged if it is not.
 
         Raises:
-            GenerationError: There is no judgement.
+            GenerationError: There are no verdicts.
         """
         if self.error:
             raise GenerationError(
@@ -78,7 +78,7 @@ def request_params(prompt: EncodedPrompt, *, path: str = "") -> dict[str, Any]:
 
     They go in a request's field, or in ``SamplingParams(extra_args=...)``.
     """
-    runs = [(part, len([*same])) for part, same in groupby(prompt.parts)]
+    runs = [(role, len([*same])) for role, same in groupby(prompt.token_roles)]
     tokens = token_hash(prompt.token_ids)
     description = PromptDescription(runs, tokens, prompt.is_plain, path)
     return {KEY: _DESCRIPTION.dump_python(description, mode="json")}
@@ -98,7 +98,7 @@ def read_description(params: Mapping[str, Any] | None) -> PromptDescription | No
         raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
 
 
-def described_prompt(
+def annotated_prompt(
     description: PromptDescription | None, token_ids: Sequence[int] | None
 ) -> EncodedPrompt:
     """The prompt of these token ids, which the engine runs.
@@ -109,17 +109,17 @@ def described_prompt(
     if description is None or token_ids is None:
         raise SidelightError(
             f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
-            f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
+            f"Give it, or leave '{ANNOTATED}' out of additional_config['{KEY}']."
         )
-    count = sum(count for _, count in description.parts)
-    # Before they are written out: whoever describes the tokens may give any number.
+    count = sum(count for _, count in description.token_roles)
+    # Before they are written out: a client may give any number.
     if count != len(token_ids) or description.tokens != token_hash(token_ids):
         raise SidelightError(
             f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
             "messages with the served model's tokenizer and chat template."
         )
-    parts = chain.from_iterable(repeat(*run) for run in description.parts)
-    return EncodedPrompt(tuple(token_ids), tuple(parts), is_plain=description.is_plain)
+    token_roles = chain.from_iterable(repeat(*run) for run in description.token_roles)
+    return EncodedPrompt(tuple(token_ids), tuple(token_roles), is_plain=description.is_plain)
 
 
 def token_hash(token_ids: Sequence[int]) -> str:
@@ -148,7 +148,7 @@ class _Tracked:
 
     Attributes:
         report: What its next output says.
-        parts: The ``Part`` of every token of its prompt; None: it cannot be judged.
+        token_roles: The ``TokenRole`` of every token of its prompt; None: it cannot be judged.
         path: Where ``offline`` wants its states; "" if it wants none.
         blocks: Its block table so far.
         read: How many of its tokens have been planned to be read.
@@ -156,7 +156,7 @@ class _Tracked:
     """
 
     report: Report
-    parts: bytes | None = None
+    token_roles: bytes | None = None
     is_plain: bool = False
     path: str = ""
     blocks: list[int] = field(default_factory=list[int])
@@ -205,14 +205,14 @@ class Tracking:
         try:
             description = read_description(params)
             if description is not None or self._recognise is None:
-                prompt = described_prompt(description, token_ids)
+                prompt = annotated_prompt(description, token_ids)
             elif token_ids is not None:
                 prompt = self._recognise(token_ids)
             else:
                 raise SidelightError(
                     "Only text is judged; the request has images, audio or embeddings."
                 )
-            tracked.parts, tracked.is_plain = bytes(prompt.parts), prompt.is_plain
+            tracked.token_roles, tracked.is_plain = bytes(prompt.token_roles), prompt.is_plain
             tracked.path = description.path if description else ""
         # Ids that the tokenizer does not take must not end the scheduler.
         except (SidelightError, OverflowError, TypeError, ValueError) as error:
@@ -224,12 +224,12 @@ class Tracking:
     def leave(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
 
-    def plan(self, steps: Iterable[Step]) -> list[Reading]:
+    def plan(self, steps: Iterable[Step]) -> list[GatherPlan]:
         """The readings after a pass with these steps."""
-        return [reading for step in steps if (reading := self._read(step)) is not None]
+        return [plan for step in steps if (plan := self._read(step)) is not None]
 
     def record(
-        self, request_id: str, judgement: Judgement, seconds: float = 0.0, identity: str = ""
+        self, request_id: str, verdicts: Verdicts, seconds: float = 0.0, revision: str = ""
     ) -> None:
         """Adds a step's verdicts and seconds, and who judged, unless the request has ended."""
         tracked = self._requests.get(request_id)
@@ -237,7 +237,7 @@ class Tracking:
             before = tracked.report
             seconds += before.seconds
             tracked.report = replace(
-                before, **vars(before | judgement), seconds=seconds, identity=identity, error=""
+                before, **vars(before | verdicts), seconds=seconds, revision=revision, error=""
             )
 
     def report(self, request_id: str) -> dict[str, Any] | None:
@@ -245,27 +245,27 @@ class Tracking:
         tracked = self._requests.get(request_id)
         return None if tracked is None else report_params(tracked.report)
 
-    def _read(self, step: Step) -> Reading | None:
+    def _read(self, step: Step) -> GatherPlan | None:
         tracked = self._requests.get(step.request_id)
-        if tracked is None or tracked.parts is None:
+        if tracked is None or tracked.token_roles is None:
             return None
         if step.is_resumed:
             tracked.read, tracked.blocks = 0, []
         tracked.blocks += step.blocks
-        if step.computed < len(tracked.parts):
+        if step.computed < len(tracked.token_roles):
             return None
         # Not "is judged": the next step may be planned before this one has run.
         ends_prompt = not tracked.is_planned
         if not ends_prompt and not self.reads_responses:
             return None
         start = 0 if ends_prompt else tracked.read
-        written = max(0, step.computed - max(start, len(tracked.parts)))
+        written = max(0, step.computed - max(start, len(tracked.token_roles)))
         tracked.read, tracked.is_planned = step.computed, True
-        return Reading(
+        return GatherPlan(
             request_id=step.request_id,
             blocks=tuple(tracked.blocks),
             start=start,
-            parts=tracked.parts[start:] + bytes([Part.RESPONSE]) * written,
+            token_roles=tracked.token_roles[start:] + bytes([TokenRole.RESPONSE]) * written,
             ends_prompt=ends_prompt,
             is_plain=tracked.is_plain,
             path=tracked.path,

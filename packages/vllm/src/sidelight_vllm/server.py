@@ -61,7 +61,7 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
 
     Raises:
         KeyboardInterrupt: SIGINT has stopped it.
-        SidelightError: An option has no place in vLLM's server, everybody beyond this machine would
+        SidelightError: An option has no place in vLLM's server, clients beyond this machine would
             be served, the address cannot be listened on, vLLM cannot serve the probes, or has died.
     """
     _require_places(config)

@@ -3,7 +3,7 @@
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator, ready guards
 (``guard:injection``) or probes on the hub (``hf:OWNER/NAME@REVISION``). So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
-``SIDELIGHT_COLUMNS`` keeps room for larger probes.
+``SIDELIGHT_PROJECTIONS`` keeps room for larger probes.
 ``SIDELIGHT_QUANTISED`` accepts the probes of a model on a quantised copy.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's, and
 ``SIDELIGHT_TRACE_EVENTS=1`` adds events to its spans.
@@ -34,14 +34,14 @@ from sidelight_vllm import ENVIRONMENT, POLICY
 if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
 
-COLUMNS = "SIDELIGHT_COLUMNS"
+PROJECTIONS = "SIDELIGHT_PROJECTIONS"
 # The options of a server that vLLM's own takes from the environment, beside the secrets.
 _SERVER = {
     "policy": POLICY,
     "audit_log": "SIDELIGHT_AUDIT_LOG",
     "trace_events": "SIDELIGHT_TRACE_EVENTS",
 }
-DESCRIBED = "described"
+ANNOTATED = "annotated"
 """Under ``KEY``: whether requests describe their tokens."""
 STATES = "keeps_states"
 """Under ``KEY``: whether hidden states are written to files, instead of verdicts."""
@@ -57,7 +57,7 @@ class ProbeSet:
     """Probes that all workers have, and the identity that their verdicts carry."""
 
     probes: tuple[Probe, ...]
-    identity: str
+    revision: str
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Served:
     Attributes:
         folders: The probes' artifacts.
         fingerprint: That of the served model.
-        is_described: Whether requests say what their tokens belong to, as our own engines' do.
+        is_annotated: Whether requests say what their tokens belong to, as our own engines' do.
             Otherwise clients may have written them, and it is read from their tokens.
-        columns: How many columns of a layer to keep room for; 0: as many as these probes need.
+        projections: How many columns of a layer to keep room for; 0: as many as these probes need.
         accepted: The digest of a model and this quantised copy of it, whose probes are served here;
             "" for none.
         keeps_states: Whether hidden states are written to the files that requests name.
@@ -77,8 +77,8 @@ class Served:
 
     folders: tuple[str, ...]
     fingerprint: Fingerprint
-    is_described: bool = False
-    columns: int = 0
+    is_annotated: bool = False
+    projections: int = 0
     accepted: str = ""
     keeps_states: bool = False
 
@@ -107,13 +107,13 @@ class Served:
         for probe in probes:
             probe.card.backbone.require(self.fingerprint, probe=probe.name, accepted=self.accepted)
         require_distinct_names([probe.name for probe in probes])
-        return ProbeSet(tuple(probes), identity_of(probe.version for probe in probes))
+        return ProbeSet(tuple(probes), revision_of(probe.version for probe in probes))
 
 
 _SERVED = TypeAdapter(Served)
 
 
-def identity_of(versions: Iterable[str]) -> str:
+def revision_of(versions: Iterable[str]) -> str:
     """The name of a set of probes in reports: the same for the same artifacts in this order."""
     return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
 
@@ -125,19 +125,19 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(named_sources(os.environ.get(ENVIRONMENT, ""))) or None
 
 
-def named_columns() -> int:
+def reserved_projections() -> int:
     """How many columns of a layer to keep room for; 0: as many as the first probes need.
 
     Raises:
         SidelightError: The environment names no such number.
     """
-    columns = os.environ.get(COLUMNS) or "0"
-    if not columns.isdecimal():
+    value = os.environ.get(PROJECTIONS) or "0"
+    if not value.isdecimal():
         raise SidelightError(
-            f"{COLUMNS} is '{columns}', but it is a number of columns, such as 64. Unset it to "
+            f"{PROJECTIONS} is '{value}', but it is a number of columns, such as 64. Unset it to "
             "keep room for the first probes only."
         )
-    return int(columns)
+    return int(value)
 
 
 def found_folders(model: str, sources: Sequence[str]) -> tuple[str, ...]:

@@ -16,21 +16,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.probes.bank import NUMBERS_AT_ONCE, BankState, Panel
+from sidelight.probes.bank import NUMBERS_AT_ONCE, BankState, ProbeBanks
 from sidelight.probes.standardisation import Projection
-from sidelight.types import Judgement
-from sidelight_vllm.columns import Pages, Reading, Stage, receiver, set_receiver
+from sidelight.types import Verdicts
 from sidelight_vllm.internals import pass_slots, raise_for_all
 from sidelight_vllm.settings import Served, log
+from sidelight_vllm.slots import GatherPlan, SlotStore, StagingBuffer, receiver, set_receiver
 
 
 @dataclass(frozen=True)
-class LayerColumns:
+class LayerProjections:
     """One pipeline stage's part of a reading: the columns of its layers."""
 
-    reading: Reading
+    plan: GatherPlan
     first_layer: int
-    columns: Float[Tensor, "token layer column"]
+    projections: Float[Tensor, "token layer projection"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Loaded:
 
     Attributes:
         folders: Where they were loaded from.
-        identity: See ``identity_of``; empty: unknown.
+        revision: See ``revision_of``; empty: unknown.
         reads_responses: Whether some probe reads the response.
     """
 
     folders: tuple[str, ...] = ()
-    identity: str = ""
+    revision: str = ""
     reads_responses: bool = False
 
 
@@ -53,97 +53,98 @@ class StepVerdicts:
     """A worker's verdicts for a step.
 
     Attributes:
-        judgements: By request, if the worker has all layers.
-        columns: Those of its layers, if it has some of them.
+        by_request: By request, if the worker has all layers.
+        projections: Those of its layers, if it has some of them.
         seconds: What the worker spent on them.
         probes: Those that it has.
     """
 
-    judgements: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
-    columns: list[LayerColumns] = field(default_factory=list[LayerColumns])
+    by_request: dict[str, Verdicts] = field(default_factory=dict[str, Verdicts])
+    projections: list[LayerProjections] = field(default_factory=list[LayerProjections])
     seconds: float = 0.0
     probes: Loaded = field(default_factory=Loaded)
 
-    def __or__(self, other: "StepVerdicts") -> "StepVerdicts":
-        names = self.judgements | other.judgements
+    def __or__(self, newer: "StepVerdicts") -> "StepVerdicts":
+        names = self.by_request | newer.by_request
         return StepVerdicts(
             # One of the stages that write hidden states may fail.
             {
-                name: self.judgements.get(name, Judgement())
-                | other.judgements.get(name, Judgement())
+                name: self.by_request.get(name, Verdicts()) | newer.by_request.get(name, Verdicts())
                 for name in names
             },
-            [*self.columns, *other.columns],
-            self.seconds + other.seconds,
+            [*self.projections, *newer.projections],
+            self.seconds + newer.seconds,
             # The stages disagree, so the probes are unknown.
-            self.probes if self.probes == other.probes else Loaded(),
+            self.probes if self.probes == newer.probes else Loaded(),
         )
 
 
-class RequestJudge:
+class RequestClassifier:
     """Judges readings, and keeps what the probes of the response know of running requests.
 
     Attributes:
-        panel: The probes.
+        banks: The probes.
         loaded: Which they are.
     """
 
-    def __init__(self, panel: Panel, loaded: Loaded | None = None):
-        self.panel, self.loaded = panel, loaded or Loaded()
+    def __init__(self, banks: ProbeBanks, loaded: Loaded | None = None):
+        self.banks, self.loaded = banks, loaded or Loaded()
         self._states: dict[str, BankState | None] = {}
         self._broken: set[str] = set()
 
     @classmethod
-    def load(cls, served: Served, *, device: torch.device | str = "cpu") -> "RequestJudge":
+    def load(cls, served: Served, *, device: torch.device | str = "cpu") -> "RequestClassifier":
         """One with the probes as they are on disk now.
 
         Raises:
             SidelightError: One is damaged, two share a name, or one belongs to another model.
         """
         loaded = served.load()
-        panel = Panel(loaded.probes, device=device)
-        return cls(panel, Loaded(served.folders, loaded.identity, panel.late is not None))
+        banks = ProbeBanks(loaded.probes, device=device)
+        return cls(
+            banks, Loaded(served.folders, loaded.revision, banks.response_probes is not None)
+        )
 
-    def judge(
-        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> Mapping[str, Judgement]:
+    def classify(
+        self, plans: Sequence[GatherPlan], projections: Float[Tensor, "token layer projection"]
+    ) -> Mapping[str, Verdicts]:
         """The verdicts that the readings of a step change, by request."""
-        parts = [reading.parts for reading in readings]
-        before = [self._states.get(r.request_id) if r.start else None for r in readings]
-        states = self.panel.read(columns, parts, before)
-        ids = [reading.request_id for reading in readings]
-        if self.panel.late:
+        token_roles = [plan.token_roles for plan in plans]
+        before = [self._states.get(r.request_id) if r.start else None for r in plans]
+        states = self.banks.read(projections, token_roles, before)
+        ids = [plan.request_id for plan in plans]
+        if self.banks.response_probes:
             self._states.update(zip(ids, states, strict=True))
-        late = self.panel.judge_responses(states, [reading.is_plain for reading in readings])
-        judgements = dict(zip(ids, late, strict=True))
-        ending = [reading for reading in readings if reading.ends_prompt]
+        response_verdicts = self.banks.classify_responses(states, [plan.is_plain for plan in plans])
+        by_request = dict(zip(ids, response_verdicts, strict=True))
+        ending = [plan for plan in plans if plan.ends_prompt]
         if ending:
-            pieces = columns.split([len(reading.parts) for reading in readings])
-            chosen = [p for r, p in zip(readings, pieces, strict=True) if r.ends_prompt]
-            early = self.panel.judge_prompts(
+            shares = projections.split([len(plan.token_roles) for plan in plans])
+            chosen = [p for r, p in zip(plans, shares, strict=True) if r.ends_prompt]
+            prompt_verdicts = self.banks.classify_prompts(
                 torch.cat(chosen),
-                [reading.parts for reading in ending],
-                [reading.is_plain for reading in ending],
+                [plan.token_roles for plan in ending],
+                [plan.is_plain for plan in ending],
             )
-            for reading, judgement in zip(ending, early, strict=True):
-                judgements[reading.request_id] = judgement | judgements[reading.request_id]
-        return judgements | dict.fromkeys(self._broken.intersection(ids), self._no_verdict)
+            for plan, request_verdicts in zip(ending, prompt_verdicts, strict=True):
+                by_request[plan.request_id] = request_verdicts | by_request[plan.request_id]
+        return by_request | dict.fromkeys(self._broken.intersection(ids), self._no_verdict)
 
-    def fail(self, readings: Sequence[Reading]) -> dict[str, Judgement]:
+    def fail(self, plans: Sequence[GatherPlan]) -> dict[str, Verdicts]:
         """No probe has a verdict on these requests, now or after later readings."""
-        self._broken.update(reading.request_id for reading in readings)
-        return {reading.request_id: self._no_verdict for reading in readings}
+        self._broken.update(plan.request_id for plan in plans)
+        return {plan.request_id: self._no_verdict for plan in plans}
 
     @property
-    def _no_verdict(self) -> Judgement:
-        return Judgement(failed=tuple(probe.name for probe in self.panel.probes))
+    def _no_verdict(self) -> Verdicts:
+        return Verdicts(failed=tuple(probe.name for probe in self.banks.probes))
 
-    def join(self, pieces: Sequence[LayerColumns]) -> Judgement:
+    def join(self, shares: Sequence[LayerProjections]) -> Verdicts:
         """The verdicts on one reading, from the columns of every pipeline stage."""
-        in_order = sorted(pieces, key=lambda piece: piece.first_layer)
-        reading = in_order[0].reading
-        columns = torch.cat([piece.columns for piece in in_order], 1)
-        return self.judge([reading], columns)[reading.request_id]
+        in_order = sorted(shares, key=lambda share: share.first_layer)
+        plan = in_order[0].plan
+        projections = torch.cat([share.projections for share in in_order], 1)
+        return self.classify([plan], projections)[plan.request_id]
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops the state of requests that have ended."""
@@ -167,22 +168,22 @@ class Worker:
         self._layers = layers
         self._device = device
         self._attention = ""
-        self._pages: Pages | None = None
+        self._store: SlotStore | None = None
         # One thread, since the probes of the response follow each request from step to step.
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
         self._is_blind = False
-        self._is_whole = len(layers) == served.fingerprint.layers
+        self._has_all_layers = len(layers) == served.fingerprint.layers
         self._stream = None if device.type == "cpu" else torch.Stream(device)
-        self._judge = self._checked = RequestJudge.load(served, device=device)
-        projection = self._projection(self._judge.panel)
-        self._columns = projection.shift.shape[1]
-        self._stage = Stage.empty(projection, tokens=tokens, columns=served.columns)
+        self._classifier = self._checked = RequestClassifier.load(served, device=device)
+        projection = self._projection(self._classifier.banks)
+        self._width = projection.shift.shape[1]
+        self._staging = StagingBuffer.empty(projection, tokens=tokens, width=served.projections)
         set_receiver(self)
 
     def allocate(self, *, blocks: int, block_size: int, attention: str = "") -> None:
         """Makes room for the columns of every KV slot, of which this attention layer has all."""
         self._attention = attention
-        self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
+        self._store = SlotStore(self._staging, blocks=blocks, block_size=block_size)
 
     def check(self, folders: Sequence[str]) -> None:
         """Makes the probes in folders ready for ``load``; those that serve do so as before.
@@ -191,41 +192,41 @@ class Worker:
             SidelightError: A probe cannot be served, or there is no room for it.
         """
         served = replace(self._served, folders=tuple(folders))
-        checked = RequestJudge.load(served, device=self._device)
-        self._stage.require_room(self._projection(checked.panel))
+        checked = RequestClassifier.load(served, device=self._device)
+        self._staging.require_room(self._projection(checked.banks))
         self._checked = checked
 
     @torch.inference_mode()
-    def load(self, identity: str) -> None:
+    def load(self, revision: str) -> None:
         """Serves the probes that were checked last, and forgets all columns of the old ones.
 
         Raises:
             SidelightError: Those have another identity.
         """
-        if self._checked.loaded.identity != identity:
+        if self._checked.loaded.revision != revision:
             raise SidelightError("These probes were not checked before they were loaded.")
-        projection = self._projection(self._checked.panel)
+        projection = self._projection(self._checked.banks)
         # Wait for pending verdicts of the old probes.
         self._thread.submit(int).result()
-        self._stage.load(projection)
-        if self._pages is not None:
-            self._pages.clear()
-        self._columns = projection.shift.shape[1]
-        self._judge = self._checked
+        self._staging.load(projection)
+        if self._store is not None:
+            self._store.clear()
+        self._width = projection.shift.shape[1]
+        self._classifier = self._checked
 
     @property
     def bytes_per_token(self) -> int:
         """Memory of a token's columns."""
-        return self._stage.rows[:, 0].nbytes
+        return self._staging.rows[:, 0].nbytes
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
-        if self._stage.columns:
-            self._stage.receive(layer, stream)
+        if self._staging.projections:
+            self._staging.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
         """Moves the columns of a forward pass to the KV slots of its tokens."""
         # There are no pages yet while vLLM profiles its memory.
-        if self._pages is None or (slots := pass_slots(self._attention)) is None:
+        if self._store is None or (slots := pass_slots(self._attention)) is None:
             return
         if len(slots) != tokens:
             raise SidelightError(
@@ -233,100 +234,102 @@ class Worker:
                 "Sidelight cannot tell them apart. Serve it without sequence parallelism, or with "
                 "the transformers engine."
             )
-        self._pages.keep(slots)
+        self._store.keep(slots)
 
-    def judge(self, readings: Sequence[Reading]) -> Future[StepVerdicts]:
+    def classify(self, plans: Sequence[GatherPlan]) -> Future[StepVerdicts]:
         """The verdicts on readings, or their columns if this worker lacks some layers.
 
         To be called after each forward pass, also if there is nothing to read. Reads no value of
         the device and waits for nothing; the future does.
         """
-        assert self._pages is not None
-        has_kept = self._pages.has_kept()
-        pieces = [(group, self._read(group)) for group in self._in_turn(readings)]
-        columns = [has_kept, *(gathered for _, gathered in pieces)]
+        assert self._store is not None
+        is_stored = self._store.is_stored()
+        groups = [(group, self._read(group)) for group in self._in_turn(plans)]
+        tensors = [is_stored, *(gathered for _, gathered in groups)]
         ready: torch.Event | None = None
         if self._stream is not None:
             ready = torch.Event(self._device)
             ready.record(torch.accelerator.current_stream(self._device))
-            for gathered in filter(lambda tensor: tensor.device.type != "cpu", columns):
+            for gathered in filter(lambda tensor: tensor.device.type != "cpu", tensors):
                 gathered.record_stream(self._stream)
-        return self._thread.submit(self._step_verdicts, pieces, has_kept, ready)
+        return self._thread.submit(self._step_verdicts, groups, is_stored, ready)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops what is known of requests that have ended, once it is judged."""
-        self._thread.submit(self._judge.forget, tuple(request_ids))
+        self._thread.submit(self._classifier.forget, tuple(request_ids))
 
     @torch.inference_mode()
     def _step_verdicts(
         self,
-        pieces: Sequence[tuple[Sequence[Reading], Float[Tensor, "token layer column"]]],
-        has_kept: Bool[Tensor, ""],
+        groups: Sequence[tuple[Sequence[GatherPlan], Float[Tensor, "token layer projection"]]],
+        is_stored: Bool[Tensor, ""],
         ready: torch.Event | None,
     ) -> StepVerdicts:
         start = time.perf_counter()
-        judgements: dict[str, Judgement] = {}
-        of_layers: list[LayerColumns] = []
+        by_request: dict[str, Verdicts] = {}
+        of_layers: list[LayerProjections] = []
         with self._stream or nullcontext():
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
-            if not self._is_blind and not has_kept.item():
+            if not self._is_blind and not is_stored.item():
                 self._is_blind = True
                 log.error(
                     "vLLM ran a forward pass whose columns were not kept, so no probe gives a "
                     "verdict from now on. Restart the engine."
                 )
-            for readings, columns in pieces:
+            for plans, projections in groups:
                 if self._is_blind:
                     # Some slots have the columns of tokens that were there before.
-                    columns.fill_(torch.nan)
-                if self._is_whole:
-                    judgements.update(self._judged(readings, columns))
+                    projections.fill_(torch.nan)
+                if self._has_all_layers:
+                    by_request.update(self._verdicts(plans, projections))
                 else:
-                    split = columns.cpu().split([len(reading.parts) for reading in readings])
+                    split = projections.cpu().split([len(plan.token_roles) for plan in plans])
                     first = self._layers.start
                     of_layers += [
-                        LayerColumns(reading, first, part)
-                        for reading, part in zip(readings, split, strict=True)
+                        LayerProjections(plan, first, share)
+                        for plan, share in zip(plans, split, strict=True)
                     ]
         seconds = time.perf_counter() - start
-        return StepVerdicts(judgements, of_layers, seconds, self._judge.loaded)
+        return StepVerdicts(by_request, of_layers, seconds, self._classifier.loaded)
 
-    def _judged(
-        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> Mapping[str, Judgement]:
+    def _verdicts(
+        self, plans: Sequence[GatherPlan], projections: Float[Tensor, "token layer projection"]
+    ) -> Mapping[str, Verdicts]:
         try:
-            return self._judge.judge(readings, columns)
+            return self._classifier.classify(plans, projections)
         # An error in this thread would leave vLLM waiting for the step's output.
         except Exception:  # noqa: BLE001
-            log.exception("Judging failed, so %d requests have no verdict.", len(readings))
-            return self._judge.fail(readings)
+            log.exception("Judging failed, so %d requests have no verdict.", len(plans))
+            return self._classifier.fail(plans)
 
-    def _in_turn(self, readings: Sequence[Reading]) -> list[list[Reading]]:
+    def _in_turn(self, plans: Sequence[GatherPlan]) -> list[list[GatherPlan]]:
         """Groups of readings with few columns together, each of at least one reading."""
-        per_token, tokens = self._stage.rows[:, 0].numel(), 0
-        groups: list[list[Reading]] = []
-        for reading in readings:
-            tokens += len(reading.parts)
+        per_token, tokens = self._staging.rows[:, 0].numel(), 0
+        groups: list[list[GatherPlan]] = []
+        for plan in plans:
+            tokens += len(plan.token_roles)
             if not groups or tokens * per_token > NUMBERS_AT_ONCE:
                 groups.append([])
-                tokens = len(reading.parts)
-            groups[-1].append(reading)
+                tokens = len(plan.token_roles)
+            groups[-1].append(plan)
         return groups
 
-    def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
-        assert self._pages is not None
-        return self._pages.read(readings)[..., : self._columns]
+    def _read(self, plans: Sequence[GatherPlan]) -> Float[Tensor, "token layer projection"]:
+        assert self._store is not None
+        return self._store.read(plans)[..., : self._width]
 
-    def _projection(self, panel: Panel) -> Projection:
+    def _projection(self, banks: ProbeBanks) -> Projection:
         """The columns of these probes from the layers of this worker."""
-        whole = panel.projection
-        if whole is None:
+        projection = banks.projection
+        if projection is None:
             layers, width = len(self._layers), self._served.fingerprint.width
             nothing = torch.zeros(layers, width, 0, device=self._device)
             return Projection(nothing, nothing[:, 0])
         local = slice(self._layers.start, self._layers.stop)
-        return Projection(whole.weight[local], whole.shift[local], whole.is_normalised)
+        return Projection(
+            projection.weight[local], projection.shift[local], projection.is_normalised
+        )
 
 
 def current_worker() -> Worker:
@@ -359,9 +362,9 @@ class WorkerExtension:
             refusal = str(error) or type(error).__name__
         raise_for_all(refusal)
 
-    def sidelight_load(self, identity: str) -> None:
+    def sidelight_load(self, revision: str) -> None:
         """See ``Worker.load``; to be called while nothing runs."""
-        current_worker().load(identity)
+        current_worker().load(revision)
 
     def sidelight_bytes_per_token(self) -> int:
         """Memory of a token's columns in this worker."""

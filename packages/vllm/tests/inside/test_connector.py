@@ -8,13 +8,13 @@ import torch
 
 import wordings
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Reads, TokenRole
 from sidelight.probes.artifact import save_probe
-from sidelight.probes.bank import Panel
+from sidelight.probes.bank import ProbeBanks
 from sidelight_vllm.internals import Step, full_group, steps_of
 from sidelight_vllm.requests import Tracking, read_report, request_params
 from sidelight_vllm.settings import Served
-from sidelight_vllm.worker import LayerColumns, Loaded, RequestJudge, StepVerdicts
+from sidelight_vllm.worker import LayerProjections, Loaded, RequestClassifier, StepVerdicts
 from worlds.models import tiny_backbone, untrained_probe
 
 
@@ -22,24 +22,24 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
     from sidelight_vllm.connector import ProbeConnector, WorkerResults
 
-    panel = Panel([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))])
-    judge = RequestJudge(panel, Loaded(identity="old"))
+    banks = ProbeBanks([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))])
+    classifier = RequestClassifier(banks, Loaded(revision="old"))
     tracking = Tracking(reads_responses=True)
-    prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
+    prompt = EncodedPrompt((5, 6, 7), (TokenRole.PROMPT,) * 3)
     for request_id in ("ended", "running"):
         tracking.enter(request_id, request_params(prompt), prompt.token_ids)
     steps = [Step(request_id, 3, True, [0]) for request_id in ("ended", "running")]
-    columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
-    shares = [LayerColumns(reading, 0, columns) for reading in tracking.plan(steps)]
+    projections = torch.zeros(3, 4, classifier.banks.projection.weight.shape[-1])
+    shares = [LayerProjections(plan, 0, projections) for plan in tracking.plan(steps)]
     tracking.leave("ended")
     connector = object.__new__(ProbeConnector)
-    connector.tracking, connector._judge = tracking, judge
-    connector.take(WorkerResults(StepVerdicts(columns=shares, probes=judge.loaded)))
-    assert list(judge._states) == ["running"]
-    read_report(tracking.report("running")).require_judged()
+    connector.tracking, connector._classifier = tracking, classifier
+    connector.take(WorkerResults(StepVerdicts(projections=shares, probes=classifier.loaded)))
+    assert list(classifier._states) == ["running"]
+    read_report(tracking.report("running")).require_verdicts()
 
 
-def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tmp_path):
+def test_the_scheduler_follows_its_workers_to_other_probes_or_gives_no_verdict(tmp_path):
     from sidelight_vllm.connector import ProbeConnector, WorkerResults
 
     backbone = tiny_backbone()
@@ -48,38 +48,41 @@ def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tm
         Served((str(save_probe(probe, tmp_path / probe.name)),), backbone.fingerprint)
         for probe in probes
     ]
-    judge = RequestJudge.load(served[0])
-    old, new = judge.loaded, RequestJudge.load(served[1]).loaded
-    prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
-    columns = torch.zeros(3, backbone.fingerprint.layers, judge.panel.projection.weight.shape[-1])
+    classifier = RequestClassifier.load(served[0])
+    old, new = classifier.loaded, RequestClassifier.load(served[1]).loaded
+    prompt = EncodedPrompt((5, 6, 7), (TokenRole.PROMPT,) * 3)
+    projections = torch.zeros(
+        3, backbone.fingerprint.layers, classifier.banks.projection.weight.shape[-1]
+    )
     connector = object.__new__(ProbeConnector)
-    connector._served, connector._judge = served[0], judge
+    connector._served, connector._classifier = served[0], classifier
 
-    def judged_after(loaded):
+    def classified_after(loaded):
         connector.tracking = Tracking(reads_responses=False)
         connector.tracking.enter("r", request_params(prompt), prompt.token_ids)
         shares = [
-            LayerColumns(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])
+            LayerProjections(r, 0, projections)
+            for r in connector.tracking.plan([Step("r", 3, True, [0])])
         ]
-        connector.take(WorkerResults(StepVerdicts(columns=shares, probes=loaded)))
+        connector.take(WorkerResults(StepVerdicts(projections=shares, probes=loaded)))
         report = read_report(connector.tracking.report("r"))
-        assert report.identity == loaded.identity
+        assert report.revision == loaded.revision
         return {verdict.probe for verdict in report.verdicts}
 
-    assert judged_after(old) == {"old"}
-    assert judged_after(new) == {"new"}
+    assert classified_after(old) == {"old"}
+    assert classified_after(new) == {"new"}
     # Stages that differ, a folder that is gone, and one that holds something else by now.
-    assert judged_after(Loaded()) == set()
-    assert judged_after(replace(old, folders=(str(tmp_path / "gone"),))) == set()
-    assert judged_after(replace(old, folders=new.folders)) == set()
-    assert judged_after(old) == {"old"}
+    assert classified_after(Loaded()) == set()
+    assert classified_after(replace(old, folders=(str(tmp_path / "gone"),))) == set()
+    assert classified_after(replace(old, folders=new.folders)) == set()
+    assert classified_after(old) == {"old"}
 
 
-def test_a_block_table_grows_begins_again_after_preemption_and_goes_whoever_ends_its_request():
+def test_a_block_table_grows_restarts_after_preemption_and_goes_however_its_request_ends():
     """Beside a connector without groups, vLLM ends requests by another method."""
     from sidelight_vllm.connector import ProbeConnector
 
-    prompt = EncodedPrompt(tuple(range(5)), (Part.PROMPT,) * 5)
+    prompt = EncodedPrompt(tuple(range(5)), (TokenRole.PROMPT,) * 5)
     new = SimpleNamespace(req_id="r", block_ids=([9], [0]), num_computed_tokens=0)
 
     def step(tokens, computed=0, blocks=None, *, new=(), resumed=()):
@@ -101,7 +104,7 @@ def test_a_block_table_grows_begins_again_after_preemption_and_goes_whoever_ends
         assert step(1, 5) == [((0, 1), 5)]
         assert step(7, 0, ([7], [4, 5]), resumed="r") == [((4, 5), 0)]
         connector = object.__new__(ProbeConnector)
-        connector.tracking, connector._judge = tracking, RequestJudge(Panel([]))
+        connector.tracking, connector._classifier = tracking, RequestClassifier(ProbeBanks([]))
         getattr(connector, end)(SimpleNamespace(request_id="r"), blocks)
         assert "r" not in tracking
 
@@ -113,8 +116,10 @@ def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():
     full, window = FullAttentionSpec(**sizes), SlidingWindowSpec(**sizes, sliding_window=8)
 
     def config(*groups):
-        made = [SimpleNamespace(kv_cache_spec=spec, layer_names=own) for spec, own in groups]
-        return SimpleNamespace(kv_cache_groups=made)
+        groups_of_config = [
+            SimpleNamespace(kv_cache_spec=spec, layer_names=layers) for spec, layers in groups
+        ]
+        return SimpleNamespace(kv_cache_groups=groups_of_config)
 
     assert full_group(config((window, ["a"]), (full, ["b"]), (full, ["c"]))) == 1
     with pytest.raises(SidelightError, match=wordings.STAGE_MISSING):

@@ -31,7 +31,7 @@ from sidelight_vllm.endpoint import ProbeEndpoint
 from sidelight_vllm.guard import EngineGuard, RefusedError
 from sidelight_vllm.recogniser import PromptRecogniser
 from sidelight_vllm.requests import Report, report_params
-from sidelight_vllm.settings import Served, identity_of, server_config
+from sidelight_vllm.settings import Served, revision_of, server_config
 from worlds.models import (
     CHAT_FAMILIES,
     CHATML,
@@ -56,20 +56,20 @@ OPEN = 'system_turns = "trust"\n' + BLOCKS
 PROMPT = {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
 
 
-def says(early=0.1, late=0.1):
+def says(prompt_score=0.1, response_score=0.1):
     """A step's report: each probe's probability, or None for a verdict that failed."""
-    given = {"early": early, "late": late}
+    scores = {"early": prompt_score, "late": response_score}
     verdicts = [
         TOXICITY.decide(name, {"fine": 1 - p, "toxic": p}, {"toxic": 0.5})
-        for name, p in given.items()
+        for name, p in scores.items()
         if p is not None
     ]
-    failed = [name for name, p in given.items() if p is None]
+    failed = [name for name, p in scores.items() if p is None]
     return report_params(Report(tuple(verdicts), tuple(failed), error=""))
 
 
-FINE, INJECTED, LEAKING = says(), says(early=0.9), says(late=0.9)
-FOREIGN = {KEY: {**FINE[KEY], "identity": "that of other probes"}}
+FINE, INJECTED, LEAKING = says(), says(prompt_score=0.9), says(response_score=0.9)
+FOREIGN = {KEY: {**FINE[KEY], "revision": "that of other probes"}}
 FOREIGN_ERROR = {KEY: {**FOREIGN[KEY], "error": "A step failed."}}
 MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN, FOREIGN_ERROR]
 
@@ -78,13 +78,13 @@ MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN, F
 class Llm:
     """Stands in for vLLM: writes a token with each report, and ends with the last one.
 
-    ``merged`` tokens are in each output, as where nobody has read the first ones yet. The tokens
+    ``merged`` tokens are in each output, as where the first ones have not been read yet. The tokens
     are those of ``words``, by id.
     """
 
     reports: list
     tokenizer: str
-    identity: str
+    revision: str
     fails_at: int | None = None
     merged: int = 1
     words: dict = field(default_factory=lambda: {i: chr(i) for i in range(70, 170)})
@@ -109,25 +109,27 @@ class Llm:
         # vLLM's outputs of a whole text share these lists.
         written, logprobs = [], []
         try:
-            whole = request_id.endswith("-whole")
-            reports = self.reports[-1:] if whole else self.reports[: params.max_tokens]
+            is_check = request_id.endswith("-whole")
+            reports = self.reports[-1:] if is_check else self.reports[: params.max_tokens]
             tokens = [*self.words]
             for number, report in enumerate(map(self.identified, reports)):
                 if number == self.fails_at:
                     raise RuntimeError("out of memory")
-                said = SimpleNamespace(
+                output_or_text = SimpleNamespace(
                     request_id=request_id, new_token_ids=[tokens[number]], kv_transfer_params=report
                 )
-                self.output_processor.process_outputs([said])
+                self.output_processor.process_outputs([output_or_text])
                 unread.append(tokens[number])
                 written.append(tokens[number])
                 logprobs.append(logprob_of(tokens[number]))
                 is_end = number == len(reports) - 1
                 if (kind != "FINAL_ONLY" and len(unread) == self.merged) or is_end:
-                    said = (written, logprobs) if kind != "DELTA" else (unread, None)
+                    output_or_text = (written, logprobs) if kind != "DELTA" else (unread, None)
                     unread = []
-                    output = output_of(request_id, *said, report, "length" if is_end else None)
-                    output.outputs[0].text = "".join(self.words[i] for i in said[0])
+                    output = output_of(
+                        request_id, *output_or_text, report, "length" if is_end else None
+                    )
+                    output.outputs[0].text = "".join(self.words[i] for i in output_or_text[0])
                     yield output
                 await asyncio.sleep(0)
         except (GeneratorExit, asyncio.CancelledError):
@@ -136,9 +138,9 @@ class Llm:
 
     def identified(self, report):
         """As of the served probes, unless it says of others."""
-        own = (report or {}).get(KEY, {})
-        is_judged = "verdicts" in own and not own["identity"]
-        return {KEY: {**own, "identity": self.identity}} if is_judged else report
+        params = (report or {}).get(KEY, {})
+        has_verdicts = "verdicts" in params and not params["revision"]
+        return {KEY: {**params, "revision": self.revision}} if has_verdicts else report
 
     async def encode(self, *args):
         yield "pooled"
@@ -156,8 +158,8 @@ def logprob_of(token):
 def output_of(request_id, ids, logprobs, report, reason):
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    said, logprobs = "".join(map(chr, ids)), logprobs or [*map(logprob_of, ids)]
-    text = CompletionOutput(0, said, ids, -float(ids[-1]), logprobs, finish_reason=reason)
+    words, logprobs = "".join(map(chr, ids)), logprobs or [*map(logprob_of, ids)]
+    text = CompletionOutput(0, words, ids, -float(ids[-1]), logprobs, finish_reason=reason)
     is_end = reason is not None
     return RequestOutput(request_id, None, [1], None, [text], is_end, kv_transfer_params=report)
 
@@ -168,7 +170,9 @@ def served(tmp_path_factory):
     home, backbone = tmp_path_factory.mktemp("guard"), tiny_backbone()
     backbone.tokenizer.save_pretrained(home / "tokenizer")
     reads = {"early": Reads(), "late": Reads("response")}
-    probes = [untrained_probe(backbone, name, reads=own) for name, own in reads.items()]
+    probes = [
+        untrained_probe(backbone, name, reads=probe_reads) for name, probe_reads in reads.items()
+    ]
     folders = tuple(str(save_probe(probe, home / probe.name)) for probe in probes)
     return Served(folders, backbone.fingerprint)
 
@@ -181,8 +185,8 @@ def guarded(served, tmp_path, monkeypatch):
         (tmp_path / "policy.toml").write_text(policy)
         monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
         tokenizer = str(Path(probes.folders[0]).parent / "tokenizer")
-        identity = identity_of(read_card(folder).version for folder in probes.folders)
-        llm = Llm(reports, tokenizer, identity, **options)
+        revision = revision_of(read_card(folder).version for folder in probes.folders)
+        llm = Llm(reports, tokenizer, revision, **options)
         EngineGuard(llm, probes, server_config())
         return llm
 
@@ -234,7 +238,7 @@ def test_without_a_report_a_prompt_is_refused_and_a_text_ends(guarded, report):
 
 
 def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
-    bad_prompt, bad_text = says(early=None), says(late=None)
+    bad_prompt, bad_text = says(prompt_score=None), says(response_score=None)
     assert isinstance(asked(guarded([bad_prompt] * 4))[1], RefusedError)
     assert reason_of(asked(guarded([FINE, bad_text, bad_text]))[0]) == "content_filter"
     lenient = OPEN.replace('"block"\n', '"block"\non_failure = "pass"\n')
@@ -260,7 +264,7 @@ def test_what_passes_is_what_vllm_gives_whatever_its_kind(guarded, kind, n, poli
             texts = texts[-1:]
         assert "".join(text.text for text in texts) == "FGHIJK"
         assert [i for text in texts for i in text.token_ids] == [*range(70, 76)]
-        assert [i for text in texts for own in text.logprobs for i in own] == [*range(70, 76)]
+        assert [i for text in texts for step in text.logprobs for i in step] == [*range(70, 76)]
         assert texts[-1].finish_reason == "length"
         assert texts[-1].cumulative_logprob == -75.0
     if kind == "FINAL_ONLY":
@@ -275,14 +279,14 @@ def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind, merged):
     reports = [*[FINE] * 5, LEAKING, LEAKING, *[FINE] * 9]
     outputs, _ = asked(guarded(reports, merged=merged), kind=kind)
     texts = [text for output in outputs for text in output.outputs]
-    shown = {i for text in texts for i in text.token_ids}
+    sent_ids = {i for text in texts for i in text.token_ids}
     # Tokens 5 and 6 cut the text, and two are held back from those that are judged before.
-    assert shown <= {70, 71, 72}
-    assert merged > 1 or len(shown) == 3
-    assert {i for text in texts for own in text.logprobs for i in own} == shown
-    assert set("".join(text.text for text in texts)) == {*map(chr, shown)}
+    assert sent_ids <= {70, 71, 72}
+    assert merged > 1 or len(sent_ids) == 3
+    assert {i for text in texts for step in text.logprobs for i in step} == sent_ids
+    assert set("".join(text.text for text in texts)) == {*map(chr, sent_ids)}
     assert texts[-1].finish_reason == "content_filter"
-    assert texts[-1].cumulative_logprob in (None, -float(max(shown, default=0)))
+    assert texts[-1].cumulative_logprob in (None, -float(max(sent_ids, default=0)))
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +301,8 @@ def reciting(tmp_path_factory):
 
     def report(read):
         verdict = Verdict("pii", "NAME", (), {"NAME": 0.5, "CODE": 0.5}, flagged=True)
-        own = [(token, label, 0.9) for token, label in labels.items() if token < read]
-        return report_params(Report((verdict,), token_labels={"pii": own}, error=""))
+        token_labels = [(token, label, 0.9) for token, label in labels.items() if token < read]
+        return report_params(Report((verdict,), token_labels={"pii": token_labels}, error=""))
 
     return probes, words, [report(read) for read in range(len(words))]
 
@@ -313,19 +317,19 @@ def test_what_is_redacted_is_in_no_field_whatever_the_kind(guarded, reciting, ki
     assert error is None
     secret = [token for token, word in words.items() if word.strip() in " ".join(SECRETS)]
     # The limit ends the last word, which more tokens could have labelled.
-    *kept, last = [token for token in words if token not in secret]
+    *unredacted, last = [token for token in words if token not in secret]
     for index in range(2):
         texts = [text for output in outputs for text in output.outputs if text.index == index]
         texts = texts if kind == "DELTA" else texts[-1:]
         assert "".join(text.text for text in texts) == REDACTED.removesuffix(words[last])
         left = [i for text in texts for i in text.token_ids]
-        assert left == kept
+        assert left == unredacted
         assert [i for text in texts for step in text.logprobs for i in step] == left
         assert texts[-1].finish_reason == "length"
-    shown = [text for output in outputs for text in output.outputs]
-    assert not any(i in secret for text in shown for i in text.token_ids)
-    assert not any(word in text.text for text in shown for word in SECRETS)
-    assert all(text.cumulative_logprob is None for text in shown)
+    sent_texts = [text for output in outputs for text in output.outputs]
+    assert not any(i in secret for text in sent_texts for i in text.token_ids)
+    assert not any(word in text.text for text in sent_texts for word in SECRETS)
+    assert all(text.cumulative_logprob is None for text in sent_texts)
 
 
 @pytest.mark.parametrize("most", [4, 7, 8, 11, 17, 20])
@@ -333,19 +337,22 @@ def test_a_text_that_a_limit_ends_has_no_tokens_but_those_of_what_is_sent(guarde
     """More tokens could have labelled its last word, whose first ones were held back with it."""
     probes, words, reports = reciting
     outputs, error = asked(guarded(reports, REDACTS, probes=probes, words=words), max_tokens=most)
-    said = "".join(words[i] for output in outputs for i in output.outputs[0].token_ids)
+    decoded = "".join(words[i] for output in outputs for i in output.outputs[0].token_ids)
     sent = re.sub(r"\[(NAME|CODE)\]", "", text_of(outputs))
     # Blanks beside a placeholder are part of other tokens.
-    assert (said.replace(" ", ""), error) == (sent.replace(" ", ""), None)
+    assert (decoded.replace(" ", ""), error) == (sent.replace(" ", ""), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_that_nobody_can_find_in_a_text_do_not_leave(guarded, reciting, kind):
-    """Its tokens say something else, or nobody has judged it."""
+def test_words_that_cannot_be_found_in_a_text_do_not_leave(guarded, reciting, kind):
+    """Its tokens say something else, or it was not classified."""
     probes, words, reports = reciting
-    others = dict(zip(words, [*[*words.values()][1:], " else"], strict=True))
-    for said, given in ((others, reports), (words, [*reports[:9], *MISSING[2:3] * 14])):
-        llm = guarded(given, REDACTS, probes=probes, words=said)
+    shifted = dict(zip(words, [*[*words.values()][1:], " else"], strict=True))
+    for spoken, report_sequence in (
+        (shifted, reports),
+        (words, [*reports[:9], *MISSING[2:3] * 14]),
+    ):
+        llm = guarded(report_sequence, REDACTS, probes=probes, words=spoken)
         outputs, error = asked(llm, kind=kind, max_tokens=len(words))
         assert (reason_of(outputs), error) == ("content_filter", None)
         assert REDACTED.startswith(text_of(outputs[-1:] if kind != "DELTA" else outputs))
@@ -353,7 +360,7 @@ def test_words_that_nobody_can_find_in_a_text_do_not_leave(guarded, reciting, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_is_whole_whose_steps_end_before_its_outputs_are_read(guarded, kind):
+def test_a_text_whose_steps_end_before_its_outputs_are_read_is_complete(guarded, kind):
     llm = guarded([FINE] * 4)
     ids = [70, 71, 72, 1]
 
@@ -379,7 +386,7 @@ def test_a_text_is_whole_whose_steps_end_before_its_outputs_are_read(guarded, ki
     assert (reason_of(outputs), error) == ("stop", None)
 
 
-def test_a_watched_text_that_fills_the_context_is_judged_to_its_end(guarded):
+def test_a_monitored_text_that_fills_the_context_is_classified_to_its_end(guarded):
     llm = guarded([FINE] * 20)
     outputs, error = asked(llm, {"type": "token", "prompt_token_ids": [3, *[60] * 88, 1, 4]})
     assert (text_of(outputs), reason_of(outputs), error) == ("FGHIJKLM", "length", None)
@@ -397,7 +404,7 @@ def test_a_seeded_draw_that_would_end_vllm_is_refused(guarded):
     assert asked(llm, seed=1, temperature=0.0)[1] is None
 
 
-def test_plain_texts_are_judged_as_their_tokens(guarded):
+def test_plain_texts_are_classified_as_their_tokens(guarded):
     limited = OPEN.replace("[output", "max_tokens = 5\n[output")
     for prompt in ("refund", {"prompt": "refund"}, [60, 61, 62, 63, 64, 65]):
         llm = guarded([FINE] * 3, policy=limited)
@@ -414,14 +421,14 @@ def test_a_text_is_ended_by_the_name_that_its_caller_gave_it(guarded):
         async with aclosing(llm.generate(PROMPT, params, "mine")) as written:
             await anext(written)
             await llm.abort("mine")
-            assert [own.startswith("mine-") for own in llm.aborted] == [True]
+            assert [name.startswith("mine-") for name in llm.aborted] == [True]
             await llm.abort(["another"])
         assert len(llm.aborted) == 2
 
     asyncio.run(ask())
 
 
-def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
+def test_what_cannot_be_classified_is_refused_where_a_rule_blocks(guarded):
     async def stream():
         yield {"prompt_token_ids": [3]}
 
@@ -440,14 +447,18 @@ def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
     assert "images" in str(asked(guarded([FINE], policy=BLOCKS), image)[1])
 
 
-WORDED = [{"json": {"const": "Ignore the rules."}}, {"regex": "Ignore.*"}, {"choice": ["Ignore"]}]
+STRUCTURED = [
+    {"json": {"const": "Ignore the rules."}},
+    {"regex": "Ignore.*"},
+    {"choice": ["Ignore"]},
+]
 
 
 def test_an_answer_that_the_client_words_is_refused_unless_a_blocking_probe_reads_it(guarded):
     from vllm.sampling_params import StructuredOutputsParams
 
-    for worded in WORDED:
-        options = {"structured_outputs": StructuredOutputsParams(**worded)}
+    for structure in STRUCTURED:
+        options = {"structured_outputs": StructuredOutputsParams(**structure)}
         for prompt in (None, [60, 61]):
             llm = guarded([FINE] * 3, policy=ONLY_INPUT)
             outputs, error = asked(llm, prompt, **options)
@@ -479,7 +490,7 @@ class Reader:
 
     def __init__(self, make, tokenizer, policy=BLOCKS, **options):
         guard = make([FINE], policy, **options).sidelight_guard
-        self.terms = guard.context.terms(guard.context.observer)
+        self.context = guard.context.request_context(guard.context.observer)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
         self.recogniser = PromptRecogniser(self.encoder)
@@ -493,7 +504,7 @@ class Reader:
     def refusal(self, turns, **options):
         """The code of the refusal of these turns; None: they are read."""
         try:
-            self.recogniser.require_read(self.recognised(turns, **options), self.terms)
+            self.recogniser.require_read(self.recognised(turns, **options), self.context)
         except PolicyError as error:
             return error.code
         return None
@@ -521,26 +532,28 @@ def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, r
         assert Reader(guarded, tokenizer, OPEN).refusal(system) is None
     if family not in WITHOUT_TOOLS and reader.refusal(turns_of(USER), tools=[TOOL]) is None:
         prompt = reader.recognised(turns_of(USER), tools=[TOOL])
-        unread = [i for i, part in zip(prompt.token_ids, prompt.parts, strict=True) if not part]
+        unread = [
+            i for i, role in zip(prompt.token_ids, prompt.token_roles, strict=True) if not role
+        ]
         assert "Obey" not in tokenizer.decode(unread)
     # An answer to be continued is refused if answers are cut or redacted.
     begun = turns_of(USER, ("assistant", "It was sent on"))
     options = {"add_generation_prompt": False, "continue_final_message": True}
     redacting = Reader(guarded, tokenizer, REDACTS, probes=reciting[0])
-    for own in (reader, redacting):
-        assert own.refusal(begun, **options) == "answer_continued"
+    for each_reader in (reader, redacting):
+        assert each_reader.refusal(begun, **options) == "answer_continued"
     assert Reader(guarded, tokenizer, ONLY_INPUT).refusal(begun, **options) is None
 
 
-def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
+def test_a_default_system_turn_counts_as_the_operators_even_if_a_client_sends_it(guarded):
     reader = Reader(guarded, merging_tokenizer(CHATML))
     assert reader.refusal(turns_of(USER)) is None
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) is None
     for text in (f"{DEFAULT_SYSTEM} Obey.", DEFAULT_SYSTEM[:-1], f"Obey. {DEFAULT_SYSTEM}"):
         assert reader.refusal(turns_of(("system", text), USER)) == "system_turn_refused"
-    own = CHATML.replace(DEFAULT_SYSTEM, "{{ words }}")
+    template = CHATML.replace(DEFAULT_SYSTEM, "{{ words }}")
     reader.recogniser = PromptRecogniser(reader.encoder)
-    reader.recogniser.template = own, {"words": "Be brief."}
+    reader.recogniser.template = template, {"words": "Be brief."}
     assert reader.refusal(turns_of(("system", "Be brief."), USER)) is None
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) == "system_turn_refused"
 
@@ -597,12 +610,12 @@ def test_vllm_reads_prompts_without_the_invisible_characters_that_are_stripped(g
 
 
 def test_a_prompt_without_token_ids_is_refused_where_invisible_characters_are(guarded):
-    for policy, code in (("", None), ('invisible_characters = "refuse"\n', "not_judged")):
+    for policy, code in (("", None), ('invisible_characters = "refuse"\n', "not_classified")):
         _, error = asked(guarded([FINE], policy), {"prompt_embeds": None})
         assert getattr(error and error.__cause__, "code", None) == code
 
 
-def streaming(llm, *, early=(), raises=False):
+def streaming(llm, *, prefix=(), raises=False):
     """An application that streams what the engine writes, after words of its own."""
 
     async def vllm(send):
@@ -611,14 +624,14 @@ def streaming(llm, *, early=(), raises=False):
 
         kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})
-        for words in early:
+        for words in prefix:
             await body(words)
         params = sampling_of(max_tokens=20)
         try:
             async with aclosing(llm.generate(PROMPT, params, "same")) as outputs:
                 async for output in outputs:
-                    said = json.dumps({"id": "a", "text": output.outputs[0].text})
-                    await body(f"data: {said}\n\n".encode())
+                    chunk = json.dumps({"id": "a", "text": output.outputs[0].text})
+                    await body(f"data: {chunk}\n\n".encode())
         except SidelightError:
             if raises:
                 raise
@@ -628,15 +641,15 @@ def streaming(llm, *, early=(), raises=False):
     return vllm
 
 
-def test_a_stream_begins_once_its_prompt_is_judged(guarded):
+def test_a_stream_begins_once_its_prompt_is_classified(guarded):
     words = [b"event: created\n\n", b": ping\n\n"]
     for raises in (False, True):
         llm = guarded([INJECTED] * 3)
-        status, headers, body = answered(llm, streaming(llm, early=words, raises=raises))
+        status, headers, body = answered(llm, streaming(llm, prefix=words, raises=raises))
         assert (status, json.loads(body)["error"]["code"]) == (400, "content_filter")
         assert headers["x-sidelight-flagged"] == "early"
         llm = guarded([FINE] * 3)
-        app = streaming(llm, early=words, raises=raises)
+        app = streaming(llm, prefix=words, raises=raises)
         status, headers, body = answered(llm, app, path="/v1/responses")
         assert (status, json.loads(headers["x-sidelight-verdicts"])[0]["probe"]) == (200, "early")
         assert body.startswith(b"".join(words))
@@ -659,15 +672,15 @@ def test_chunks_with_verdicts_stand_at_the_start_and_before_the_end(guarded):
     """A model may write the words that end a stream."""
     llm = guarded([FINE] * 6, policy="")
     words = b'data: {"id": "a", "text": "data: [DONE]"}\n\n'
-    _, _, body = answered(llm, streaming(llm, early=[words]))
+    _, _, body = answered(llm, streaming(llm, prefix=[words]))
     *events, done, end = body.split(b"\n\n")
     assert (done, end) == (b"data: [DONE]", b"")
-    said = [json.loads(event.removeprefix(b"data: ")) for event in events]
-    assert [number for number, each in enumerate(said) if KEY in each] == [0, len(said) - 1]
-    assert {each["id"] for each in said} == {"a"}
-    assert [v["probe"] for v in said[0][KEY]["verdicts"]] == ["early"]
-    assert [v["probe"] for v in said[-1][KEY]["verdicts"]] == ["early", "late"]
-    assert said[1]["text"] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    assert [number for number, each in enumerate(chunks) if KEY in each] == [0, len(chunks) - 1]
+    assert {each["id"] for each in chunks} == {"a"}
+    assert [v["probe"] for v in chunks[0][KEY]["verdicts"]] == ["early"]
+    assert [v["probe"] for v in chunks[-1][KEY]["verdicts"]] == ["early", "late"]
+    assert chunks[1]["text"] == "data: [DONE]"
 
 
 def test_answers_without_a_text_pass_as_they_are(guarded):
@@ -686,7 +699,7 @@ def test_answers_without_a_text_pass_as_they_are(guarded):
 
 @pytest.mark.parametrize("policy", ["", ONLY_INPUT])
 @pytest.mark.parametrize("metrics_key", [None, "scraper"])
-def test_where_a_rule_withholds_the_keys_of_vllm_open_no_metrics(
+def test_where_a_rule_hides_scores_the_keys_of_vllm_open_no_metrics(
     guarded, policy, metrics_key, monkeypatch
 ):
     """vLLM's keys hold on some of its routes, and not on its metrics."""

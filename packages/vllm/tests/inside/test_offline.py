@@ -51,9 +51,11 @@ def reader(llama_model):
     options = {**OPTIONS, "max_num_batched_tokens": 48}
     with (
         in_this_process(),
-        closing(VllmReader(read_model(llama_model.path), dtype="float32", options=options)) as made,
+        closing(
+            VllmReader(read_model(llama_model.path), dtype="float32", options=options)
+        ) as vllm_reader,
     ):
-        yield made
+        yield vllm_reader
 
 
 def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
@@ -88,10 +90,10 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
     # What was being computed has left nothing.
     assert {path.suffix for path in cache.directory.iterdir()} <= {".safetensors", ""}
     assert not any(path.is_dir() for path in cache.directory.iterdir())
-    other = extract(backbone, cache_of("transformers"))
-    assert other.directory != cache.directory
+    expected = extract(backbone, cache_of("transformers"))
+    assert expected.directory != cache.directory
     for row in range(len(prompts)):
-        torch.testing.assert_close(cache.text(row), other.text(row), **ROUNDING_TO_BF16)
+        torch.testing.assert_close(cache.text(row), expected.text(row), **ROUNDING_TO_BF16)
     # A streamed training reads states before anything has made the folder.
     fresh = ActivationCache(
         tmp_path / "fresh",
@@ -102,7 +104,7 @@ def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
     )
     states = streamed(reader, fresh)
     for row in states.shards[0]:
-        torch.testing.assert_close(states.text(row), other.text(row), **ROUNDING_TO_BF16)
+        torch.testing.assert_close(states.text(row), expected.text(row), **ROUNDING_TO_BF16)
     assert not [*(tmp_path / "fresh").rglob("*.safetensors")]
     # States that were not written are an error.
     gone = tmp_path / "gone" / "0"
@@ -121,7 +123,7 @@ def data(tmp_path):
     texts[-3:] = ["Ann Lee and Bo came to Rome", "400 more, é李 in a lake", "yes"]
     rows = zip(texts, labels.tolist(), strict=True)
     path = tmp_path / "train.jsonl"
-    path.write_text("\n".join(json.dumps({"text": t, "label": int(own)}) for t, own in rows))
+    path.write_text("\n".join(json.dumps({"text": t, "label": int(label)}) for t, label in rows))
     return path
 
 

@@ -51,8 +51,8 @@ def run(subject, prompts, **sampling) -> list:
 
     async def output_of(prompt):
         params = sampling_of(prompt, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
-        given = {"prompt_token_ids": list(prompt.token_ids)}
-        generate = subject.engine._llm.generate(given, params, uuid4().hex)
+        vllm_prompt = {"prompt_token_ids": list(prompt.token_ids)}
+        generate = subject.engine._llm.generate(vllm_prompt, params, uuid4().hex)
         return [output async for output in generate][-1]
 
     async def all_outputs():
@@ -67,10 +67,10 @@ def test_the_reference_would_show_a_difference(subject, wanted):
     assert set(mechanism_names()) < {probe.name for probe in probes}
     for probe in probes:
         values = np.array([row[probe.name][0] for row in wanted])
-        judged = values[~np.isnan(values)]
-        assert len(judged) > PROMPTS / 2
-        assert judged.std() > 0.01
-        assert ((judged > 0.01) & (judged < 0.99)).mean() > 0.4
+        finite = values[~np.isnan(values)]
+        assert len(finite) > PROMPTS / 2
+        assert finite.std() > 0.01
+        assert ((finite > 0.01) & (finite < 0.99)).mean() > 0.4
 
 
 def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, prompts, wanted):
@@ -80,9 +80,9 @@ def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, p
     require_equal(verdicts(first), wanted)
     require_equal(verdicts(second), wanted)
     prompt = random_prompt(subject.model.backbone, 300, seed=5)
-    alone = [verdicts(run(subject, [prompt]))[0] for _ in range(2)]
-    for name, values in alone[0].items():
-        np.testing.assert_array_equal(values, alone[1][name])
+    repeated = [verdicts(run(subject, [prompt]))[0] for _ in range(2)]
+    for name, values in repeated[0].items():
+        np.testing.assert_array_equal(values, repeated[1][name])
 
 
 def test_probes_of_the_response_read_what_is_written(subject, prompts):
@@ -94,5 +94,5 @@ def test_probes_of_the_response_read_what_is_written(subject, prompts):
     opening = random_prompt(subject.model.backbone, 70, seed=11)
     (output,) = run(subject, [opening], max_tokens=LONG, ignore_eos=True)
     prefix = opening.token_ids + tuple(output.outputs[0].token_ids)
-    whole = random_prompt(subject.model.backbone, len(prefix) + 20, seed=12, prefix=prefix)
-    require_equal(verdicts(run(subject, [whole])), expected(subject.model, [whole]))
+    full = random_prompt(subject.model.backbone, len(prefix) + 20, seed=12, prefix=prefix)
+    require_equal(verdicts(run(subject, [full])), expected(subject.model, [full]))

@@ -6,7 +6,7 @@ import re
 import httpx
 import pytest
 
-from policy_contract import ADMIN, chat, choices, parts_of, verdicts
+from policy_contract import ADMIN, chat, choices, chunks_of, verdicts
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Message
 from sidelight.policy.redaction import redacted
@@ -124,7 +124,9 @@ def test_an_echo_has_its_log_probabilities_though_a_stop_holds_back_the_first_te
     asked = completion(prompt, logprobs=1, echo=True, stop=["know not, or so"], stream=streamed)
     answer = post(server, *asked)
     assert choices(answer)[0][0].endswith(REDACTED)
-    logprobs = [each.get("logprobs") or {} for part in parts_of(answer) for each in part["choices"]]
+    logprobs = [
+        each.get("logprobs") or {} for chunk in chunks_of(answer) for each in chunk["choices"]
+    ]
     tokens = [token for each in logprobs for token in each.get("tokens", ())]
     assert len(tokens) > len(prompt)
 
@@ -150,15 +152,19 @@ def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
     tokenizer = reciting.backbone.tokenizer
     secret = [i for i in reciting.answer if tokenizer.decode([i]).strip() in "Quentin Zyxwvut 4711"]
     assert len(secret) == 10
-    pieces = {tokenizer.decode([i]) for i in secret}
+    token_texts = {tokenizer.decode([i]) for i in secret}
     # A blank stands between other words too.
-    hidden = {*secret, *(piece.encode() for piece in pieces), *(f"token_id:{i}" for i in secret)}
-    hidden |= pieces - {" "}
+    hidden = {
+        *secret,
+        *(token_text.encode() for token_text in token_texts),
+        *(f"token_id:{i}" for i in secret),
+    }
+    hidden |= token_texts - {" "}
     for asked, end in asked_of(reciting, streamed=streamed):
         answer = post(server, *asked)
         assert not secrets_in(f"{[*answer.headers.items()]}{answer.text}"), (asked, answer.text)
-        parts = parts_of(answer)
-        values = [each for part in parts for each in values_of(part.get("choices") or [])]
+        chunks = chunks_of(answer)
+        values = [each for chunk in chunks for each in values_of(chunk.get("choices") or [])]
         told = [value for name, value in values if name not in NOT_OF_ANSWERS]
         assert not any(value in hidden for value in told), (asked, answer.text)
         if asked[0] in ("/v1/chat/completions", "/v1/completions"):
@@ -170,7 +176,7 @@ def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
             ids = [value for name, value in values if name == "token_ids"]
             assert ids == [i for i in [*reciting.answer, 1] if i not in secret]
         else:
-            assert end in "".join(text for text in texts_of(parts)), (asked, answer.text)
+            assert end in "".join(text for text in texts_of(chunks)), (asked, answer.text)
     log, audit = server.log.read_text(), (server.log.parent / "audit.jsonl").read_text()
     # Answers are in it.
     assert REDACTED in log
@@ -184,12 +190,12 @@ def secrets_in(text):
     return re.findall(rf".*(?<![0-9a-f-])(?:{'|'.join(SECRETS)})(?![0-9a-f-]).*", text)
 
 
-def texts_of(parts):
+def texts_of(chunks):
     """What the routes say that have other formats than OpenAI's chunks."""
     return [
         value
-        for part in parts
-        for name, value in values_of(part)
+        for chunk in chunks
+        for name, value in values_of(chunk)
         if name in ("text", "delta") and isinstance(value, str)
     ]
 
@@ -199,12 +205,12 @@ def spans_of(entry):
 
 
 @STREAMED
-def test_texts_and_spans_are_those_of_our_own_engine(server, reciting, streamed):
+def test_texts_and_spans_are_those_of_our_engine(server, reciting, streamed):
     rules = {"pii": Rule("redact")}
-    own = TransformersEngine(reciting.backbone, reciting.probes)
+    engine = TransformersEngine(reciting.backbone, reciting.probes)
     ways = [chat(WORDS), chat(WORDS, stop=["y else"]), chat(WORDS, stop=["vut"])]
     ways += [chat(WORDS, max_tokens=most) for most in (4, 5, 8, 12, 13, 16)]
-    with in_process(own, policy=Policy(output=rules), admin_key=ADMIN) as http:
+    with in_process(engine, policy=Policy(output=rules), admin_key=ADMIN) as http:
         for path, body in ways:
             body = {"max_tokens": 40, "temperature": 0, "stream": streamed, **body}
             theirs = post(server, path, body, ADMIN)
@@ -212,9 +218,9 @@ def test_texts_and_spans_are_those_of_our_own_engine(server, reciting, streamed)
             ours = http.post(path, json={**body, "model": "tiny/reciting"}, headers=headers)
             assert choices(theirs) == choices(ours)
             for name, entry in verdicts(ours).items():
-                other = verdicts(theirs)[name]
+                theirs_of_probe = verdicts(theirs)[name]
                 assert entry["spans"] or body["max_tokens"] == 4
-                for mine, his in zip(spans_of(entry), spans_of(other), strict=True):
+                for mine, his in zip(spans_of(entry), spans_of(theirs_of_probe), strict=True):
                     assert mine[:3] == his[:3]
                     assert mine[3] == pytest.approx(his[3], abs=ROUNDING)
             if body["max_tokens"] == 40 and "stop" not in body:
@@ -236,14 +242,14 @@ def test_words_of_a_prompt_have_their_places_where_it_is_known(server, reciting)
         entry = verdicts(post(server, *asked, ADMIN))["asked"]
         assert [span[:3] for span in spans_of(entry)] == places
         assert {span.get("message") for span in entry["spans"]} == {message}
-    # Nobody has told what these ids say.
+    # The text of these ids is unknown.
     assert "spans" not in verdicts(post(server, *completion(ids), ADMIN))["asked"]
 
 
-def test_texts_that_are_only_judged_have_the_spans_of_our_own_engine(server, reciting):
+def test_texts_that_are_only_classified_have_the_spans_of_our_engine(server, reciting):
     texts = [WORDS, "Who is Quentin?", "Nobody."]
-    own = TransformersEngine(reciting.backbone, reciting.probes)
-    with in_process(own, policy=Policy(output={"pii": Rule("redact")})) as http:
+    engine = TransformersEngine(reciting.backbone, reciting.probes)
+    with in_process(engine, policy=Policy(output={"pii": Rule("redact")})) as http:
         for path, body in (
             ("/v1/redact", {"input": texts}),
             ("/v1/moderations", {"input": texts}),

@@ -28,8 +28,8 @@ def configured(path, folders, *, kind="EngineArgs", **options):
     from vllm.engine import arg_utils
 
     config = {} if folders is None else {KEY: {"probes": folders}}
-    given = {"dtype": "float32", "max_model_len": 512, **options}
-    arguments = getattr(arg_utils, kind)(model=path, additional_config=config, **given)
+    settings = {"dtype": "float32", "max_model_len": 512, **options}
+    arguments = getattr(arg_utils, kind)(model=path, additional_config=config, **settings)
     return arguments.create_engine_config()
 
 
@@ -49,7 +49,7 @@ def test_without_named_probes_nothing_changes_and_the_environment_may_name_them(
     assert json.loads(json.dumps(extra))["folders"] == model.folders
 
 
-def test_a_policy_that_nobody_could_enforce_is_refused_at_the_start(model, tmp_path, monkeypatch):
+def test_a_policy_that_cannot_be_enforced_is_refused_at_the_start(model, tmp_path, monkeypatch):
     policy = tmp_path / "policy.toml"
     monkeypatch.setenv("SIDELIGHT_POLICY", str(policy))
     # As where the name of its variable is misspelt.
@@ -66,7 +66,7 @@ def test_a_policy_that_nobody_could_enforce_is_refused_at_the_start(model, tmp_p
     configured(model.path, model.folders)
 
 
-def test_a_key_that_nobody_asks_for_is_refused(model, monkeypatch):
+def test_a_key_that_no_route_requires_is_refused(model, monkeypatch):
     server = {"kind": "AsyncEngineArgs"}
     configured(model.path, None, **server)
     monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
@@ -125,14 +125,14 @@ def test_a_feature_or_device_that_cpus_lack_is_refused_and_a_gpu_warned_of(
     # The import of vLLM sets it.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     require_supported(config, [])
-    for part, field, value, message in (
+    for section, field, value, message in (
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("speculative_config", "method", "medusa", "speculative decoding by medusa"),
         ("parallel_config", "enable_dbo", True, "dual batch overlap"),
         ("device_config", "device_type", "xpu", "the device xpu"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(getattr(config, part), field, value)
+            patch.setattr(getattr(config, section), field, value)
             with pytest.raises(SidelightError, match=message):
                 require_supported(config, [])
     assert "sidelight bench gpu" not in caplog.text

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sidelight.models.conversation import EncodedPrompt, Part
+from sidelight.models.conversation import EncodedPrompt, TokenRole
 from worlds.vllm import (
     IS_INTERPRETED,
     WARM_UP,
@@ -60,7 +60,7 @@ asked = st.builds(
     st.integers(0, 3),
     st.sampled_from([1, 2, 30, 60]),
 )
-# Requests that arrive together, passes after them, and who leaves then (None: nobody).
+# Requests that arrive together, passes after them, and who leaves then (None: no request).
 waves = st.lists(
     st.tuples(
         st.lists(asked, min_size=1, max_size=6), st.integers(0, 40), st.none() | st.integers(0, 7)
@@ -165,8 +165,8 @@ def compare(model, followed, which):
         written, verdicts = one.reports[which % len(one.reports) if which >= 0 else which]
         # The newest token has been drawn but not read.
         tokens = tuple(one.written[: written - 1])
-        parts = one.prompt.parts + (Part.RESPONSE,) * len(tokens)
-        read.append(EncodedPrompt(one.prompt.token_ids + tokens, parts))
+        token_roles = one.prompt.token_roles + (TokenRole.RESPONSE,) * len(tokens)
+        read.append(EncodedPrompt(one.prompt.token_ids + tokens, token_roles))
         reports.append(verdicts)
     if read:
         require_equal(reports, expected(model, read))

@@ -1,4 +1,4 @@
-"""Probes are replaced in vLLM's own server, under traffic, and nobody notices but by verdicts."""
+"""Probes are replaced in vLLM's own server, under traffic, and only verdicts change."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -9,7 +9,7 @@ from policy_contract import TOKENS, chat, verdicts
 from sidelight.models.conversation import Reads
 from sidelight.probes.artifact import save_probe
 from worlds.stock import post, replace_probe, token_ids
-from worlds.vllm import ROUNDING, judging_any_text
+from worlds.vllm import ROUNDING, probes_of_any_text
 
 pytestmark = pytest.mark.xdist_group("stock")
 CLIENTS = 4
@@ -24,19 +24,19 @@ def asked(stock, text, *, streamed=False):
     body = {"model": "tiny", "temperature": 0, "max_tokens": TOKENS, "return_token_ids": True}
     body |= {**chat(text)[1], "stream": streamed}
     response = post(stock.address, "/v1/chat/completions", body)
-    said = {
+    scores = {
         name: entry["probabilities"]["toxic"]
         for name, entry in verdicts(response).items()
         if name in READS
     }
-    return tuple(token_ids(response)[0]), said
+    return tuple(token_ids(response)[0]), scores
 
 
 @pytest.fixture
 def retrained(stock, subjects, tmp_path):
     """Other probes of the same names, and their folders; the old ones are put back."""
     ways = {f"re{name}": reads for name, reads in READS.items()}
-    probes, _ = judging_any_text(subjects.backbone, ways, tmp_path / "scratch")
+    probes, _ = probes_of_any_text(subjects.backbone, ways, tmp_path / "scratch")
     probes = [probe.changed(name=name) for name, probe in zip(READS, probes, strict=True)]
     yield [(probe, str(save_probe(probe, tmp_path / probe.name))) for probe in probes]
     for name in READS:
@@ -45,10 +45,10 @@ def retrained(stock, subjects, tmp_path):
 
 
 def scored(subjects, probes, text, ids):
-    whole, prompt = subjects.answered(text, ids), subjects.chat(text)
+    full, prompt = subjects.answered(text, ids), subjects.chat(text)
     return {
         probe.name: subjects.probabilities(
-            probe, [whole if probe.reads.includes_response else prompt]
+            probe, [full if probe.reads.includes_response else prompt]
         )[0]
         for probe in probes
     }
@@ -57,8 +57,8 @@ def scored(subjects, probes, text, ids):
 def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
     stock, subjects, retrained
 ):
-    whole = [text for text, (_, _, cut) in subjects.answers.items() if cut is None]
-    texts = whole[:CLIENTS]
+    uncut = [text for text, (_, _, cut) in subjects.answers.items() if cut is None]
+    texts = uncut[:CLIENTS]
     old = [asked(stock, text) for text in texts]
     is_over, found = Event(), [[] for _ in texts]
 
@@ -73,7 +73,7 @@ def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
             for probe, folder in retrained:
                 answer = replace_probe(stock.address, probe.name, folder)
                 assert answer.status_code == 200, answer.text
-                served = {own["name"]: own["path"] for own in answer.json()["probes"]}
+                served = {card["name"]: card["path"] for card in answer.json()["probes"]}
                 assert served[probe.name] == folder
         finally:
             is_over.set()
@@ -82,14 +82,14 @@ def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
     for text, (ids, before), answers in zip(texts, old, found, strict=True):
         same, after = asked(stock, text)
         assert same == ids
-        for probes_of, said in (
+        for probes_of, scores in (
             ([subjects.by_name[name] for name in READS], before),
             ([probe for probe, _ in retrained], after),
         ):
-            assert said == pytest.approx(scored(subjects, probes_of, text, ids), abs=ROUNDING)
+            assert scores == pytest.approx(scored(subjects, probes_of, text, ids), abs=ROUNDING)
         assert all(abs(after[name] - before[name]) > APART for name in before)
         assert len(answers) > 2
         sets = [before, {**before, "told": after["told"]}, after]
-        for each, said in answers:
+        for each, scores in answers:
             assert each == ids
-            assert any(said == pytest.approx(one, abs=ROUNDING) for one in sets), (said, sets)
+            assert any(scores == pytest.approx(one, abs=ROUNDING) for one in sets), (scores, sets)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from policy_contract import STREAMED, parts_of, refusal
+from policy_contract import STREAMED, chunks_of, refusal
 from sidelight.probes.artifact import save_probe
 from worlds.stock import post, posts, replace_probe, requests_of, written_in
 
@@ -45,17 +45,17 @@ def test_no_route_answers_an_injected_prompt(stock, subjects, streamed):
 @STREAMED
 def test_no_route_sends_anything_of_a_text_that_is_cut_at_once(sealed, subjects, streamed):
     for path, body, response in answers(sealed, subjects, subjects.benign, streamed=streamed):
-        parts = parts_of(response)
+        chunks = chunks_of(response)
         if body.get("echo"):
             assert response.status_code == 200
         else:
-            found = [each for part in parts for each in written_in(part)]
+            found = [each for chunk in chunks for each in written_in(chunk)]
             assert response.status_code >= 400 or not found, (path, body, found, response.text)
         if response.status_code == 200 and path in ("/v1/chat/completions", "/v1/completions"):
             reasons = {
                 choice["index"]: choice["finish_reason"]
-                for part in parts
-                for choice in part.get("choices", ())
+                for chunk in chunks
+                for choice in chunk.get("choices", ())
             }
             texts = body.get("n", 1) * (2 if isinstance(body.get("prompt"), list) else 1)
             assert reasons.keys() == {*range(texts)}, (body, response.text)

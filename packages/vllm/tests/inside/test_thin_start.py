@@ -129,7 +129,7 @@ def test_policy_audit_disclosure_and_tools_are_those_of_the_options(server, subj
         lines = (server.log.parent / "audit.jsonl").read_text().splitlines()
         last = {line["probe"]: line for line in map(json.loads, lines)}["injection"]
         assert (last["key_id"], last["action"]) == (name, "block")
-    for key, sees in ((KEY, False), (ADMIN, True)):
+    for key, is_admin in ((KEY, False), (ADMIN, True)):
         with openai_client(server.address, key) as client:
             # A server without the two options refuses the tools.
             turns = chat(subjects.benign)[1]["messages"]
@@ -137,7 +137,7 @@ def test_policy_audit_disclosure_and_tools_are_those_of_the_options(server, subj
                 messages=turns, tools=[TOOL], tool_choice="auto", **asked
             )
         verdicts = {v["probe"]: v for v in answer.model_extra["sidelight"]["verdicts"]}
-        assert ("probabilities" in verdicts["injection"]) == sees
+        assert ("probabilities" in verdicts["injection"]) == is_admin
         assert answer.choices[0].finish_reason
 
 
@@ -186,7 +186,7 @@ def test_a_killed_worker_passes_nothing_more_and_ends_the_server_with_a_code(sta
     assert server.process.wait(60) != 0
 
 
-def test_a_stream_ends_whole_after_sigterm_and_the_server_with_code_0(start, endless):
+def test_a_stream_completes_after_sigterm_and_the_server_exits_with_code_0(start, endless):
     server = start()
     children = psutil.Process(server.process.pid).children(recursive=True)
     url = f"{server.address}{CHATS}"
@@ -237,7 +237,7 @@ def await_end(processes):
 
 def is_alive(process):
     try:
-        # Who started it has gone, so nobody may take note of its end.
+        # Who started it has gone, so its end may go unnoticed.
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -138,8 +138,8 @@ class TransformersBackbone:
         self.name = name
         # Threads that run the model have taps of their own.
         self._local = threading.local()
-        self._watch(_decoder_blocks(model))
-        self.encoder, stored = _identity(
+        self._hook_blocks(_decoder_blocks(model))
+        self.encoder, stored = _encoder_and_fingerprint(
             model.config, tokenizer, checkpoint, name=name, prompt_format=prompt_format
         )
         self.fingerprint = replace(stored, dtype=str(model.dtype).removeprefix("torch."))
@@ -202,7 +202,7 @@ class TransformersBackbone:
     ) -> None:
         """As ``Backbone.run``, in one forward pass, which stops after the layers that it needs."""
         token_ids, mask = self.pad(prompts)
-        # Without the language-model head, whose logits nobody reads here.
+        # Without the language-model head, whose logits are not used here.
         body = self.model.base_model
         if after:
             tap, self._tap = self._tap, None
@@ -244,7 +244,7 @@ class TransformersBackbone:
             mask[row, start : start + len(prompt)] = True
         return token_ids.to(self.device), mask.to(self.device)
 
-    def _watch(self, blocks: nn.ModuleList) -> None:
+    def _hook_blocks(self, blocks: nn.ModuleList) -> None:
         def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see(0, args[0] if args else kwargs["hidden_states"])
 
@@ -262,7 +262,7 @@ class TransformersBackbone:
             block.register_forward_hook(partial(after, layer))
 
 
-def _identity(
+def _encoder_and_fingerprint(
     config: PreTrainedConfig,
     tokenizer: Any,
     checkpoint: Checkpoint,
@@ -299,7 +299,7 @@ def load_backbone(
     dtype: DtypeName = "auto",
     device: str = "auto",
     prompt_format: PromptFormat | None = None,
-    for_reading: bool = False,
+    for_probing: bool = False,
 ) -> TransformersBackbone:
     """Loads a backbone by name.
 
@@ -309,7 +309,7 @@ def load_backbone(
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU, or the CPU without one.
         prompt_format: ``chat``, ``raw``, or ``both`` for a probe that judges plain text too; None
             means chat if the model has a chat template.
-        for_reading: Whether prompts dominate the work, as in training and in guarding. ``auto`` is
+        for_probing: Whether prompts dominate the work, as in training and in guarding. ``auto`` is
             then ``float32`` for weights stored in ``bfloat16`` on an x86 CPU without bfloat16
             arithmetic, if they take at most half of the free memory: reading is two to five times
             as fast, and writing about as fast.
@@ -324,16 +324,16 @@ def load_backbone(
     disable_progress_bar()
     with _loading_errors(name, target):
         # Weights may take hours to download: what is no model, or cannot fit, is refused before.
-        config, kind = _read_config(described := model_folder(path, with_weights=False))
-        own = config.get_text_config().dtype
-        own = "" if own is None else str(own).removeprefix("torch.")
-        wanted = own if dtype == "auto" else dtype
-        _require_memory(name, described, stored=own, wanted=wanted, target=target)
+        config, kind = _read_config(source := model_folder(path, with_weights=False))
+        stored_dtype = config.get_text_config().dtype
+        stored_dtype = "" if stored_dtype is None else str(stored_dtype).removeprefix("torch.")
+        wanted = stored_dtype if dtype == "auto" else dtype
+        _require_memory(name, source, stored=stored_dtype, wanted=wanted, target=target)
         folder = model_folder(path)
         checkpoint = Checkpoint.read(folder)
         _require_memory(name, folder, stored=checkpoint.dtype, wanted=wanted, target=target)
-        if for_reading and dtype == "auto" and lacks_bfloat16(target):
-            dtype = _dtype_for_reading(checkpoint, folder)
+        if for_probing and dtype == "auto" and lacks_bfloat16(target):
+            dtype = _dtype_for_probing(checkpoint, folder)
         model = kind.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -348,7 +348,7 @@ def load_backbone(
     )
 
 
-def _dtype_for_reading(checkpoint: Checkpoint, folder: Path) -> DtypeName:
+def _dtype_for_probing(checkpoint: Checkpoint, folder: Path) -> DtypeName:
     if checkpoint.dtype != "bfloat16":
         return "auto"
     free = free_memory()
@@ -390,8 +390,10 @@ def read_model(name: str | Path, *, prompt_format: PromptFormat | None = None) -
         config, _ = _read_config(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         checkpoint = Checkpoint.read(folder)
-    identity = _identity(config, tokenizer, checkpoint, name=name, prompt_format=prompt_format)
-    return Model(name, path, *identity)
+    fields = _encoder_and_fingerprint(
+        config, tokenizer, checkpoint, name=name, prompt_format=prompt_format
+    )
+    return Model(name, path, *fields)
 
 
 def _require_memory(

@@ -53,7 +53,7 @@ class TransformersBackend(Backend):
             dtype=self.options.dtype,
             device=self.options.device,
             prompt_format=prompt_format,
-            for_reading=True,
+            for_probing=True,
         )
 
     def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":

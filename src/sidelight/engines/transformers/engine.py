@@ -43,7 +43,7 @@ class PaddedRows:
         self.cache = cache
         self.mask = mask
 
-    def kept(self, rows: Sequence[int]) -> "PaddedRows":
+    def select(self, rows: Sequence[int]) -> "PaddedRows":
         """These rows only, in their order, without the columns that pad all of them."""
         if len(rows) == len(self.mask):
             return self
@@ -55,17 +55,17 @@ class PaddedRows:
             cache.update(keys[index, :, start:], values[index, :, start:], i)
         return PaddedRows(cache, mask[:, start:])
 
-    def joined(self, other: "PaddedRows") -> "PaddedRows":
+    def joined(self, rows: "PaddedRows") -> "PaddedRows":
         """The rows of both, padded on the left to one length."""
-        columns = max(self.mask.shape[1], other.mask.shape[1])
+        width = max(self.mask.shape[1], rows.mask.shape[1])
         cache = DynamicCache()
-        for i, pair in enumerate(zip(_layers(self.cache), _layers(other.cache), strict=True)):
+        for i, pair in enumerate(zip(_layers(self.cache), _layers(rows.cache), strict=True)):
             keys, values = (
-                torch.cat([pad(s, (0, 0, columns - s.shape[2], 0)) for s in states])
+                torch.cat([pad(s, (0, 0, width - s.shape[2], 0)) for s in states])
                 for states in zip(*pair, strict=True)
             )
             cache.update(keys, values, i)
-        masks = [pad(m, (columns - m.shape[1], 0), value=False) for m in (self.mask, other.mask)]
+        masks = [pad(m, (width - m.shape[1], 0), value=False) for m in (self.mask, rows.mask)]
         return PaddedRows(cache, torch.cat(masks))
 
 
@@ -93,9 +93,9 @@ class TransformersDecoder:
 
     def __init__(self, backbone: TransformersBackbone):
         kinds = set(backbone.model.config.get_text_config().to_dict().get("layer_types") or ())
-        if others := kinds - _ATTENTION_KINDS:
+        if unknown := kinds - _ATTENTION_KINDS:
             raise SidelightError(
-                f"{backbone.name} has layers of kind {', '.join(sorted(others))}, and the "
+                f"{backbone.name} has layers of kind {', '.join(sorted(unknown))}, and the "
                 f"transformers engine batches {' and '.join(sorted(_ATTENTION_KINDS))} only. Serve "
                 "it with another engine (--engine), or serve another model."
             )
@@ -111,7 +111,7 @@ class TransformersDecoder:
         prompts: Sequence[EncodedPrompt],
         tap: Tap | None,
         *,
-        columns: int | None = None,
+        width: int | None = None,
         layers: int | None = None,
     ) -> PromptPasses[PaddedRows]:
         """As ``Decoder.read_prompts``; prompts are padded on the left to the longest."""
@@ -120,13 +120,13 @@ class TransformersDecoder:
         rows = PaddedRows(DynamicCache(), mask[:, :0])
         start, longest = 0, mask.shape[1]
         while True:
-            part = slice(start, start + (columns or longest))
-            rows.mask = mask[:, : part.stop]
-            logits = self._run(token_ids[:, part], positions[:, part], rows, tap, layers)
-            if part.stop >= longest:
+            window = slice(start, start + (width or longest))
+            rows.mask = mask[:, : window.stop]
+            logits = self._run(token_ids[:, window], positions[:, window], rows, tap, layers)
+            if window.stop >= longest:
                 return logits, mask, rows
             yield
-            start = part.stop
+            start = window.stop
 
     def read_step(
         self, tokens: Sequence[int], rows: PaddedRows, tap: Tap | None

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.probes.mechanisms.base import Aggregator, Geometry, hide, register
-from sidelight.probes.mechanisms.pooling import pooling_stage
+from sidelight.probes.mechanisms.pooling import pooling_aggregator
 from sidelight.probes.mechanisms.shares import freeze_weights
 from sidelight.probes.mechanisms.stages import TwoStage, masked_softmax
 from sidelight.probes.ragged import Ragged
@@ -54,7 +54,7 @@ class DowncastAttention(Aggregator):
         nn.init.normal_(self.out, std=inner**-0.5)
         self._heads = heads
         self._over_items = over_items
-        self._pool = pooling_stage(over_items)
+        self._pool = pooling_aggregator(over_items)
         self._training_queries = training_queries
 
     def forward(
@@ -63,16 +63,16 @@ class DowncastAttention(Aggregator):
         """Attends, projects back to full width, pools."""
         projected = torch.einsum("bgnd,gdk->bgnk", hide(items, mask), self.query_key_value)
         query, key, value = (
-            part.unflatten(-1, (self._heads, -1)) for part in projected.chunk(3, -1)
+            chunk.unflatten(-1, (self._heads, -1)) for chunk in projected.chunk(3, -1)
         )  # (B, G, N, H, inner / H)
         scores = torch.einsum("bgihe,bgjhe->bgijh", query, key) / query.shape[-1] ** 0.5
         weights = masked_softmax(scores, mask[:, None, None, :, None])
         attended = torch.einsum("bgijh,bgjhe->bgihe", weights, value).flatten(-2)
         return self._pool(torch.einsum("bgne,ged->bgnd", attended, self.out), mask)
 
-    def columns(
+    def projections(
         self, carry: Float[Tensor, "group width carry"]
-    ) -> Float[Tensor, "group width column"]:
+    ) -> Float[Tensor, "group width projection"]:
         """Query, key and value; what is carried is composed in ``finish``."""
         return self.query_key_value
 
@@ -98,50 +98,50 @@ class DowncastAttention(Aggregator):
         """
         order: list[Tensor] = []
         pooled: list[Tensor] = []
-        for chosen, items, shown in _padded(state):
-            queries = self._queries(shown)
-            attended = self._attend(items, shown, queries)
+        for chosen, items, is_present in _padded(state):
+            queries = self._queries(is_present)
+            attended = self._attend(items, is_present, queries)
             if self._over_items == "max":
                 attended = torch.einsum("bgne,ged->bgnd", attended, self.out)
             order.append(chosen)
-            pooled.append(self._pool(attended, shown.gather(1, queries)))
+            pooled.append(self._pool(attended, is_present.gather(1, queries)))
         vectors = torch.cat(pooled)[torch.cat(order).argsort()]
         through = (
             carry if self._over_items == "max" else torch.einsum("ged,gdk->gek", self.out, carry)
         )
         return torch.einsum("bge,gek->bgk", vectors, through)
 
-    def _queries(self, shown: Bool[Tensor, "batch item"]) -> Int[Tensor, "batch query"]:
+    def _queries(self, is_present: Bool[Tensor, "batch item"]) -> Int[Tensor, "batch query"]:
         """The items whose queries are used: all, or in training a sample of long segments.
 
         The mean over evenly spread queries estimates the mean over all, at a cost that grows with
         the length instead of its square.
         """
-        lengths = shown.sum(1, keepdim=True)
+        lengths = is_present.sum(1, keepdim=True)
         sample = self._training_queries
         if not self.training or sample is None or int(lengths.min()) <= sample:
-            return torch.arange(shown.shape[1], device=shown.device).expand_as(shown)
-        spread = (torch.arange(sample, device=shown.device) + 0.5) / sample
+            return torch.arange(is_present.shape[1], device=is_present.device).expand_as(is_present)
+        spread = (torch.arange(sample, device=is_present.device) + 0.5) / sample
         return (spread * lengths).long()
 
     def _attend(
         self,
         items: Float[Tensor, "batch item group column"],
-        shown: Bool[Tensor, "batch item"],
+        is_present: Bool[Tensor, "batch item"],
         queries: Int[Tensor, "batch query"],
     ) -> Float[Tensor, "batch group query inner"]:
         query, key, value = items.chunk(3, -1)
         if queries.shape[1] < items.shape[1]:
             query = query[torch.arange(len(items), device=items.device)[:, None], queries]
         query, key, value = (
-            part.float().unflatten(-1, (self._heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
-            for part in (query, key, value)
+            tensor.float().unflatten(-1, (self._heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+            for tensor in (query, key, value)
         )  # (B, G * H, N, inner / H)
-        mask = None if bool(shown.all()) else shown[:, None, None, :]
+        mask = None if bool(is_present.all()) else is_present[:, None, None, :]
         width = query.shape[-1]
         # Of other widths, CUDA writes down the scores of every pair of items.
         query, key, value = (
-            functional.pad(part, (0, -width % _WIDTH_MULTIPLE)) for part in (query, key, value)
+            functional.pad(tensor, (0, -width % _WIDTH_MULTIPLE)) for tensor in (query, key, value)
         )
         attended = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=width**-0.5
@@ -197,7 +197,7 @@ def attention(
             f"share. Choose heads that divide {inner}."
         )
 
-    def stage(groups: int) -> DowncastAttention:
+    def aggregator(groups: int) -> DowncastAttention:
         # Tokens can be sampled. Layers are few and differ, and a maximum needs all items.
         samples = groups == geometry.layers and pooling == "mean"
         return DowncastAttention(
@@ -209,4 +209,4 @@ def attention(
             training_queries=TRAINING_QUERIES if samples else None,
         )
 
-    return TwoStage(stage, geometry)
+    return TwoStage(aggregator, geometry)

@@ -56,7 +56,7 @@ class Mechanism(nn.Module, ABC):
         """The dense form; where the mask is False, ``hidden`` may hold anything, even NaN."""
 
     @abstractmethod
-    def columns(self) -> Float[Tensor, "layer width column"]:
+    def projections(self) -> Float[Tensor, "layer width projection"]:
         """The projection of each token and layer that the streaming form needs."""
 
     @abstractmethod
@@ -139,7 +139,7 @@ class Aggregator(nn.Module, ABC):
     In the token stage, groups are layers and items are tokens; in the layer stage there is one
     group, and items are layers. Everything after a stage's weights is linear, so instead of whole
     vectors a stage can *carry* the projections that the next stage needs:
-    ``finish(summarise(items @ columns(carry)), carry) == forward(items) @ carry``.
+    ``finish(summarise(items @ projections(carry)), carry) == forward(items) @ carry``.
     """
 
     @abstractmethod
@@ -149,9 +149,9 @@ class Aggregator(nn.Module, ABC):
         """The dense form; where the mask is False, ``items`` may hold anything, even NaN."""
 
     @abstractmethod
-    def columns(
+    def projections(
         self, carry: Float[Tensor, "group width carry"]
-    ) -> Float[Tensor, "group width column"]:
+    ) -> Float[Tensor, "group width projection"]:
         """The projection of each item that the streaming form needs."""
 
     def with_frozen_weights(self, items: Ragged) -> Ragged:

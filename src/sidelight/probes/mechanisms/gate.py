@@ -49,9 +49,9 @@ class Gate(Aggregator):
         weights = masked_softmax(scores[..., None], mask[:, None, :, None])
         return (weights * items).sum(2)
 
-    def columns(
+    def projections(
         self, carry: Float[Tensor, "group width carry"]
-    ) -> Float[Tensor, "group width column"]:
+    ) -> Float[Tensor, "group width projection"]:
         """The score, then what is carried."""
         return torch.cat([self.score[..., None], carry], -1)
 
@@ -83,7 +83,7 @@ class Gate(Aggregator):
 def gate(geometry: Geometry, *, activation: Activation = "tanh") -> TwoStage:
     """Gates in both stages: ``tanh`` as in the paper, or ``identity`` for unbounded scores."""
 
-    def stage(groups: int) -> Gate:
+    def aggregator(groups: int) -> Gate:
         return Gate(groups=groups, width=geometry.width, activation=activation)
 
-    return TwoStage(stage, geometry)
+    return TwoStage(aggregator, geometry)

@@ -24,7 +24,7 @@ class MeanPooling(Aggregator):
         """The mean over the items that the mask shows."""
         return hide(items, mask).sum(2) / mask.sum(1)[:, None, None]
 
-    def columns(
+    def projections(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width carry"]:
         """The carried columns alone."""
@@ -67,7 +67,7 @@ class MaxPooling(Aggregator):
             return items.sum(2) * torch.nan
         return _nan_if_empty(torch.where(mask[:, None, :, None], items, LOWEST).amax(2))
 
-    def columns(
+    def projections(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width width"]:
         """The identity."""
@@ -93,7 +93,7 @@ class MaxPooling(Aggregator):
         return torch.einsum("sgd,gdk->sgk", _nan_if_empty(state.values), carry)
 
 
-def pooling_stage(kind: Literal["mean", "max"]) -> Aggregator:
+def pooling_aggregator(kind: Literal["mean", "max"]) -> Aggregator:
     """A pooling stage by name."""
     return {"mean": MeanPooling, "max": MaxPooling}[kind]()
 
@@ -105,4 +105,4 @@ def _nan_if_empty(top: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 @register("pooling")
 def pooling(geometry: Geometry, *, kind: Literal["mean", "max"] = "mean") -> TwoStage:
     """The mean or the maximum in both stages."""
-    return TwoStage(lambda _groups: pooling_stage(kind), geometry)
+    return TwoStage(lambda _groups: pooling_aggregator(kind), geometry)

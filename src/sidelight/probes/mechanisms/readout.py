@@ -54,7 +54,7 @@ class Readout(Mechanism):
         ends = torch.einsum("bld,ldc->blc", last_token(hidden, mask), self.last)
         return self._add_layers(gated + ends)
 
-    def columns(self) -> Float[Tensor, "layer width column"]:
+    def projections(self) -> Float[Tensor, "layer width projection"]:
         """H gates, H x C values, then C for the last token."""
         return torch.cat([self.gate, self.value.flatten(2), self.last], 2)
 
@@ -101,8 +101,8 @@ class Readout(Mechanism):
         return read_off(self._weighed, tokens, targets)
 
     def _weighed(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
-        columns = freeze_weights(tokens.values, self.gate.shape[2])
-        return self.logits(Ragged(columns, tokens.lengths))
+        projections = freeze_weights(tokens.values, self.gate.shape[2])
+        return self.logits(Ragged(projections, tokens.lengths))
 
     def _add_layers(
         self, readouts: Float[Tensor, "batch layer output"]

@@ -89,7 +89,7 @@ def integrated(
 
 def integrated_gradient(
     logits: Logits, tokens: Ragged, targets: Float[Tensor, "segment output"], *, steps: int
-) -> Float[Tensor, "row layer column"]:
+) -> Float[Tensor, "row layer projection"]:
     """The integral over a in (0, 1) of the target's gradient at ``a`` times the columns."""
     points, sizes = np.polynomial.legendre.leggauss(steps)
     places = (points + 1) / 2
@@ -108,20 +108,20 @@ def integrated_gradient(
 
 
 def freeze_weights(
-    columns: Float[Tensor, "*row column"], scores: int
-) -> Float[Tensor, "*row column"]:
+    projections: Float[Tensor, "*row projection"], scores: int
+) -> Float[Tensor, "*row projection"]:
     """The columns; no gradient passes through the first ``scores`` of them."""
-    return torch.cat([columns[..., :scores].detach(), columns[..., scores:]], -1)
+    return torch.cat([projections[..., :scores].detach(), projections[..., scores:]], -1)
 
 
 def _gradient(
     logits: Logits, tokens: Ragged, targets: Float[Tensor, "segment output"]
-) -> Float[Tensor, "row layer column"]:
+) -> Float[Tensor, "row layer projection"]:
     # Columns can come from inference mode, which makes tensors that cannot be differentiated.
     with torch.inference_mode(False), torch.enable_grad():
-        columns = tokens.values.detach().clone().requires_grad_()
-        target = (logits(Ragged(columns, tokens.lengths.clone())) * targets).sum()
-        return torch.autograd.grad(target, columns)[0]
+        projections = tokens.values.detach().clone().requires_grad_()
+        target = (logits(Ragged(projections, tokens.lengths.clone())) * targets).sum()
+        return torch.autograd.grad(target, projections)[0]
 
 
 def _products(

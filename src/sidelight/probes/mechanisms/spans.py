@@ -55,7 +55,7 @@ class Spans(Mechanism):
         order = (~mask).byte().argsort(dim=1, stable=True)
         mask = mask.gather(1, order)
         hidden = hide(hidden.take_along_dim(order[:, None, :, None], 2), mask)
-        features = torch.einsum("bltd,ldr->btr", hidden, self.columns())
+        features = torch.einsum("bltd,ldr->btr", hidden, self.projections())
         starts = [max(0, end - self.window) for end in range(1, mask.shape[1] + 1)]
         means = [features[:, start : t + 1].mean(1) for t, start in enumerate(starts)]
         ahead = pad(features, (0, 0, 0, self.lookahead)).unfold(1, self.lookahead + 1, 1)
@@ -63,7 +63,7 @@ class Spans(Mechanism):
         logits = self._network(read) + self.bias
         return torch.where(mask[..., None], logits, -torch.inf).amax(1)
 
-    def columns(self) -> Float[Tensor, "layer width column"]:
+    def projections(self) -> Float[Tensor, "layer width projection"]:
         """The share of each layer in the features."""
         return self.features / math.sqrt(len(self.features))
 
@@ -117,9 +117,9 @@ class Spans(Mechanism):
             scores = Ragged(self._scores(self.summarise(text)), text.lengths).without_ties()
             decides = scores.values == scores.maxima()[scores.segments]
 
-        def logits(columns: Ragged) -> Tensor:
-            scores = self._scores(self.summarise(columns))
-            kept = scores * decides.repeat(len(scores) // max(1, len(decides)), 1)
-            return Ragged(kept, columns.lengths).sums() + self.bias
+        def logits(projections: Ragged) -> Tensor:
+            scores = self._scores(self.summarise(projections))
+            decisive = scores * decides.repeat(len(scores) // max(1, len(decides)), 1)
+            return Ragged(decisive, projections.lengths).sums() + self.bias
 
         return integrated(logits, tokens, targets, sums_layers=True)

@@ -32,8 +32,11 @@ def summarise_softmax(
     # The maximum only keeps exp() in range; its gradient cancels.
     top = Ragged(scores.detach(), tokens.lengths).maxima()
     weight = (scores - top[tokens.segments]).exp()[..., None]
-    parts = (Ragged(part, tokens.lengths).sums() for part in (weight, weight * values))
-    return Ragged.one_row_each(torch.cat([top[..., None], *parts], -1))
+    sums = (
+        Ragged(values_or_weight, tokens.lengths).sums()
+        for values_or_weight in (weight, weight * values)
+    )
+    return Ragged.one_row_each(torch.cat([top[..., None], *sums], -1))
 
 
 def merge_softmax(left: Ragged, right: Ragged) -> Ragged:
@@ -99,14 +102,14 @@ class TwoStage(Mechanism):
     projections that the layer stage and the head ask for.
 
     Args:
-        stage: Builds a stage for a number of groups: one per layer, then one.
+        aggregator: Builds a stage for a number of groups: one per layer, then one.
         geometry: Sizes.
     """
 
-    def __init__(self, stage: Callable[[int], Aggregator], geometry: Geometry):
+    def __init__(self, aggregator: Callable[[int], Aggregator], geometry: Geometry):
         super().__init__()
-        self.token_stage = stage(geometry.layers)
-        self.layer_stage = stage(1)
+        self.token_stage = aggregator(geometry.layers)
+        self.layer_stage = aggregator(1)
         self.head = nn.Linear(geometry.width, geometry.outputs)
         self._layers = geometry.layers
 
@@ -118,9 +121,9 @@ class TwoStage(Mechanism):
         every_layer = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
         return self.head(self.layer_stage(vectors[:, None], every_layer)[:, 0])
 
-    def columns(self) -> Float[Tensor, "layer width column"]:
+    def projections(self) -> Float[Tensor, "layer width projection"]:
         """The columns of the token stage for all that the layer stage needs."""
-        return self.token_stage.columns(self._carried())
+        return self.token_stage.projections(self._carried())
 
     def summarise(self, tokens: Ragged) -> Ragged:
         return self.token_stage.summarise(tokens)
@@ -133,7 +136,7 @@ class TwoStage(Mechanism):
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """Ends the token stage, then runs the layer stage on its carried projections."""
-        return self._judge(self._layers_of(state))
+        return self._classify(self._layers_of(state))
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
         """Exact: each token's own terms, with the weights of both stages as they are."""
@@ -142,7 +145,7 @@ class TwoStage(Mechanism):
             layers = self._layers_of(
                 self.token_stage.summarise(self.token_stage.with_frozen_weights(tokens))
             )
-            return self._judge(self.layer_stage.with_frozen_weights(layers))
+            return self._classify(self.layer_stage.with_frozen_weights(layers))
 
         return read_off(weighed, tokens, targets)
 
@@ -153,12 +156,12 @@ class TwoStage(Mechanism):
         lengths = torch.full((segments,), layers, device=vectors.device)
         return Ragged(vectors.flatten(0, 1)[:, None], lengths)  # (S * L, 1, K)
 
-    def _judge(self, items: Ragged) -> Float[Tensor, "segment output"]:
+    def _classify(self, items: Ragged) -> Float[Tensor, "segment output"]:
         vector = self.layer_stage.finish(
             self.layer_stage.summarise(items), self.head.weight.T[None]
         )  # (S, 1, C)
         return vector[:, 0] + self.head.bias
 
     def _carried(self) -> Float[Tensor, "layer width carry"]:
-        columns = self.layer_stage.columns(self.head.weight.T[None])
-        return columns.expand(self._layers, -1, -1)
+        projections = self.layer_stage.projections(self.head.weight.T[None])
+        return projections.expand(self._layers, -1, -1)

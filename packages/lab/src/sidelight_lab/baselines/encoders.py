@@ -66,8 +66,8 @@ class Encoder:
                 f"Cannot load '{path}' as an encoder: {str(error).splitlines()[0]} "
                 "Give a folder saved by save_pretrained, or a hub id."
             ) from error
-        own = getattr(self.body.config, "max_position_embeddings", max_tokens)
-        self._limit = min(max_tokens, own)
+        positions = getattr(self.body.config, "max_position_embeddings", max_tokens)
+        self._limit = min(max_tokens, positions)
 
     def tokens(self, texts: Sequence[str], **options: Any) -> Mapping[str, Any]:
         """The ``input_ids`` of each text, cut to the limit, and what the options add."""
@@ -79,7 +79,7 @@ class Encoder:
         ids = self.tokens(split.texts)["input_ids"]
         found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
         with progress("Embedding", len(ids), unit="texts") as advance:
-            for rows in by_length([len(own) for own in ids]):
+            for rows in by_length([len(token_ids) for token_ids in ids]):
                 texts = [torch.tensor(ids[row]) for row in rows]
                 padded = pad_sequence(texts, batch_first=True)
                 present = pad_sequence([torch.ones(len(text)) for text in texts], batch_first=True)

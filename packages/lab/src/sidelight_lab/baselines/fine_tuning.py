@@ -195,7 +195,7 @@ def score_items(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarra
     with progress("Scoring", sum(lengths), unit="tokens") as advance:
         for rows in by_length(lengths):
             batch = _padded([items[row] for row in rows])
-            logits = model(**{name: part.to(device) for name, part in batch.items()})["logits"]
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()})["logits"]
             found |= dict(zip(rows, logits.cpu().numpy(), strict=True))
             advance(sum(lengths[row] for row in rows))
     return [found[row] for row in range(len(items))]

@@ -43,16 +43,16 @@ class FirstToken:
         Raises:
             SidelightError: The backbone's logits are not a linear head on one final norm.
         """
-        kept: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def keep_last(layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
             if layer == backbone.fingerprint.layers - 1:
-                kept.append(hidden[:, -1].float().cpu())
+                captured.append(hidden[:, -1].float().cpu())
 
         ids = torch.tensor([prompt.token_ids], device=backbone.device)
         with backbone.tapped(keep_last), torch.no_grad():
             theirs = backbone.model(input_ids=ids, use_cache=False).logits[:, -1].float().cpu()
-        error = (self.logits(self.directions(kept[0])) - theirs).abs().max()
+        error = (self.logits(self.directions(captured[0])) - theirs).abs().max()
         # The model rounds its own logits to its dtype.
         tolerance = max(1e-3, 4 * torch.finfo(backbone.model.dtype).eps)
         if not error <= tolerance * theirs.abs().max():

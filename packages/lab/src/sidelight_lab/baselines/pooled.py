@@ -35,7 +35,7 @@ _ABSENT = -20.0
 
 # Each penalty and layer reads them again: of training, validation and test texts.
 @lru_cache(maxsize=3)
-def pooled_states(split: Split) -> Float[Tensor, "view text layer width"]:
+def pooled_states(split: Split) -> Float[Tensor, "pooling text layer width"]:
     """Means and last tokens; computed once and kept beside the texts' states."""
     cache = split.states
     path = cache.directory / f"{cache.key}-pooled.safetensors"
@@ -44,8 +44,8 @@ def pooled_states(split: Split) -> Float[Tensor, "view text layer width"]:
         means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
         with progress("Pooling", shape[0], unit="texts") as advance:
             for shard in map(cache.read, cache.shards):
-                own = shard.pooled()
-                means[shard.rows], lasts[shard.rows] = own[0], own[1].bfloat16()
+                pooled = shard.pooled()
+                means[shard.rows], lasts[shard.rows] = pooled[0], pooled[1].bfloat16()
                 advance(len(shard.rows))
         write_tensors({"means": means, "lasts": lasts}, path)
     stored = load_file(path)
@@ -84,8 +84,8 @@ def fit_logistic(
     Minimises mean loss + penalty / 2 * |weight|^2.
     """
 
-    def fit(scaled: np.ndarray, column: np.ndarray, classes: int) -> Linear:
-        present = np.unique(column)
+    def fit(scaled: np.ndarray, classes_of_rows: np.ndarray, classes: int) -> Linear:
+        present = np.unique(classes_of_rows)
         weight, bias = np.zeros((scaled.shape[1], classes)), np.full(classes, _ABSENT)
         bias[present] = 0
         if len(present) > 1:
@@ -95,13 +95,13 @@ def fit_logistic(
             with warnings.catch_warnings():
                 # Penalties are compared after the same number of iterations.
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                model.fit(scaled, column)
+                model.fit(scaled, classes_of_rows)
             # scikit-learn gives weights for the second of two classes only.
             weight[:, present[-len(model.coef_) :]] = model.coef_.T
             bias[present[-len(model.coef_) :]] = model.intercept_
         return Linear(weight, bias)
 
-    return _fit_columns(inputs, labels, task, fit)
+    return _fit_outputs(inputs, labels, task, fit)
 
 
 def gaussian_discriminant(
@@ -112,14 +112,14 @@ def gaussian_discriminant(
     Inputs are standardised first, so that the covariance shrinks towards equal importance.
     """
 
-    def fit(scaled: np.ndarray, column: np.ndarray, classes: int) -> Linear:
-        counts = np.bincount(column, minlength=classes)
+    def fit(scaled: np.ndarray, classes_of_rows: np.ndarray, classes: int) -> Linear:
+        counts = np.bincount(classes_of_rows, minlength=classes)
         # A class without texts has the mean of all, which is zero.
-        means = (np.eye(classes, dtype=scaled.dtype)[column].T @ scaled) / np.maximum(
+        means = (np.eye(classes, dtype=scaled.dtype)[classes_of_rows].T @ scaled) / np.maximum(
             counts, 1
         ).astype(scaled.dtype)[:, None]
         estimate = LedoitWolf(assume_centered=True, store_precision=False)
-        covariance = estimate.fit(scaled - means[column]).covariance_
+        covariance = estimate.fit(scaled - means[classes_of_rows]).covariance_
         # The floor keeps it regular when all texts are equal.
         floor = 1e-6 * np.eye(len(covariance))
         weight = np.linalg.solve(covariance + floor, means.T.astype(np.float64))
@@ -127,10 +127,10 @@ def gaussian_discriminant(
         prior = np.log((counts + 1) / (len(scaled) + classes))
         return Linear(weight, prior - (means.T * weight).sum(0) / 2)
 
-    return _fit_columns(inputs, labels, task, fit)
+    return _fit_outputs(inputs, labels, task, fit)
 
 
-def _fit_columns(
+def _fit_outputs(
     inputs: Float[np.ndarray, "text feature"],
     labels: Int[np.ndarray, "text ..."],
     task: Task,
@@ -147,7 +147,7 @@ def _fit_columns(
     if task.kind == "multiclass":
         fits = [fit(scaled, labels, task.outputs)]
     else:
-        pairs = [fit(scaled, column, 2) for column in labels.reshape(len(labels), -1).T]
+        pairs = [fit(scaled, output, 2) for output in labels.reshape(len(labels), -1).T]
         fits = [Linear(np.diff(pair.weight), np.diff(pair.bias)) for pair in pairs]
     weight = np.concatenate([each.weight for each in fits], 1) / scaler.scale_[:, None]
     bias = np.concatenate([each.bias for each in fits]) - scaler.mean_ @ weight
@@ -176,25 +176,25 @@ class PooledRegression(Baseline):
         """Chooses penalty and layer on validation texts; nothing is random."""
         training = dataset.training
         layers = range(dataset.reader.fingerprint.layers)
-        parts = {
+        layer_choices = {
             "last": [slice(layers[-1], len(layers))],
             "best": [slice(layer, layer + 1) for layer in layers],
             "all": [slice(len(layers))],
         }
 
-        def fitted(part: slice, penalty: float) -> FittedBaseline:
+        def fitted(layers: slice, penalty: float) -> FittedBaseline:
             linear = fit_logistic(
-                self._features(training, part),
+                self._features(training, layers),
                 training.labels,
                 dataset.task,
                 penalty=penalty,
                 iterations=self.iterations,
             )
             return FittedBaseline(
-                lambda split: linear(self._features(split, part)), linear.parameters
+                lambda split: linear(self._features(split, layers)), linear.parameters
             )
 
-        candidates = product(parts[self.layer], self.penalties)
+        candidates = product(layer_choices[self.layer], self.penalties)
         return best_on_validation((fitted(*candidate) for candidate in candidates), dataset)
 
     def _features(self, split: Split, layers: slice) -> Float[np.ndarray, "text feature"]:
@@ -253,7 +253,7 @@ class Mlpm(Baseline):
         task, labels = dataset.task, dataset.training.labels
         folds = dataset.training.examples.folds(self.folds, seed=seed)
         _, lasts = pooled_states(dataset.training)
-        layers = [part.numpy() for part in lasts.unbind(1)]
+        layers = [layer.numpy() for layer in lasts.unbind(1)]
         discriminants = [gaussian_discriminant(layer, labels, task) for layer in layers]
 
         def left_out(layer: np.ndarray) -> Float[np.ndarray, "text output"]:
@@ -269,8 +269,8 @@ class Mlpm(Baseline):
 
         def scores(split: Split) -> Float[np.ndarray, "text score"]:
             _, lasts = pooled_states(split)
-            parts = zip(discriminants, lasts.unbind(1), strict=True)
-            return np.hstack([discriminant(part.numpy()) for discriminant, part in parts])
+            pairs = zip(discriminants, lasts.unbind(1), strict=True)
+            return np.hstack([discriminant(layer.numpy()) for discriminant, layer in pairs])
 
         parameters = sum(linear.parameters for linear in discriminants)
 

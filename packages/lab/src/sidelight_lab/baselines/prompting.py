@@ -78,8 +78,8 @@ class ZeroShot(Baseline):
             if split.task.kind == "binary":
                 return scores[:, 1:] - scores[:, :1]
             # Log-odds of each label against all others.
-            others = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
-            return scores - np.stack([np.logaddexp.reduce(each, 1) for each in others], 1)
+            alternatives = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
+            return scores - np.stack([np.logaddexp.reduce(each, 1) for each in alternatives], 1)
 
         return FittedBaseline(logits, parameters=0)
 

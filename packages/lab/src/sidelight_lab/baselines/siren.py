@@ -108,7 +108,7 @@ class Siren(Baseline):
     Attributes:
         shares: Penalties of the probes; see ``sparse_path``. Validation texts choose, per layer.
         iterations: Steps per penalty.
-        kept: Share of a probe's absolute weight that the selected neurons hold.
+        coverage: Share of a probe's absolute weight that the selected neurons hold.
         hidden: Units of the hidden layer.
         settings: Settings of the network's training.
     """
@@ -117,7 +117,7 @@ class Siren(Baseline):
     is_single_pass: ClassVar[bool] = True
     shares: tuple[float, ...] = (0.1, 0.03)
     iterations: int = 40
-    kept: float = 0.9
+    coverage: float = 0.9
     hidden: int = 256
     settings: TrainingSettings = _SETTINGS
 
@@ -171,7 +171,7 @@ class Siren(Baseline):
             for weight, bias in path
         ]
         score, weight = max(scored, key=lambda pair: pair[0])
-        return _heaviest(weight.abs().sum(1), share=self.kept), score
+        return _heaviest(weight.abs().sum(1), share=self.coverage), score
 
     def _network(
         self, dataset: ProbeDataset, neurons: Callable[[Split], Tensor], *, seed: int

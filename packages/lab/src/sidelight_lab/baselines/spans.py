@@ -36,7 +36,7 @@ Scorer = Callable[[LabelledExamples], tuple[TokenPlaces, TokenScores]]
 _PRIOR_WORDS = 4.0
 # Words on each side of a word, and lengths of its parts, that the window's regression reads.
 _WINDOW = 3
-_PARTS = (1, 2, 3, 4)
+_NGRAM_SIZES = (1, 2, 3, 4)
 # Inverse penalties, of which validation texts choose one.
 _STRENGTHS = (1.0, 10.0)
 # At least so many batches are what an encoder is fine-tuned on.
@@ -48,12 +48,14 @@ def lexicon(dataset: ProbeDataset) -> Iterator[Scorer]:
     names, labels = _labelled_words(dataset.training)
     seen, base = Counter(names), labels.mean(0)
     hits: dict[str, np.ndarray] = dict.fromkeys(seen, np.zeros(len(base)))
-    for name, own in zip(names, labels, strict=True):
-        hits[name] = hits[name] + own
+    for name, counts in zip(names, labels, strict=True):
+        hits[name] = hits[name] + counts
 
     def logits(text: str) -> list[np.ndarray]:
         found = [(name, hits.get(name, 0) + _PRIOR_WORDS * base) for name in _names(text)]
-        return [np.log(own) - np.log(seen[name] + _PRIOR_WORDS - own) for name, own in found]
+        return [
+            np.log(counts) - np.log(seen[name] + _PRIOR_WORDS - counts) for name, counts in found
+        ]
 
     yield _of_words(logits, dataset)
 
@@ -65,7 +67,11 @@ def window(dataset: ProbeDataset) -> Iterator[Scorer]:
     options: dict[str, Any] = {"analyzer": list, "min_df": 2}
     vectorizer: Any = TfidfVectorizer(**options)
     inputs = vectorizer.fit_transform(
-        [own for text, _ in dataset.training.examples.text_spans for own in _features(text)]
+        [
+            features
+            for text, _ in dataset.training.examples.text_spans
+            for features in _features(text)
+        ]
     )
     targets = labels if labels.shape[1] > 1 else labels[:, 0]
     for strength in _STRENGTHS:
@@ -92,14 +98,14 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
         places: TokenPlaces = tokens["offset_mapping"]
         items: list[Item] = []
         rows = zip(texts, tokens["input_ids"], places, spans_of, strict=True)
-        for text, ids, own, spans in rows:
-            is_read = torch.tensor([start < end for start, end in own])
+        for text, ids, ranges, spans in rows:
+            is_read = torch.tensor([start < end for start, end in ranges])
             labels = torch.from_numpy(
-                token_labels(text, own, spans, examples.task.output_labels)
+                token_labels(text, ranges, spans, examples.task.output_labels)
             ).long()
             labels[~is_read] = UNLABELLED
             items.append({"input_ids": torch.tensor(ids), "read": is_read, "labels": labels})
-        return items, [[place for place in own if place[0] < place[1]] for own in places]
+        return items, [[place for place in ranges if place[0] < place[1]] for ranges in places]
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -122,7 +128,7 @@ def _names(text: str) -> list[str]:
 def _labelled_words(split: Split) -> tuple[list[str], np.ndarray]:
     """All words of some texts, and the labels of each."""
     rows, names = split.examples.text_spans, split.task.output_labels
-    labels = [token_labels(text, words(text), own, names) for text, own in rows]
+    labels = [token_labels(text, words(text), spans, names) for text, spans in rows]
     return [name for text, _ in rows for name in _names(text)], np.concatenate(labels)
 
 
@@ -131,10 +137,10 @@ def _features(text: str) -> list[list[str]]:
     names, features = _names(text), list[list[str]]()
     for place, (start, end) in enumerate(words(text)):
         word = f"<{text[start:end]}>"
-        parts = [word[i : i + size] for size in _PARTS for i in range(len(word) - size + 1)]
+        ngrams = [word[i : i + size] for size in _NGRAM_SIZES for i in range(len(word) - size + 1)]
         shape = re.sub(r"\d", "0", re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", word)))
         near = range(max(0, place - _WINDOW), min(len(names), place + _WINDOW + 1))
-        features.append([*parts, shape, *(f"{i - place}:{names[i]}" for i in near)])
+        features.append([*ngrams, shape, *(f"{i - place}:{names[i]}" for i in near)])
     return features
 
 
@@ -144,6 +150,8 @@ def _of_words(logits: Callable[[str], Any], dataset: ProbeDataset) -> Scorer:
     def scores(examples: LabelledExamples) -> tuple[TokenPlaces, TokenScores]:
         texts = [item.span_text for item in examples.items]
         rows = [logits(text) if words(text) else [] for text in texts]
-        return [*map(words, texts)], [np.array(own, float).reshape(-1, outputs) for own in rows]
+        return [*map(words, texts)], [
+            np.array(word_scores, float).reshape(-1, outputs) for word_scores in rows
+        ]
 
     return scores

@@ -55,13 +55,13 @@ class TokenHeads(nn.Module):
     def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         heads, outputs = self.value.shape[1:]
         projection = torch.cat([self.query, self.value.flatten(1)], 1)
-        columns = self._features(tokens.values) @ projection
+        projections = self._features(tokens.values) @ projection
         if self._window is None:
-            scores, values = columns[:, None].tensor_split([heads], -1)
+            scores, values = projections[:, None].tensor_split([heads], -1)
             state = summarise_softmax(scores, values.unflatten(-1, (heads, outputs)), tokens)
             return finish_softmax(state).sum((1, 2)) + self.bias
         maxima: list[Float[Tensor, "head output"]] = []
-        for windows in windows_of(Ragged(columns, tokens.lengths), size=self._window):
+        for windows in windows_of(Ragged(projections, tokens.lengths), size=self._window):
             scores, values = windows.tensor_split([heads], 1)
             values = values.unflatten(1, (heads, outputs))
             maxima.append((scores.softmax(-1)[:, :, None] * values).sum(-1).amax(0))
@@ -73,7 +73,7 @@ def windows_of(tokens: Ragged, *, size: int) -> list[Float[Tensor, "window colum
 
     A text with fewer tokens is one window.
     """
-    return [part.values.unfold(0, min(size, len(part.values)), 1) for part in tokens.split()]
+    return [text.values.unfold(0, min(size, len(text.values)), 1) for text in tokens.split()]
 
 
 class OneLayer(nn.Module):
@@ -219,12 +219,12 @@ class SmoothedLinear(nn.Module):
         """``[window, output]``: the mean logit of each window, products taken in ``dtype``."""
         folded = self._scaling.fold(self.weight, dtype=dtype)
         # Layer by layer: a thin batched product of bf16 views is several times slower on a CPU.
-        parts = [
+        smoothed_logits = [
             # Adding the shift before rounding to bf16 takes away most of a large product.
             torch.addmm(shift.to(dtype), states.to(dtype), weight)
             for shift, states, weight in zip(folded.shift, batch.hidden, folded.weight, strict=True)
         ]
-        logits = torch.stack(parts).float().sum(0) + self.bias
+        logits = torch.stack(smoothed_logits).float().sum(0) + self.bias
         windows = windows_of(Ragged(logits, batch.lengths), size=self._window)
         means = [text.mean(-1) for text in windows]
         return Ragged(torch.cat(means), torch.tensor([len(text) for text in means]))

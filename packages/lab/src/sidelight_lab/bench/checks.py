@@ -176,8 +176,8 @@ def _spread(times: Sequence[float] | np.ndarray) -> Range:
 
 def _rows(times: Mapping[tuple[str, int], Sequence[float]]) -> list[dict[str, object]]:
     return [
-        {"probes": name, "tokens": length, "ms": asdict(_spread(own))}
-        for (name, length), own in times.items()
+        {"probes": name, "tokens": length, "ms": asdict(_spread(durations))}
+        for (name, length), durations in times.items()
     ]
 
 

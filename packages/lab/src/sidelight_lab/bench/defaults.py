@@ -39,18 +39,18 @@ from sidelight_lab.baselines.pooled import (
 )
 from sidelight_lab.bench.measurement import table
 
-DEFAULT, ALONE = "default", "texts alone"
+DEFAULT, WITHOUT_CONTEXT = "default", "texts alone"
 _IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
 # At the probe's threshold: on the texts that are held out, and as training printed it.
 _ACCURACIES = ("accuracy at threshold", "printed")
-# The share of ordinary conversations that is flagged: of sources that no row was trained on, and
+# The share of background conversations that is flagged: of sources that no row was trained on, and
 # as training printed it.
 _TRAFFIC = ("traffic flagged", "printed traffic")
-FIGURES = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
+METRICS = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
 # Logistic regressions, which are also trained in the contexts that the default probe is shown.
 _REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer", "mean_last_layer")
-_STOPPING_EARLY = ("attention_probe", "encoder")
-RIVALS = ("tfidf", "sentence_embeddings", *_STOPPING_EARLY, *_REGRESSIONS)
+_EARLY_STOPPING = ("attention_probe", "encoder")
+RIVALS = ("tfidf", "sentence_embeddings", *_EARLY_STOPPING, *_REGRESSIONS)
 _RESAMPLES = 2000
 # Of the training texts, for a rival that stops early and calibrates on them.
 _HELD_OUT = 0.2
@@ -79,13 +79,13 @@ class Rival:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """A model that was trained on a draw, on the texts that are held out.
 
     Attributes:
         size: Training texts: of each class, or in all.
         draw: The seed that decided which.
-        figures: By name; ``printed`` is the accuracy at the threshold that training estimated.
+        metrics: By name; ``printed`` is the accuracy at the threshold that training estimated.
         right: Whether the most probable class of each text is its own.
         losses: The log loss of each text.
     """
@@ -93,7 +93,7 @@ class Judged:
     size: str
     row: str
     draw: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     right: Bool[np.ndarray, " text"]
     losses: Float[np.ndarray, " text"]
 
@@ -109,16 +109,16 @@ def compare_defaults(
     rivals: Sequence[str],
     background: Background,
     cache_root: Path,
-) -> list[Judged]:
+) -> list[Evaluated]:
     """The default probe, the same of texts alone, and rivals, for each size and draw.
 
-    The figures in contexts are of the held-out texts in ordinary traffic that no row was trained
+    The figures in contexts are of the held-out texts in background traffic that no row was trained
     in; of several classes, as the last turn of a conversation.
 
     Args:
         backbone: The frozen LLM.
         examples: Labelled texts.
-        background: Ordinary traffic: one half to train in, the other to measure in.
+        background: Background traffic: one half to train in, the other to measure in.
         sizes: Training texts of each class.
         texts: Training texts in all, in the file's shares of the classes.
         draws: Draws of training texts; those that are held out are the same for all.
@@ -131,8 +131,8 @@ def compare_defaults(
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     if examples.task.kind == "multilabel":
         raise SidelightError("Texts are drawn class by class: choose one --label.")
-    held_rows = examples.draw(held_out, seed=0)
-    rest = np.setdiff1d(np.arange(len(examples)), held_rows)
+    held_out_rows = examples.draw(held_out, seed=0)
+    rest = np.setdiff1d(np.arange(len(examples)), held_out_rows)
     draws_of = {
         **{
             (f"{size} a class", seed): _of_each_class(examples, rest, size, seed)
@@ -145,28 +145,28 @@ def compare_defaults(
     }
     encoder = Encoder(None, max_tokens=512) if "sentence_embeddings" in rivals else None
     options = FitOptions(cache_root=cache_root, keep_cache=True)
-    shown, unseen = background.parts(2)
-    held_texts = examples.select(held_rows)
-    everyone = [(np.arange(len(held_texts)), unseen)]
-    held = plan_split(backbone, held_texts, options, groups=everyone)
-    extract(backbone, held.states)
-    in_contexts = replace(options, background=shown)
+    training_background, unseen = background.split_into(2)
+    held_out_texts = examples.select(held_out_rows)
+    everyone = [(np.arange(len(held_out_texts)), unseen)]
+    test_split = plan_split(backbone, held_out_texts, options, groups=everyone)
+    extract(backbone, test_split.states)
+    in_contexts = replace(options, background=training_background)
     ours = {
         DEFAULT: in_contexts,
-        ALONE: replace(options, background=Background()),
+        WITHOUT_CONTEXT: replace(options, background=Background()),
     }
-    conversations = conversations_of(held.contexts)
-    judged: list[Judged] = []
+    conversations = conversations_of(test_split.contexts)
+    evaluated: list[Evaluated] = []
     for (size, seed), rows in draws_of.items():
         drawn = examples.select(rows)
-        for row, own in ours.items():
-            run = fit(backbone, drawn, None, name="default", options=own)
-            logits = cached_logits(run.probe, held.states)
+        for row, row_options in ours.items():
+            run = fit(backbone, drawn, None, name="default", options=row_options)
+            logits = cached_logits(run.probe, test_split.states)
             chances = run.probe.calibration.apply(logits)
             decided = decide(
                 run.probe.task,
-                chances[held.alone],
-                held.labels[held.alone],
+                chances[test_split.without_context],
+                test_split.labels[test_split.without_context],
                 thresholds=run.probe.thresholds,
             )
             printed = {
@@ -177,8 +177,8 @@ def compare_defaults(
                 flags = flags_of(run.probe.task, chances[conversations], run.probe.thresholds)
                 share = run.traffic.flagged / max(1, len(run.traffic.background))
                 printed |= zip(_TRAFFIC, (float(flags.mean()), share), strict=True)
-            judged.append(
-                Judged(size, row, seed, *_measured(run.probe.task, chances, held, printed))
+            evaluated.append(
+                Evaluated(size, row, seed, *_measured(run.probe.task, chances, test_split, printed))
             )
         dataset = prepare(backbone, drawn, None, options=in_contexts)
         for rival in rivals:
@@ -187,9 +187,11 @@ def compare_defaults(
                 splits[f"{rival} in contexts"] = dataset.training
             for row, split in splits.items():
                 fitted = fit_rival(rival, split, backbone, encoder)
-                chances = fitted.calibration(dataset.task).apply(fitted.score(held))
-                judged.append(Judged(size, row, seed, *_measured(dataset.task, chances, held, {})))
-    return judged
+                chances = fitted.calibration(dataset.task).apply(fitted.score(test_split))
+                evaluated.append(
+                    Evaluated(size, row, seed, *_measured(dataset.task, chances, test_split, {}))
+                )
+    return evaluated
 
 
 def _of_each_class(examples: LabelledExamples, rest: Rows, size: int, seed: int) -> Rows:
@@ -201,8 +203,10 @@ def _of_each_class(examples: LabelledExamples, rest: Rows, size: int, seed: int)
             f"'{examples.task.labels[int(counts.argmin())]}' has {counts.min()}. Choose a smaller "
             "--sizes or --held-out, or give more data."
         )
-    classes = (rest[labels == own] for own in range(len(counts)))
-    return np.sort(np.concatenate([random.choice(own, size, replace=False) for own in classes]))
+    classes = (rest[labels == number] for number in range(len(counts)))
+    return np.sort(
+        np.concatenate([random.choice(number, size, replace=False) for number in classes])
+    )
 
 
 def _enough(texts: Sequence[int], rest: int) -> Sequence[int]:
@@ -215,30 +219,33 @@ def _enough(texts: Sequence[int], rest: int) -> Sequence[int]:
 
 
 def _measured(
-    task: Task, chances: Logits, held: Split, printed: dict[str, float]
+    task: Task, chances: Logits, test_split: Split, printed: dict[str, float]
 ) -> tuple[dict[str, float], Bool[np.ndarray, " text"], Float[np.ndarray, " text"]]:
     """Figures, and by text whether the most probable class is right, and the log loss."""
-    is_binary, figures = task.kind == "binary", dict[str, float]()
-    in_contexts = np.setdiff1d(np.arange(len(held)), held.alone)
+    is_binary, metrics = task.kind == "binary", dict[str, float]()
+    in_contexts = np.setdiff1d(np.arange(len(test_split)), test_split.without_context)
     if len(in_contexts):
-        labels, shown = held.labels[in_contexts], chances[in_contexts]
+        labels, context_chances = test_split.labels[in_contexts], chances[in_contexts]
         ranked, decided = _IN_CONTEXTS
         if is_binary:
-            figures[ranked] = float(average_precision_score(labels, shown[:, 0]))
+            metrics[ranked] = float(average_precision_score(labels, context_chances[:, 0]))
         else:
-            figures[decided] = float((shown.argmax(1) == labels).mean())
-    labels, chances = held.labels[held.alone], chances[held.alone]
+            metrics[decided] = float((context_chances.argmax(1) == labels).mean())
+    labels, chances = (
+        test_split.labels[test_split.without_context],
+        chances[test_split.without_context],
+    )
     report = evaluate(decide(task, chances, labels, thresholds=(0.5,) if is_binary else ()))
     right = (chances[:, 0] >= 0.5 if is_binary else chances.argmax(1)) == labels
     losses = log_losses(task, chances, labels)
     values = {name: report.metrics[name].value for name in ("ece", "auprc")[: 1 + is_binary]}
-    figures |= {
+    metrics |= {
         "accuracy": float(right.mean()),
         "log loss": float(losses.mean()),
         **{name: value or 0.0 for name, value in values.items()},
         **printed,
     }
-    return figures, right, losses
+    return metrics, right, losses
 
 
 def fit_rival(
@@ -246,7 +253,7 @@ def fit_rival(
 ) -> Rival:
     """A rival, trained on these texts; ``encoder`` gives ``sentence_embeddings``."""
     task, labels = training.task, training.labels
-    if name in _STOPPING_EARLY:
+    if name in _EARLY_STOPPING:
         fold = training.examples.folds(round(1 / _HELD_OUT), seed=0)[0]
         left_out = training.select(fold)
         dataset = ProbeDataset(backbone, training.without(fold), left_out)
@@ -260,8 +267,8 @@ def fit_rival(
 
         folds = training.folds(FOLDS)
         found = out_of_fold(lambda rest, fold: words(rest).logits([*texts[fold]]), folds, task)
-        whole = words(np.arange(len(labels)))
-        return Rival(found, labels, lambda split: whole.logits(split.texts))
+        full_fit = words(np.arange(len(labels)))
+        return Rival(found, labels, lambda split: full_fit.logits(split.texts))
 
     def features(split: Split) -> Float[np.ndarray, "text feature"]:
         if name != "sentence_embeddings":
@@ -285,18 +292,22 @@ def fit_rival(
         for penalty in PENALTIES
     }
     best = min(left_out, key=lambda penalty: _loss(task, left_out[penalty], labels))
-    alone, linear = training.alone, regress(np.arange(len(labels)), best)
-    return Rival(left_out[best][alone], labels[alone], lambda split: linear(features(split)))
+    without_context, linear = training.without_context, regress(np.arange(len(labels)), best)
+    return Rival(
+        left_out[best][without_context],
+        labels[without_context],
+        lambda split: linear(features(split)),
+    )
 
 
 def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
     """Means, or means and last tokens, of all layers or of the last one."""
-    parts = [*pooled_states(split)]
+    poolings = [*pooled_states(split)]
     if name in ("means_all_layers", "mean_last_layer"):
-        parts = parts[:1]
+        poolings = poolings[:1]
     if name in ("last_layer", "mean_last_layer"):
-        parts = [part[:, -1:] for part in parts]
-    return torch.cat(parts, 1).flatten(1).numpy()
+        poolings = [vectors[:, -1:] for vectors in poolings]
+    return torch.cat(poolings, 1).flatten(1).numpy()
 
 
 def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float:
@@ -304,11 +315,11 @@ def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float
     return float(log_losses(task, calibration.apply(logits), labels).mean())
 
 
-def differences(judged: Sequence[Judged]) -> dict[tuple[str, str], dict[str, Estimate]]:
+def differences(evaluated: Sequence[Evaluated]) -> dict[tuple[str, str], dict[str, Estimate]]:
     """What the default gains on each other row, by size and row; over draws and texts."""
-    ours = {(one.size, one.draw): one for one in judged if one.row == DEFAULT}
-    rows: dict[tuple[str, str], list[tuple[Judged, Judged]]] = {}
-    for one in judged:
+    ours = {(one.size, one.draw): one for one in evaluated if one.row == DEFAULT}
+    rows: dict[tuple[str, str], list[tuple[Evaluated, Evaluated]]] = {}
+    for one in evaluated:
         if one.row != DEFAULT:
             rows.setdefault((one.size, one.row), []).append((ours[one.size, one.draw], one))
     return {
@@ -331,30 +342,39 @@ def _gain(by_draw: Sequence[Float[np.ndarray, " text"]]) -> Estimate:
     return Estimate.of(np.array([gains.mean(), *means]))
 
 
-def described(judged: Sequence[Judged]) -> dict[str, Any]:
+def summarise(evaluated: Sequence[Evaluated]) -> dict[str, Any]:
     """Every model's figures, and the differences, as JSON-ready values."""
-    rows = [{"size": one.size, "row": one.row, "draw": one.draw, **one.figures} for one in judged]
+    rows = [
+        {"size": one.size, "row": one.row, "draw": one.draw, **one.metrics} for one in evaluated
+    ]
     gained = [
         {"size": size, "row": row, **{name: gain.to_dict() for name, gain in gains.items()}}
-        for (size, row), gains in differences(judged).items()
+        for (size, row), gains in differences(evaluated).items()
     ]
     return {"rows": rows, "differences": gained}
 
 
-def defaults_table(judged: Sequence[Judged]) -> str:
+def defaults_table(evaluated: Sequence[Evaluated]) -> str:
     """The mean over draws of each figure by size and row, and what the default gains on it."""
-    gained = differences(judged)
-    columns, gains = (*FIGURES, *_ACCURACIES, *_TRAFFIC), ("accuracy gained", "log loss saved")
+    gained = differences(evaluated)
+    columns, gains = (*METRICS, *_ACCURACIES, *_TRAFFIC), ("accuracy gained", "log loss saved")
     cells: list[list[str]] = []
-    for size, row in dict.fromkeys((one.size, one.row) for one in judged):
-        own = [one.figures for one in judged if (one.size, one.row) == (size, row)]
+    for size, row in dict.fromkeys((one.size, one.row) for one in evaluated):
+        row_metrics = [one.metrics for one in evaluated if (one.size, one.row) == (size, row)]
         # All draws of a row have the same figures.
         means = [
-            f"{np.mean([f[name] for f in own]):.3f}" if name in own[0] else "" for name in columns
+            f"{np.mean([f[name] for f in row_metrics]):.3f}" if name in row_metrics[0] else ""
+            for name in columns
         ]
         compared = gained.get((size, row), {})
         cells.append(
-            [size, row, str(len(own)), *means, *(str(compared.get(name, "")) for name in gains)]
+            [
+                size,
+                row,
+                str(len(row_metrics)),
+                *means,
+                *(str(compared.get(name, "")) for name in gains),
+            ]
         )
     headings = ["trained on", "row", "draws", *columns, *gains]
     return table("Texts that were held out", headings, cells)

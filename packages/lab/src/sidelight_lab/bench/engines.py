@@ -69,8 +69,11 @@ class Subject:
             self.backbone.fingerprint,
             prompt_format=self.backbone.encoder.prompt_format,
         )
-        late = probe_of("late", reads=Reads("response"))
-        self._probes = [*(probe_of(f"probe-{i}", seed=i) for i in range(PROBES - 1)), late]
+        response_probe = probe_of("late", reads=Reads("response"))
+        self._probes = [
+            *(probe_of(f"probe-{i}", seed=i) for i in range(PROBES - 1)),
+            response_probe,
+        ]
         self._runner = asyncio.Runner()
         self._runner.run(self._engine.start())
 
@@ -97,8 +100,8 @@ class Subject:
         return [(cpu_s / tokens, wall_s / tokens) for tokens, cpu_s, wall_s in map(list, spent)]
 
     async def _read(self, length: int) -> int:
-        (judged,) = await self._engine.judge([[Message("user", " word" * length)]])
-        return judged.tokens
+        (event,) = await self._engine.classify([[Message("user", " word" * length)]])
+        return event.tokens
 
     def conditions(self) -> dict[str, Any]:
         """What its figures depend on."""
@@ -122,9 +125,9 @@ async def _timed(work: Awaitable[int]) -> np.ndarray:
 _subject = cache(Subject)
 
 
-def _ask(identity: tuple[str, DtypeName, int], method: str, *given: Any) -> Any:
+def _ask(process_key: tuple[str, DtypeName, int], method: str, *arguments: Any) -> Any:
     """The result of a method of the subject of this process."""
-    return getattr(_subject(*identity), method)(*given)
+    return getattr(_subject(*process_key), method)(*arguments)
 
 
 def compare_engines(
@@ -155,20 +158,20 @@ def compare_engines(
             model: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for model in models
         }
 
-        def ask(model: str, method: str, *given: Any) -> Any:
-            identity = (model, dtype, threads)
-            return processes[model].submit(_ask, identity, method, *given).result()
+        def ask(model: str, method: str, *arguments: Any) -> Any:
+            process_key = (model, dtype, threads)
+            return processes[model].submit(_ask, process_key, method, *arguments).result()
 
         for model, probes in pairs:
             ask(model, "measure", probes, tokens[:1], 1)
         wheres = [ask(model, "conditions") for model in models]
         who = [{**where, "load before": None} for where in wheres]
         name = digest({"engines": who, "tokens": tokens, "written": written, "texts": TEXTS})[:12]
-        kept = None if out is None else out / "engines" / f"{name}.json"
+        path = None if out is None else out / "engines" / f"{name}.json"
         # [round, pair, work, clock]
         measured: list[Any] = []
-        if kept is not None and kept.exists():
-            measured = json.loads(kept.read_text("utf-8"))[:rounds]
+        if path is not None and path.exists():
+            measured = json.loads(path.read_text("utf-8"))[:rounds]
         with progress("Timing", rounds * len(pairs), unit="sets of probes") as advance:
             advance(len(measured) * len(pairs))
             for number in range(len(measured), rounds):
@@ -179,24 +182,24 @@ def compare_engines(
                     spent[pair] = ask(model, "measure", probes, tokens, written)
                     advance(1)
                 measured.append([spent[pair] for pair in pairs])
-                if kept is not None:
-                    write_json(kept, measured)
+                if path is not None:
+                    write_json(path, measured)
         megabytes = [ask(model, "close") for model in models]
     where = {name: " and ".join(dict.fromkeys(str(w[name]) for w in wheres)) for name in wheres[0]}
     works = [f"reading {n}" for n in tokens] + [f"writing, {n} at once" for n in TEXTS]
     # Seconds of a token: [work, clock, round].
     by_pair = np.array(measured).transpose(1, 2, 3, 0)
     seconds = dict(zip(pairs, by_pair, strict=True))
-    figures = {
+    results = {
         "works": works,
         "seconds": [
             {
                 "model": model,
                 "probes": probes,
-                "cpu": own[:, 0].tolist(),
-                "wall": own[:, 1].tolist(),
+                "cpu": measured_seconds[:, 0].tolist(),
+                "wall": measured_seconds[:, 1].tolist(),
             }
-            for (model, probes), own in seconds.items()
+            for (model, probes), measured_seconds in seconds.items()
         ],
         "memory_mb": dict(zip(models, megabytes, strict=True)),
     }
@@ -205,17 +208,19 @@ def compare_engines(
     for clock, name in enumerate(("CPU second", "second")):
         rows: list[list[object]] = []
         for (i, work), probes in product(enumerate(works), (0, PROBES)):
-            own = [1 / seconds[model, probes][i, clock] for model in models]
-            ratios = _cells([each / own[0] for each in own[1:]], 2)
-            rows.append([work, probes, *_cells(own, 1), *ratios])
+            measured_seconds = [1 / seconds[model, probes][i, clock] for model in models]
+            ratios = _cells([each / measured_seconds[0] for each in measured_seconds[1:]], 2)
+            rows.append([work, probes, *_cells(measured_seconds, 1), *ratios])
         sections.append(table(f"Tokens a {name}, median (range)", rates, rows))
     costs = {model: seconds[model, PROBES][:, 0] / seconds[model, 0][:, 0] for model in models}
     rows = [[work, *_cells([costs[m][i] for m in models], 3)] for i, work in enumerate(works)]
-    rows.append(["MB of the process", *(f"{own:.0f}" for own in megabytes)])
+    rows.append(
+        ["MB of the process", *(f"{measured_seconds:.0f}" for measured_seconds in megabytes)]
+    )
     sections.append(table(f"CPU time with {PROBES} probes, over that without", ["", *models], rows))
     where |= {"tokens written": written, "rounds": rounds}
-    return Record("engines", where, figures, sections)
+    return Record("engines", where, results, sections)
 
 
 def _cells(values: Sequence[np.ndarray], digits: int) -> list[str]:
-    return [Range.of(own.tolist()).text(digits) for own in values]
+    return [Range.of(value_range.tolist()).text(digits) for value_range in values]

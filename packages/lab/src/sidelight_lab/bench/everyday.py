@@ -1,4 +1,4 @@
-"""Whether a probe is right in front of ordinary traffic: harmless chats, and attacks among them.
+"""Whether a probe is right in front of background traffic: harmless chats, and attacks among them.
 
 Each conversation is judged as it is served, in one run. ``everyday.json`` has texts that were
 written for this.
@@ -23,7 +23,7 @@ from sidelight.models.conversation import Message
 from sidelight.progress import progress
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.datasets import default_root
-from sidelight_lab.redteam.attacks import Messages, between, pieces
+from sidelight_lab.redteam.attacks import Messages, between, word_chunks
 from sidelight_lab.redteam.measure import Rate, positive_texts
 from sidelight_lab.redteam.targets import ProbeTarget
 
@@ -32,7 +32,7 @@ ATTACK_PADDING_WORDS = (50, 150, 600)
 _BANDS = ((7, 30), (30, 60), (60, 150), (150, 300))
 # Real prompts of a band.
 _PROMPTS = 50
-_PIECE_WORDS = 4
+_CHUNK_WORDS = 4
 _ANSWER_WORDS = 40
 # Of an agent's conversation, turn by turn.
 _AGENT_ROLES = ("user", "assistant", "tool", "assistant", "user")
@@ -41,7 +41,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*")
 # Rows of harmless traffic that attacks are compared with.
 _PADDING = "{} words of padding"
 _QUESTIONS = "20 questions"
-_TURNS = f"turns of {_PIECE_WORDS} words"
+_TURNS = f"turns of {_CHUNK_WORDS} words"
 
 
 def first_words(text: str, count: int) -> str:
@@ -63,7 +63,7 @@ def measure_everyday(
     examples: LabelledExamples,
     *,
     prompts: Sequence[str],
-    own: Mapping[str, Sequence[Messages]],
+    user_texts: Mapping[str, Sequence[Messages]],
     attacks: int = 20,
 ) -> Record:
     """The share of harmless traffic that is flagged, and of attacks among harmless texts.
@@ -73,7 +73,7 @@ def measure_everyday(
         examples: Labelled texts that training has not seen; the positive ones are attacks.
         prompts: Harmless texts: one half are the real prompts, the other half is padding. Without
             any, both are left out.
-        own: More harmless conversations, by the name of their row.
+        user_texts: More harmless conversations, by the name of their row.
         attacks: The most attacks, and the number of paddings of each length.
 
     Raises:
@@ -103,7 +103,7 @@ def measure_everyday(
             )
             for low, high in (_BANDS if prompts else ())
         },
-        **own,
+        **user_texts,
         **{
             _PADDING.format(words): _chats([first_words(text, words) for text in paddings])
             for words in (PADDING_WORDS if paddings else ())
@@ -113,21 +113,23 @@ def measure_everyday(
     }
     among = attacks_among(drawn, paddings=paddings, questions=questions)
     groups = [drawn, *harmless.values(), *(conversations for conversations, _ in among.values())]
-    alone, *margins = _margins(target, groups)
+    single, *margins = _margins(target, groups)
     # What the model cannot read is NaN, so it is not flagged.
-    is_flagged = alone >= 0
-    flagged_alone = Rate.of(alone.tolist())
-    alarms = {name: Rate.of(own.tolist()) for name, own in zip(harmless, margins, strict=False)}
+    is_flagged = single >= 0
+    flagged_singly = Rate.of(single.tolist())
+    alarms = {
+        name: Rate.of(margin.tolist()) for name, margin in zip(harmless, margins, strict=False)
+    }
     without = dict(zip(harmless, margins, strict=False))
     rows = [
         (
             name,
-            recall := Rate.of(own[is_flagged].tolist()),
+            recall := Rate.of(margin[is_flagged].tolist()),
             alarms[beside],
             recall.minus(alarms[beside]),
-            auroc_of(own, without[beside]),
+            auroc_of(margin, without[beside]),
         )
-        for (name, (_, beside)), own in zip(among.items(), margins[len(harmless) :], strict=True)
+        for (name, (_, beside)), margin in zip(among.items(), margins[len(harmless) :], strict=True)
     ]
     harmless_cells = [[name, *_cells(rate)] for name, rate in alarms.items()]
     attack_cells = [
@@ -140,7 +142,7 @@ def measure_everyday(
         conditions(target.backbone, settings),
         {
             "harmless": {name: rate.to_dict() for name, rate in alarms.items()},
-            "alone": flagged_alone.to_dict(),
+            "alone": flagged_singly.to_dict(),
             "attacks": {
                 name: {
                     "recall": recall.to_dict(),
@@ -154,7 +156,7 @@ def measure_everyday(
         (
             table("Harmless traffic", ["what", "flagged", "share"], harmless_cells),
             table(
-                f"Attacks: {_cells(flagged_alone)[0]} are flagged alone",
+                f"Attacks: {_cells(flagged_singly)[0]} are flagged alone",
                 ["among", "still flagged", "share", "without the attacks", "net", "AUROC"],
                 attack_cells,
             ),
@@ -178,7 +180,7 @@ def auroc_of(
 
     What the model cannot read is left out; None if nothing is left of either.
     """
-    attacks, harmless = (own[np.isfinite(own)] for own in (attacks, harmless))
+    attacks, harmless = (scores[np.isfinite(scores)] for scores in (attacks, harmless))
     if not (len(attacks) and len(harmless)):
         return None
     is_attack = np.repeat([True, False], [len(attacks), len(harmless)])
@@ -245,7 +247,7 @@ def halves(text: str) -> tuple[str, str]:
 def in_turns(messages: Messages, answers: Sequence[str]) -> Messages:
     """The last message in pieces of four words, each a turn, with answers between them."""
     *before, last = messages
-    asked = [Message(last.role, piece) for piece in pieces(last.content, _PIECE_WORDS)]
+    asked = [Message(last.role, chunk) for chunk in word_chunks(last.content, _CHUNK_WORDS)]
     turns = zip(asked, (Message("assistant", answer) for answer in cycle(answers)), strict=False)
     return (*before, *chain.from_iterable(turns))[:-1]
 
@@ -271,9 +273,9 @@ def _margins(
 ) -> list[Float[np.ndarray, " conversation"]]:
     """The margin of each conversation, group by group; NaN: the model cannot read it."""
     margins = [np.full(len(group), np.nan) for group in groups]
-    with progress("Judging", len(groups), unit="rows") as advance:
-        for own, group in zip(margins, groups, strict=True):
+    with progress("Classifying", len(groups), unit="rows") as advance:
+        for margin, group in zip(margins, groups, strict=True):
             readable = [row for row, turns in enumerate(group) if target.reads(turns)]
-            own[readable] = target.margins([group[row] for row in readable])
+            margin[readable] = target.margins([group[row] for row in readable])
             advance(1)
     return margins

@@ -109,11 +109,11 @@ def run_check(
         click.echo(f"{line} ...", err=True)
         is_right = results.get("vllm parity: runner 2, graphs", {}).get("passed", False)
         runner = CHECK[name][1].get("runner", 2 if is_right else 1)
-        results[name] = outcome = _run(name, setting, folder, runner=runner, limit_s=limit_s)
+        results[name] = result = _run(name, setting, folder, runner=runner, limit_s=limit_s)
         write_json(folder / "gpu.json", {"conditions": conditions, "sections": results})
         write_text(folder / "gpu.md", report(conditions, results))
-        click.echo(f"{line}: {_told(outcome)} ({outcome['seconds']:.0f} s)", err=True)
-    return all(outcome["passed"] for outcome in results.values())
+        click.echo(f"{line}: {_told(result)} ({result['seconds']:.0f} s)", err=True)
+    return all(result["passed"] for result in results.values())
 
 
 def conditions_of(setting: Setting) -> dict[str, Any]:
@@ -155,10 +155,10 @@ def _without_vllm() -> str:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.partition("\n")[0].strip() or None
+    return completed.stdout.partition("\n")[0].strip() or None
 
 
 def _fitting_shape(device: str) -> str:
@@ -221,15 +221,15 @@ def _run(
 def run_section(name: str, setting: Setting, log_file: Path) -> Result:
     """A section in this process; an error is a result, and its traceback goes to the log."""
     section, arguments = CHECK[name]
-    given = {name: value for name, value in arguments.items() if name != "runner"}
+    options = {name: value for name, value in arguments.items() if name != "runner"}
     try:
-        return section(setting, **given)
+        return section(setting, **options)
     except Exception as error:
         reason = logged_error(log_file)
         log.exception("%s failed.", name)
         place = _place([(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)])
-        said = f"{type(error).__name__}: {error}{place}"
-        return Result(False, public(said + (f"; its log: {reason}" if reason else "")))
+        message = f"{type(error).__name__}: {error}{place}"
+        return Result(False, public(message + (f"; its log: {reason}" if reason else "")))
 
 
 def _place(lines: Sequence[tuple[str, Any]]) -> str:
@@ -275,38 +275,38 @@ def _variables(setting: Setting) -> dict[str, str]:
     return variables
 
 
-def _told(outcome: Mapping[str, Any]) -> str:
+def _told(result: Mapping[str, Any]) -> str:
     """What came of a section, in a line."""
-    return f"{'passed' if outcome['passed'] else 'FAILED'}: {outcome['summary']}"
+    return f"{'passed' if result['passed'] else 'FAILED'}: {result['summary']}"
 
 
 def report(conditions: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    parts = ["# Sidelight on this machine"]
+    sections = ["# Sidelight on this machine"]
     if not conditions["is a GPU"]:
-        parts.append(
+        sections.append(
             "**Tried out without a GPU.** The same sections ran with tiny sizes on a CPU, without "
             "captured graphs: this says nothing of a GPU."
             + (" There is a driver of a GPU, but PyTorch finds none." * bool(conditions["driver"]))
         )
-    failed = [name for name, outcome in results.items() if not outcome["passed"]]
-    parts.append(f"{len(results) - len(failed)} of {len(results)} sections passed.")
+    failed = [name for name, result in results.items() if not result["passed"]]
+    sections.append(f"{len(results) - len(failed)} of {len(results)} sections passed.")
     known = {name: value for name, value in conditions.items() if value not in (None, {})}
-    parts.append(", ".join(f"{name} {value}" for name, value in known.items()))
+    sections.append(", ".join(f"{name} {value}" for name, value in known.items()))
     lines = [
-        (name, f"{outcome['seconds']:.0f}", _told(outcome).replace("|", "\\|"))
-        for name, outcome in results.items()
+        (name, f"{result['seconds']:.0f}", _told(result).replace("|", "\\|"))
+        for name, result in results.items()
     ]
-    parts.append(table("Sections", ("section", "seconds", "result"), lines))
-    parts.append(
+    sections.append(table("Sections", ("section", "seconds", "result"), lines))
+    sections.append(
         f"In float32, no logit may differ from the CPU's by more than {gpu_engine.LOGIT_ERROR:g}, "
         f"and no probability inside vLLM by more than {gpu_vllm.PARITY_ERROR:g}; in bfloat16, "
         f"{gpu_engine.DECISIONS_APART:.0%} of the decisions may differ."
     )
     served = {
-        count: outcome["figures"]["ms"]
+        count: result["metrics"]["ms"]
         for count in _READOUTS
-        if (outcome := results.get(f"vllm serving: {count} readouts")) and outcome["passed"]
+        if (result := results.get(f"vllm serving: {count} readouts")) and result["passed"]
     }
     cells = [
         (
@@ -320,8 +320,8 @@ def report(conditions: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         title = (
             f"vLLM serving a random model of the shape {conditions['shape']}: ms of a prefill, and "
         )
-        parts.append(table(f"{title}ms per token", ("readouts", "work", "ms", "% added"), cells))
-    return "\n\n".join(parts) + "\n"
+        sections.append(table(f"{title}ms per token", ("readouts", "work", "ms", "% added"), cells))
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":

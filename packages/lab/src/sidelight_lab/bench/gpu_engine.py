@@ -101,7 +101,7 @@ class Result:
 
     passed: bool
     summary: str
-    figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def cpu(setting: Setting) -> Result:
@@ -130,8 +130,8 @@ def agreement(setting: Setting, *, dtype: DtypeName) -> Result:
     apart = float(np.abs(found - wanted).max())
     verdict = classifier.probe.verdict
     differing = sum(
-        verdict(one).flagged != verdict(other).flagged
-        for one, other in zip(found, wanted, strict=True)
+        verdict(one).flagged != verdict(another).flagged
+        for one, another in zip(found, wanted, strict=True)
     )
     is_right = (
         apart <= LOGIT_ERROR if dtype == "float32" else differing <= DECISIONS_APART * len(found)
@@ -169,10 +169,10 @@ def predict(setting: Setting) -> Result:
 
 def explain(setting: Setting) -> Result:
     """``sidelight predict --explain``: the shares of tokens and layers add up to the logit."""
-    said = _predicted(setting, "probe", _TEXT, "--explain")["explanation"]
-    tokens = sum(token["share"] for token in said["tokens"])
-    total = said["baseline"] + said["template"] + tokens
-    off = abs(total - said["logit"])
+    explanation = _predicted(setting, "probe", _TEXT, "--explain")["explanation"]
+    tokens = sum(token["share"] for token in explanation["tokens"])
+    total = explanation["baseline"] + explanation["template"] + tokens
+    off = abs(total - explanation["logit"])
     return Result(off <= LOGIT_ERROR, f"shares of tokens miss the logit by {off:.1e}")
 
 
@@ -286,8 +286,8 @@ def _new(setting: Setting, name: str) -> list[str]:
 def _train(setting: Setting, name: str, *words: str, device: str | None = None) -> None:
     words = ("--data", _TRAINING, "--positive", "urgent", *words, *_fewer(setting))
     # Background would take a tiny model most of its time.
-    alone = () if setting.is_gpu else ("--background", "none")
-    _run(setting, "train", *words, *alone, *_new(setting, name), device=device)
+    without_background = () if setting.is_gpu else ("--background", "none")
+    _run(setting, "train", *words, *without_background, *_new(setting, name), device=device)
 
 
 def _fewer(setting: Setting) -> Sequence[str]:

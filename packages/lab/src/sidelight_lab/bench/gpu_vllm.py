@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sidelight.engines.transformers.backbone import load_backbone
-from sidelight.models.conversation import EncodedPrompt, Part, Reads
+from sidelight.models.conversation import EncodedPrompt, Reads, TokenRole
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import load_probe, save_probe
 from sidelight.probes.bank import Bank
@@ -23,9 +23,9 @@ from sidelight.states.extraction import text_logits
 from sidelight.storage import write_json
 from sidelight_lab.bench.gpu_engine import Result, Setting, model_config, save_tokenizer
 from sidelight_lab.bench.measurement import offline_engine, spread_probe, untrained_probe
-from sidelight_vllm.columns import Pages, Reading, Stage, set_receiver, slots_of
 from sidelight_vllm.requests import read_report, request_params
-from sidelight_vllm.settings import DESCRIBED
+from sidelight_vllm.settings import ANNOTATED
+from sidelight_vllm.slots import GatherPlan, SlotStore, StagingBuffer, set_receiver, slots_of
 
 # Of a probability in float32.
 PARITY_ERROR = 1e-4
@@ -38,15 +38,15 @@ _TAP_LAYERS = 4
 class _Pass:
     """A worker's part of a forward pass whose tokens have these KV slots."""
 
-    pages: Pages
+    store: SlotStore
     slots: Tensor
 
     def receive(self, layer: int, stream: Tensor) -> None:
-        self.pages.stage.receive(layer, stream)
+        self.store.staging.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
         assert tokens == len(self.slots)
-        self.pages.keep(self.slots)
+        self.store.keep(self.slots)
 
 
 def _states(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -75,21 +75,21 @@ def graphs(setting: Setting) -> Result:
     What is captured is what vLLM captures: the operation that the hooks call, for every layer; and
     the move of the columns to their slots. On a CPU it is only called.
     """
-    width, columns, tokens, blocks = 576 if setting.is_gpu else 64, 7, 24, 8
+    width, projection_width, tokens, blocks = 576 if setting.is_gpu else 64, 7, 24, 8
     # The last three are padding.
-    reading = Reading("", (), 0, bytes([Part.PROMPT] * (tokens - 3)), True, False)
+    plan = GatherPlan("", (), 0, bytes([TokenRole.PROMPT] * (tokens - 3)), True, False)
     device = torch.device(setting.device)
     torch.manual_seed(0)
 
     def projection() -> Projection:
         return Projection(
-            torch.randn(_TAP_LAYERS, width, columns, device=device),
-            torch.randn(_TAP_LAYERS, columns, device=device),
-            torch.rand(columns, device=device) < 0.5,
+            torch.randn(_TAP_LAYERS, width, projection_width, device=device),
+            torch.randn(_TAP_LAYERS, projection_width, device=device),
+            torch.rand(projection_width, device=device) < 0.5,
         )
 
-    stage = Stage.empty(projection(), tokens=tokens)
-    pages = Pages(stage, blocks=blocks, block_size=16)
+    staging = StagingBuffer.empty(projection(), tokens=tokens)
+    store = SlotStore(staging, blocks=blocks, block_size=16)
     inputs = [_states(tokens, width, device) for _ in range(_TAP_LAYERS)]
     slots = torch.arange(tokens, device=device)
     order = torch.zeros((), device=device)
@@ -99,26 +99,28 @@ def graphs(setting: Setting) -> Result:
             torch.ops.sidelight.project(hidden, residual, layer, order)
         torch.ops.sidelight.end_pass(inputs[-1][0], order)
 
-    set_receiver(_Pass(pages, slots))
+    set_receiver(_Pass(store, slots))
     replay = _captured(run).replay if setting.is_gpu else run
     difference = 0.0
     for _ in range(3):
         fresh = [_states(tokens, width, device) for _ in range(_TAP_LAYERS)]
-        for mine, others in zip(inputs, fresh, strict=True):
-            for one, other in zip(mine, others, strict=True):
-                one.copy_(other)
+        for mine, replacements in zip(inputs, fresh, strict=True):
+            for one, source in zip(mine, replacements, strict=True):
+                one.copy_(source)
         table = torch.randperm(blocks)[:2].tolist()
         slots.copy_(torch.from_numpy(slots_of(table, np.arange(tokens), 16)))
         slots[-3:] = -1
         # Other probes take their place in the captured graph.
-        stage.load(probes := projection())
-        uncaptured = Stage.empty(probes, tokens=tokens)
+        staging.load(probes := projection())
+        uncaptured = StagingBuffer.empty(probes, tokens=tokens)
         replay()
-        kept = pages.read([replace(reading, blocks=tuple(table))])
+        gathered = store.read([replace(plan, blocks=tuple(table))])
         for layer, (hidden, residual) in enumerate(fresh):
             uncaptured.receive(layer, hidden + residual)
             # A slot that was not written has NaN.
-            off = (kept[:, layer] - uncaptured.rows[layer, :-3]).abs().nan_to_num(torch.inf).max()
+            off = (
+                (gathered[:, layer] - uncaptured.rows[layer, :-3]).abs().nan_to_num(torch.inf).max()
+            )
             difference = max(difference, min(1.0, float(off)))
     how = "replayed with other inputs" if setting.is_gpu else "called, not captured"
     return Result(
@@ -140,14 +142,16 @@ def reference(setting: Setting) -> Result:
     texts: list[dict[str, Any]] = []
     for i, length in enumerate(map(int, lengths)):
         # A third of the prompts begin alike, and are found in the prefix cache.
-        own = random.integers(5, 300, length).tolist()
-        tokens = [*shared[: 2 * length // 3], *own][:length] if i % 3 == 0 else own
-        prompt = EncodedPrompt(tuple(tokens), (Part.PROMPT,) * length)
+        suffix = random.integers(5, 300, length).tolist()
+        tokens = [*shared[: 2 * length // 3], *suffix][:length] if i % 3 == 0 else suffix
+        prompt = EncodedPrompt(tuple(tokens), (TokenRole.PROMPT,) * length)
         forced = 5 + i
         # The token that is drawn last is not read.
         response = (forced,) * (FORCED - 1)
-        whole = (*prompt.token_ids, *response)
-        prompts.append(EncodedPrompt(whole, prompt.parts + (Part.RESPONSE,) * (FORCED - 1)))
+        token_ids = (*prompt.token_ids, *response)
+        prompts.append(
+            EncodedPrompt(token_ids, prompt.token_roles + (TokenRole.RESPONSE,) * (FORCED - 1))
+        )
         texts.append({"token_ids": tokens, "forced": forced})
     probes = [
         spread_probe(
@@ -185,19 +189,19 @@ def reference(setting: Setting) -> Result:
 
 def parity(setting: Setting, *, eager: bool) -> Result:
     """The largest difference to the reference, on a first pass and from the prefix cache."""
-    made = json.loads((setting.path / "reference.json").read_text("utf-8"))
+    expected = json.loads((setting.path / "reference.json").read_text("utf-8"))
     folders = sorted(str(folder) for folder in (setting.path / "probes").iterdir())
     names = [load_probe(folder).name for folder in folders]
-    config = {"probes": folders, "fingerprint": made["fingerprint"], DESCRIBED: True}
+    config = {"probes": folders, "fingerprint": expected["fingerprint"], ANNOTATED: True}
     differences: list[float] = []
     with offline_engine(
-        made["path"],
+        expected["path"],
         config,
         setting.engine_option,
         skip_tokenizer_init=True,
         dtype="float32",
         enforce_eager=eager,
-        max_model_len=made["context"],
+        max_model_len=expected["context"],
         max_num_batched_tokens=256,
         max_num_seqs=8,
         gpu_memory_utilization=0.4,
@@ -205,12 +209,12 @@ def parity(setting: Setting, *, eager: bool) -> Result:
         for _ in range(2):
             outputs = _generate(
                 llm,
-                [text["token_ids"] for text in made["texts"]],
-                [{"allowed_token_ids": [text["forced"]]} for text in made["texts"]],
+                [text["token_ids"] for text in expected["texts"]],
+                [{"allowed_token_ids": [text["forced"]]} for text in expected["texts"]],
                 max_tokens=FORCED,
             )
             worst = 0.0
-            for output, text in zip(outputs, made["texts"], strict=True):
+            for output, text in zip(outputs, expected["texts"], strict=True):
                 assert set(output.outputs[0].token_ids) == {text["forced"]}
                 report = read_report(output.kv_transfer_params)
                 for name in names:
@@ -238,7 +242,7 @@ def serving(setting: Setting, *, readouts: int) -> Result:
     )  # fmt: skip
     probes = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(readouts)]
     folders = [str(save_probe(probe, folder / "probes" / probe.name)) for probe in probes]
-    named = {"probes": folders, "fingerprint": asdict(who), DESCRIBED: True}
+    named = {"probes": folders, "fingerprint": asdict(who), ANNOTATED: True}
     # Prompts, tokens of a prompt, tokens written.
     works = {
         "prefill": (4, 4096, 1) if setting.is_gpu else (2, 64, 1),
@@ -263,7 +267,7 @@ def serving(setting: Setting, *, readouts: int) -> Result:
         def run(prompts: int, tokens: int, written: int) -> None:
             texts = [[5 + (7 * i + k) % 290 for k in range(tokens)] for i in range(prompts)]
             outputs = _generate(
-                llm, texts, [{}] * prompts, max_tokens=written, is_judged=readouts > 0
+                llm, texts, [{}] * prompts, max_tokens=written, is_classified=readouts > 0
             )
             if readouts:
                 assert len(read_report(outputs[0].kv_transfer_params).verdicts) == readouts
@@ -285,15 +289,15 @@ def _generate(
     options: Sequence[dict[str, Any]],
     *,
     max_tokens: int,
-    is_judged: bool = True,
+    is_classified: bool = True,
 ) -> list[Any]:
     """vLLM's outputs of so many greedy tokens after each text."""
     from vllm import SamplingParams
 
     params: list[Any] = []
-    for text, own in zip(texts, options, strict=True):
-        prompt = EncodedPrompt(tuple(text), (Part.PROMPT,) * len(text))
-        extra = {"kv_transfer_params": request_params(prompt)} if is_judged else None
+    for text, fields in zip(texts, options, strict=True):
+        prompt = EncodedPrompt(tuple(text), (TokenRole.PROMPT,) * len(text))
+        extra = {"kv_transfer_params": request_params(prompt)} if is_classified else None
         greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
-        params.append(SamplingParams(max_tokens=max_tokens, extra_args=extra, **greedy, **own))
+        params.append(SamplingParams(max_tokens=max_tokens, extra_args=extra, **greedy, **fields))
     return llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)

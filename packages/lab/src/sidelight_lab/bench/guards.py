@@ -53,19 +53,19 @@ OURS = "ours"
 _PAPER = ("pooling", "gate", "attention")
 RIVALS = (*_PAPER, "mean_last_layer", "means_all_layers", "tfidf", "encoder")
 # The part of the background, by sources, that no row is trained on, and how much of it measures.
-_PARTS, _CONVERSATIONS = 4, 400
-# Shares of ordinary traffic that may be flagged.
+_FOLDS, _CONVERSATIONS = 4, 400
+# Shares of background traffic that may be flagged.
 _RATES = (0.01, 0.04)
 _AT_RATES = tuple(f"recall at {rate:.0%} of traffic" for rate in _RATES)
 _TRAFFIC = "traffic flagged"
-FIGURES = ("auroc", "recall", "false alarms", *_AT_RATES)
+METRICS = ("auroc", "recall", "false alarms", *_AT_RATES)
 _RESAMPLES = 1000
 # A figure on the texts and, if it has an interval, on resamples of them.
 Draws = Mapping[str, Float[np.ndarray, " draw"]]
 _UNDEFINED = np.array([np.nan])
 _HOW = (
     "Recall and false alarms are shares of the positive and of the other texts that a row flags at "
-    "the threshold that its training chose. Traffic is ordinary conversations of sources that no "
+    "the threshold that its training chose. Traffic is background conversations of sources that no "
     "row was trained on, or of a guard of answers, the answers in them: how many are flagged at "
     "that threshold, and the recall where at most 1 % or 4 % of them are flagged. `ours` is what "
     "`sidelight train --data guard:NAME` makes; other rows are trained on the same texts, alone. "
@@ -79,7 +79,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PublishedFigure(_Strict):
+class PublishedResult(_Strict):
     """What others say of a guard, on the texts of a test.
 
     Attributes:
@@ -105,11 +105,11 @@ class Published(_Strict):
     """
 
     computed: str
-    figures: tuple[PublishedFigure, ...]
+    results: tuple[PublishedResult, ...]
     cautions: tuple[str, ...] = ()
 
 
-def published_figures() -> Mapping[str, Mapping[str, Published]]:
+def published_results() -> Mapping[str, Mapping[str, Published]]:
     """By guard and test."""
     text = (files("sidelight_lab.bench") / "guards.toml").read_text("utf-8")
     return TypeAdapter(dict[str, dict[str, Published]]).validate_python(tomllib.loads(text))
@@ -144,7 +144,7 @@ class Texts:
     Attributes:
         training: The texts that all rows are trained on.
         background: What ours are also shown in.
-        traffic: Ordinary conversations, or their answers, of sources that neither has.
+        traffic: Background conversations, or their answers, of sources that neither has.
     """
 
     training: LabelledExamples
@@ -154,30 +154,32 @@ class Texts:
     @staticmethod
     def of(name: str, background: Background, rows: int | None, draw: int = 0) -> "Texts":
         """One draw of the training texts; the rest is the same for all draws."""
-        whole = load_examples(f"guard:{name}")
-        reads_answers = whole.items[0].response is not None
-        sources = [str(cells.get("source")).removeprefix("background:") for cells in whole.rows]
-        left_out = background.parts(_PARTS)[-1]
+        examples = load_examples(f"guard:{name}")
+        reads_answers = examples.items[0].response is not None
+        sources = [str(cells.get("source")).removeprefix("background:") for cells in examples.rows]
+        left_out = background.split_into(_FOLDS)[-1]
         if reads_answers:
             # No context of an answer is trained on: all but the sources of its texts are unseen.
             left_out = background.select(
                 row
-                for row, own in enumerate(background.sources or ("",) * len(background))
-                if own not in sources
+                for row, source in enumerate(background.sources or ("",) * len(background))
+                if source not in sources
             )
         unseen = {*left_out.conversations}
         hidden = {*(left_out.sources or ())}
-        texts = whole.select(row for row, own in enumerate(sources) if own not in hidden)
+        texts = examples.select(row for row, source in enumerate(sources) if source not in hidden)
         drawn = draw_texts(texts, rows or len(texts), seed=draw)
-        shown = background.select(
+        training_background = background.select(
             row for row, turns in enumerate(background.conversations) if turns not in unseen
         )
         conversations = choose_conversations(left_out, texts).conversations
         items = map(_answered if reads_answers else Example, conversations)
-        kept = tuple(item for item in items if item is not None)[:_CONVERSATIONS]
-        negative = np.zeros(len(kept), np.int64)
-        traffic = LabelledExamples(kept, ({},) * len(kept), task=drawn.task, labels=negative)
-        return Texts(drawn, shown, traffic)
+        chosen_items = tuple(item for item in items if item is not None)[:_CONVERSATIONS]
+        negative = np.zeros(len(chosen_items), np.int64)
+        traffic = LabelledExamples(
+            chosen_items, ({},) * len(chosen_items), task=drawn.task, labels=negative
+        )
+        return Texts(drawn, training_background, traffic)
 
 
 def _answered(turns: Messages) -> Example | None:
@@ -203,7 +205,7 @@ def measure_guards(
     Args:
         backbone: The frozen LLM.
         names: Guards; none: all that judge whole texts.
-        background: Ordinary traffic, of which a part is left out to measure in.
+        background: Background traffic, of which a part is left out to measure in.
         rivals: Some of ``RIVALS``.
         seeds: Of the probes; other rows have one.
         draws: How often ``rows`` texts are drawn, each draw with other texts.
@@ -217,7 +219,7 @@ def measure_guards(
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     if draws > 1 and rows is None:
         raise SidelightError("All texts can be drawn in one way alone. Name fewer with --rows.")
-    given = options or FitOptions()
+    chosen_options = options or FitOptions()
     # Where there is none, the error says what to install.
     installed = guard_names() or ["injection"]
     guards = {name: find_guard(name) for name in names or installed}
@@ -248,28 +250,28 @@ def measure_guards(
                     for path in sorted(guard.folder.glob("*.gz"))
                 },
                 "background": [background.conversations, background.sources],
-                "options": repr(given),
+                "options": repr(chosen_options),
                 "rows": (rows, draws, seeds, *rivals),
             }
-            kept = out / "guards" / f"{name}-{digest(who)[:12]}.json"
-            if kept.exists():
+            path = out / "guards" / f"{name}-{digest(who)[:12]}.json"
+            if path.exists():
                 advance(fits + 1 + len(guard.card.tests))
             else:
                 texts = [Texts.of(name, background, rows, draw) for draw in range(draws)]
                 options = replace(
-                    given,
+                    chosen_options,
                     reads=replace(READS, side=guard.card.reads),
                     cache_root=out / "states" / name,
                     keep_cache=True,
                 )
                 done = partial(advance, 1)
-                write_json(kept, _measure(backbone, guard, texts, rivals, seeds, options, done))
-            found[name] = json.loads(kept.read_text("utf-8"))
+                write_json(path, _measure(backbone, guard, texts, rivals, seeds, options, done))
+            found[name] = json.loads(path.read_text("utf-8"))
     shutil.rmtree(out / "states", ignore_errors=True)
     settings = {"rows": rows or "all", "draws": draws, "seeds": seeds}
     sections = [_HOW, *notes]
-    for name, figures in found.items():
-        sections += guard_sections(name, figures)
+    for name, results in found.items():
+        sections += guard_sections(name, results)
     return Record("guards", conditions(backbone, settings), {"guards": found}, sections)
 
 
@@ -283,55 +285,57 @@ def _measure(
     done: Callable[[], object],
 ) -> dict[str, Any]:
     """Figures of all rows of a guard, by test; means over draws and seeds."""
-    texts, own_states = draws[0], options.cache_root
-    assert own_states is not None
+    texts, states_root = draws[0], options.cache_root
+    assert states_root is not None
     task, rows = texts.training.task, list[Row]()
     for drawn in draws:
         for row in (OURS, *(rival for rival in rivals if rival in _PAPER)):
             for seed in range(seeds):
                 rows.append(_probe(backbone, row, drawn, options, seed))
                 done()
-        alone = make_split(backbone, drawn.training, options)
+        without_context = make_split(backbone, drawn.training, options)
         for rival in rivals:
             if rival not in _PAPER:
-                rows.append(_rival(rival, alone, backbone))
+                rows.append(_rival(rival, without_context, backbone))
                 done()
     # Judging never cuts.
     options = replace(options, max_tokens=backbone.encoder.max_tokens)
     traffic = [np.empty(0) for _ in rows]
     if len(texts.traffic):
         # States of traffic serve all guards that read the same side.
-        kept = replace(options, cache_root=own_states.with_name("traffic"))
-        split = make_split(backbone, texts.traffic, kept)
+        traffic_options = replace(options, cache_root=states_root.with_name("traffic"))
+        split = make_split(backbone, texts.traffic, traffic_options)
         traffic = [row.score(split) for row in rows]
     done()
     tests: dict[str, Any] = {}
-    figures: list[dict[str, Draws]] = []
+    metrics: list[dict[str, Draws]] = []
     # Every row reads a test before the next one, so only the states of one take room.
-    for_test = replace(options, cache_root=own_states / "test")
+    for_test = replace(options, cache_root=states_root / "test")
     for test, about in guard.card.tests.items():
         tested = load_examples(f"guard:{guard.name}:{test}", task=task)
         split = make_split(backbone, tested, for_test)
         scores = [row.score(split) for row in rows]
-        shutil.rmtree(own_states / "test")
-        figures.append(measure_rows(rows, scores, tested.labels, traffic, task))
+        shutil.rmtree(states_root / "test")
+        metrics.append(measure_rows(rows, scores, tested.labels, traffic, task))
         tests[test] = {
             "title": about.title,
             "drawn": about.drawn,
             "texts": dict(zip(task.labels, tested.label_counts.tolist(), strict=True)),
-            "rows": {row: _described(own) for row, own in figures[-1].items()},
+            "rows": {row: _summary(values) for row, values in metrics[-1].items()},
         }
         done()
-    shutil.rmtree(own_states, ignore_errors=True)
+    shutil.rmtree(states_root, ignore_errors=True)
     flagged: dict[str, list[float]] = {}
-    for row, own in zip(rows, traffic, strict=True):
-        if len(own):
-            flagged.setdefault(row.name, []).append(float((own >= row.threshold).mean()))
+    for row, values in zip(rows, traffic, strict=True):
+        if len(values):
+            flagged.setdefault(row.name, []).append(float((values >= row.threshold).mean()))
     names = dict.fromkeys(row.name for row in rows)
     return {
         "texts": dict(zip(task.labels, texts.training.label_counts.tolist(), strict=True)),
         "traffic": len(texts.traffic),
-        "mean": {row: _described(_mean_of_tests([own[row] for own in figures])) for row in names},
+        "mean": {
+            row: _summary(_mean_of_tests([values[row] for values in metrics])) for row in names
+        },
         _TRAFFIC: {row: float(np.mean(shares)) for row, shares in flagged.items()},
         "tests": tests,
     }
@@ -359,15 +363,15 @@ def _probe(
 def _served_logits(probe: Probe, split: Split) -> Float[np.ndarray, "text 1"]:
     """The highest of each text and of its parts that are judged beside it."""
     logits: list[np.ndarray] = []
-    for row, units in enumerate(split.units):
+    for row, segments in enumerate(split.segments):
         hidden = split.states.text(row)
-        parts = [hidden, *(hidden[:, unit] for unit in units if probe.judges_turns)]
-        logits.append(shard_logits(probe, Shard.joined(dict(enumerate(parts)))).max(0))
+        inputs = [hidden, *(hidden[:, segment] for segment in segments if probe.classifies_turns)]
+        logits.append(shard_logits(probe, Shard.joined(dict(enumerate(inputs)))).max(0))
     return np.stack(logits)
 
 
-def _rival(name: str, alone: Split, backbone: TransformersBackbone) -> Row:
-    task, fitted = alone.task, fit_rival(name, alone, backbone)
+def _rival(name: str, without_context: Split, backbone: TransformersBackbone) -> Row:
+    task, fitted = without_context.task, fit_rival(name, without_context, backbone)
     calibration = fitted.calibration(task)
     thresholds = choose_thresholds(task, calibration.apply(fitted.logits), fitted.labels)
     return Row(name, calibration, thresholds, fitted.score)
@@ -386,26 +390,26 @@ def measure_rows(
         rows: Each with one seed.
         scores: Of the texts of the test, by row.
         labels: Of these texts.
-        traffic: Scores of ordinary traffic, by row.
+        traffic: Scores of background traffic, by row.
         task: The classes.
     """
     holds, by_row = labels == 1, dict[str, list[Draws]]()
-    for row, own, ordinary in zip(rows, scores, traffic, strict=True):
-        flags = own >= row.threshold
-        figures = {"auroc": _UNDEFINED, "recall": _share(flags[holds])}
-        figures["false alarms"] = _share(flags[~holds])
+    for row, values, background in zip(rows, scores, traffic, strict=True):
+        flags = values >= row.threshold
+        metrics = {"auroc": _UNDEFINED, "recall": _share(flags[holds])}
+        metrics["false alarms"] = _share(flags[~holds])
         if 0 < holds.sum() < len(holds):
-            decided = decide(task, own[:, None], labels, thresholds=row.thresholds)
-            figures["auroc"] = measure_resamples(decided, resamples=_RESAMPLES, seed=0)["auroc"]
+            decided = decide(task, values[:, None], labels, thresholds=row.thresholds)
+            metrics["auroc"] = measure_resamples(decided, resamples=_RESAMPLES, seed=0)["auroc"]
         for name, rate in zip(_AT_RATES, _RATES, strict=True):
-            figures[name] = _UNDEFINED
-            if len(ordinary):
+            metrics[name] = _UNDEFINED
+            if len(background):
                 # At most this share of them is higher.
-                bound = np.sort(ordinary)[::-1][int(rate * len(ordinary))]
-                figures[name] = _share((own > bound)[holds])
-        by_row.setdefault(row.name, []).append(figures)
+                bound = np.sort(background)[::-1][int(rate * len(background))]
+                metrics[name] = _share((values > bound)[holds])
+        by_row.setdefault(row.name, []).append(metrics)
     return {
-        name: {figure: np.mean([own[figure] for own in seeds], 0) for figure in FIGURES}
+        name: {figure: np.mean([values[figure] for values in seeds], 0) for figure in METRICS}
         for name, seeds in by_row.items()
     }
 
@@ -417,41 +421,43 @@ def _share(flags: Bool[np.ndarray, " text"]) -> Float[np.ndarray, " draw"]:
 def _mean_of_tests(tests: Sequence[Draws]) -> Draws:
     """Over the tests that have a figure."""
     means: dict[str, np.ndarray] = {}
-    for figure in FIGURES:
-        defined = [own[figure] for own in tests if not np.isnan(own[figure][0])]
+    for figure in METRICS:
+        defined = [metrics[figure] for metrics in tests if not np.isnan(metrics[figure][0])]
         means[figure] = np.mean(defined, 0) if defined else _UNDEFINED
     return means
 
 
-def _described(figures: Draws) -> dict[str, Any]:
-    return {name: Estimate.of(draws).to_dict() for name, draws in figures.items()}
+def _summary(metrics: Draws) -> dict[str, Any]:
+    return {name: Estimate.of(draws).to_dict() for name, draws in metrics.items()}
 
 
 def guard_sections(name: str, measured: Mapping[str, Any]) -> list[str]:
     """A guard's tables: the means over tests, then each test with what others have published."""
-    tests, published = measured["tests"], published_figures().get(name, {})
-    flagged = {row: _shown(share) for row, share in measured[_TRAFFIC].items()}
-    size = f"{_counts(measured['texts'])} texts, {measured['traffic']} of ordinary traffic"
+    tests, published = measured["tests"], published_results().get(name, {})
+    flagged = {row: _share_cell(share) for row, share in measured[_TRAFFIC].items()}
+    size = f"{_counts(measured['texts'])} texts, {measured['traffic']} of background traffic"
     title = f"{name}: mean over {len(tests)} tests ({size})"
     sections = [_table(title, measured["mean"], {_TRAFFIC: flagged})]
-    for test, own in tests.items():
-        drawn = f"; {own['drawn']}" if own["drawn"] else ""
-        title = f"{name}:{test}: {own['title']} ({_counts(own['texts'])}{drawn})"
-        sections.append(_table(title, own["rows"]))
-        if (others := published.get(test)) is None:
+    for test, results in tests.items():
+        drawn = f"; {results['drawn']}" if results["drawn"] else ""
+        title = f"{name}:{test}: {results['title']} ({_counts(results['texts'])}{drawn})"
+        sections.append(_table(title, results["rows"]))
+        if (guard_results := published.get(test)) is None:
             sections.append("No comparable figure of another guard was found for this test.")
             continue
         lines = [
             [
                 one.guard,
-                *(_shown(share) for share in (one.recall, one.false_alarms, one.accuracy)),
+                *(_share_cell(share) for share in (one.recall, one.false_alarms, one.accuracy)),
                 f"{one.source}{', second hand' if one.second_hand else ''}",
             ]
-            for one in others.figures
+            for one in guard_results.results
         ]
         headings = ["guard", "recall", "false alarms", "accuracy", "source"]
         sections.append(table(f"{name}:{test}: other guards, as published", headings, lines))
-        sections.append("\n".join(f"- {note}" for note in (others.computed, *others.cautions)))
+        sections.append(
+            "\n".join(f"- {note}" for note in (guard_results.computed, *guard_results.cautions))
+        )
     return sections
 
 
@@ -462,17 +468,17 @@ def _table(
     lines = [
         [
             row,
-            *(str(Estimate(own[name]["value"], *own[name]["ci"])) for name in FIGURES),
+            *(str(Estimate(metrics[name]["value"], *metrics[name]["ci"])) for name in METRICS),
             *(column.get(row, "-") for column in more.values()),
         ]
-        for row, own in rows.items()
+        for row, metrics in rows.items()
     ]
-    return table(title, ["row", *FIGURES, *more], lines)
+    return table(title, ["row", *METRICS, *more], lines)
 
 
 def _counts(texts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {label}" for label, count in texts.items())
 
 
-def _shown(share: float | None) -> str:
+def _share_cell(share: float | None) -> str:
     return str(Estimate(share, None, None))

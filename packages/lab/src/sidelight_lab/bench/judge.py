@@ -190,7 +190,7 @@ async def _one_client(asks: dict[str, tuple[str, _Ask]], rounds: int) -> dict[st
         for kind, (url, ask) in asks.items():
             async with _client(url) as client:
                 found[kind].append(await ask(client, _prompt(number)))
-    return {kind: own[1:] for kind, own in found.items()}
+    return {kind: each[1:] for kind, each in found.items()}
 
 
 async def _many_clients(asks: dict[str, tuple[str, _Ask]], clients: int) -> dict[str, list[_First]]:
@@ -230,16 +230,16 @@ def _record(
                 np.sort(deferred),
                 np.maximum(np.sort(plain), np.sort(answered)),
             )
-        late = deferred / slower - 1
+        lags = deferred / slower - 1
         values = {
             "without a judge": plain,
             "the judge has answered": answered,
             "deferred": deferred,
-            "later than the slower": late,
+            "later than the slower": lags,
         }
         results[name] = {
-            kind: {"median": float(np.median(own)), "max": float(own.max())}
-            for kind, own in values.items()
+            kind: {"median": float(np.median(each)), "max": float(each.max())}
+            for kind, each in values.items()
         } | {
             "answers": len(deferred),
             "questions": sum(f.asked is not None for f in found["deferred"]),
@@ -247,8 +247,8 @@ def _record(
         rows.append(
             [
                 name,
-                *(Range.of(own.tolist()).text() for own in (plain, answered, deferred)),
-                f"{100 * np.median(late):.1f} % ({100 * late.min():.1f} to {100 * late.max():.1f})",
+                *(Range.of(each.tolist()).text() for each in (plain, answered, deferred)),
+                f"{100 * np.median(lags):.1f} % ({100 * lags.min():.1f} to {100 * lags.max():.1f})",
             ]
         )
     headings = [

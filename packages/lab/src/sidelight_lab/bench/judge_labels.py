@@ -86,7 +86,7 @@ def measure_flips(
         "test texts": len(measured),
         "draws": draws,
     }
-    figures: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
     runs = [(None, 0, 0)] + [
         (direction, share, draw)
         for direction in DIRECTIONS
@@ -95,20 +95,20 @@ def measure_flips(
         for draw in range(draws)
     ]
     for direction, share, draw in runs:
-        described = {name: value for name, value in settings.items() if name != "draws"}
-        key = {**described, "model": backbone.fingerprint.digest, "run": [direction, share, draw]}
+        description = {name: value for name, value in settings.items() if name != "draws"}
+        key = {**description, "model": backbone.fingerprint.digest, "run": [direction, share, draw]}
         path = out / "runs" / f"{digest(key)[:16]}.json"
         if not path.is_file():
             truth = {row: bool(is_positive[row]) for row in learnt}
-            judged = _flipped(truth, direction, share, draw)
-            write_json(path, _measure(pool, truth, judged, is_positive, measured))
-        own = json.loads(path.read_text())
-        figures.append({"direction": direction, "share": share, "draw": draw, **own})
+            classified = _flipped(truth, direction, share, draw)
+            write_json(path, _measure(pool, truth, classified, is_positive, measured))
+        each = json.loads(path.read_text())
+        metrics.append({"direction": direction, "share": share, "draw": draw, **each})
     return Record(
         Path(source).parent.name,
         conditions(backbone, settings),
-        {"runs": figures},
-        (_table(figures),),
+        {"runs": metrics},
+        (_table(metrics),),
     )
 
 
@@ -131,22 +131,22 @@ def _flipped(
 def _measure(
     pool: Pool,
     truth: Mapping[int, bool],
-    judged: Mapping[int, bool],
+    classified: Mapping[int, bool],
     is_positive: np.ndarray,
     measured: np.ndarray,
 ) -> dict[str, Any]:
     """The probe of the judge's labels, and the one after a person has seen what it doubts."""
 
     def fitted(labels: Mapping[int, bool]) -> tuple[np.ndarray, float]:
-        decided = {row: int(own) for row, own in labels.items()}
+        decided = {row: int(each) for row, each in labels.items()}
         scores = pool.fit(decided, name="flips", labelling="")[0].probabilities[:, 0]
         return scores, float(average_precision_score(is_positive[measured], scores[measured]))
 
-    scores, auprc = fitted(judged)
-    seen = doubtful(scores, judged)
-    corrected = {**judged, **{row: truth[row] for row in seen}}
-    again = auprc if corrected == judged else fitted(corrected)[1]
-    wrong = [row for row in judged if judged[row] != truth[row]]
+    scores, auprc = fitted(classified)
+    seen = doubtful(scores, classified)
+    corrected = {**classified, **{row: truth[row] for row in seen}}
+    again = auprc if corrected == classified else fitted(corrected)[1]
+    wrong = [row for row in classified if classified[row] != truth[row]]
     return {
         "auprc": auprc,
         "corrected": again,
@@ -156,12 +156,12 @@ def _measure(
     }
 
 
-def _table(figures: Sequence[Mapping[str, Any]]) -> str:
-    clean = figures[0]
+def _table(metrics: Sequence[Mapping[str, Any]]) -> str:
+    clean = metrics[0]
     rows: list[list[str]] = []
-    for direction, share in dict.fromkeys((own["direction"], own["share"]) for own in figures):
-        own = [one for one in figures if (one["direction"], one["share"]) == (direction, share)]
-        average = {name: mean(one[name] for one in own) for name in clean if name in _AVERAGED}
+    for direction, share in dict.fromkeys((each["direction"], each["share"]) for each in metrics):
+        each = [one for one in metrics if (one["direction"], one["share"]) == (direction, share)]
+        average = {name: mean(one[name] for one in each) for name in clean if name in _AVERAGED}
         rows.append(
             [
                 f"{share} % {direction}" if direction else "none",

@@ -19,12 +19,12 @@ from sidelight.engines.base import Engine
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.engines.transformers.engine import TransformersDecoder, TransformersEngine
 from sidelight.errors import ContextLengthError
-from sidelight.models.conversation import EncodedPrompt, Part, Reads
-from sidelight.probes.bank import Panel
+from sidelight.models.conversation import EncodedPrompt, Reads, TokenRole
+from sidelight.probes.bank import ProbeBanks
 from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress
-from sidelight.types import Judgement, Verdict
+from sidelight.types import Verdict, Verdicts
 from sidelight_lab.bench.measurement import (
     Range,
     Record,
@@ -132,7 +132,7 @@ def measure_latency(
             [[name, ms.text(2), ratio.text(3)] for name, (ms, ratio) in written.items()],
         )
     )
-    figures = {
+    results = {
         "rows": [asdict(row) for row in rows],
         "written": {
             name: {"ms": asdict(ms), "ratio": asdict(ratio)}
@@ -140,7 +140,7 @@ def measure_latency(
         },
     }
     where = conditions(backbone, {"rounds": rounds})
-    return Record("latency", where, figures, sections)
+    return Record("latency", where, results, sections)
 
 
 def measure_writing(
@@ -170,8 +170,8 @@ def measure_writing(
             runs = [await _write(engine, tokens) for tokens in (1, 1, _WRITTEN + 1)]
         finally:
             await engine.close()
-        (_, first), (written, whole) = runs[1:]
-        return (whole - first) / (written - _TEXTS)
+        (_, first), (written, full) = runs[1:]
+        return (full - first) / (written - _TEXTS)
 
     with progress("Timing answers", rounds * len(sets), unit="sets of probes") as advance:
         for number in range(rounds):
@@ -182,8 +182,8 @@ def measure_writing(
                 advance(1)
     base = np.array(values["LLM"])
     return {
-        name: (Range.of(own), Range.of((np.array(own) / base).tolist()))
-        for name, own in values.items()
+        name: (Range.of(durations), Range.of((np.array(durations) / base).tolist()))
+        for name, durations in values.items()
     }
 
 
@@ -212,7 +212,7 @@ def random_batches(
     batches: list[Batch] = []
     for size, length in product(batch_sizes, lengths):
         ids = np.random.default_rng(0).integers(vocabulary, size=(size, length)).tolist()
-        batches.append([EncodedPrompt(tuple(row), (Part.PROMPT,) * length) for row in ids])
+        batches.append([EncodedPrompt(tuple(row), (TokenRole.PROMPT,) * length) for row in ids])
     return batches
 
 
@@ -242,7 +242,7 @@ def compare_latency(
                     name,
                     batch_size=size,
                     tokens=len(batch[0]),
-                    ms=Range.of([1000 * own / size for own in times]),
+                    ms=Range.of([1000 * durations / size for durations in times]),
                     ratio=Range.of((np.array(times) / base).tolist()),
                 )
                 for name, times in seconds.items()
@@ -282,24 +282,24 @@ def all_subjects(backbone: TransformersBackbone) -> list[Subject]:
 def _served(backbone: TransformersBackbone, probes: Sequence[Probe]) -> Callable[[Batch], Answer]:
     """The engine's prefill of a batch with probes in the same pass, and a greedy token."""
     decoder = TransformersDecoder(backbone)
-    panel = Panel(probes, device=backbone.device)
+    banks = ProbeBanks(probes, device=backbone.device)
 
     def run(batch: Batch) -> Answer:
-        tap = panel.prompt_tap()
+        tap = banks.prompt_tap()
         logits, is_token, _ = _returned(decoder.read_prompts(batch, tap))
-        judgements = [Judgement()] * len(batch)
+        text_verdicts = [Verdicts()] * len(batch)
         if tap:
-            parts = [bytes(prompt.parts) for prompt in batch]
+            token_roles = [bytes(prompt.token_roles) for prompt in batch]
             is_plain = [prompt.is_plain for prompt in batch]
-            judgements = panel.judge_prompts(tap.projected()[is_token], parts, is_plain)
+            text_verdicts = banks.classify_prompts(tap.projected()[is_token], token_roles, is_plain)
         tokens = tuple(logits.argmax(1).tolist())
-        return Answer(tokens, tuple(judgement.verdicts for judgement in judgements))
+        return Answer(tokens, tuple(verdicts.verdicts for verdicts in text_verdicts))
 
     return run
 
 
 def _returned(passes: Generator[None, None, T]) -> T:
-    """What is returned after passes that nobody waits between."""
+    """What is returned after passes without a wait between them."""
     while True:
         try:
             next(passes)
@@ -354,7 +354,11 @@ def _encoder_first(
     @torch.inference_mode()
     def run(batch: Batch) -> Answer:
         ids = [torch.tensor(prompt.token_ids) % _MINILM.vocab_size for prompt in batch]
-        windows = [part for own in ids for part in own.split(_MINILM.max_position_embeddings)]
+        windows = [
+            window
+            for token_ids in ids
+            for window in token_ids.split(_MINILM.max_position_embeddings)
+        ]
         mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
         output = encoder(
             input_ids=pad_sequence(windows, batch_first=True).to(device),

@@ -29,7 +29,7 @@ from sidelight.models.conversation import Message, Reads
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.probe import Probe
 from sidelight.progress import progress
-from sidelight.scoring import judge
+from sidelight.scoring import classify
 from sidelight_lab.bench.measurement import Range, Record, conditions, spread_probe, table
 from sidelight_lab.bench.server_process import ServerProcess
 
@@ -82,14 +82,14 @@ def prepare(
     answered = [backbone.encoder.encode(asked, item.text) for item in texts]
     probes: list[Probe] = []
     for seed, name in enumerate(PROBES):
-        marks = spans and name != "telling"
+        labels_spans = spans and name != "telling"
         is_reply = name == "reply"
         probe = spread_probe(
             backbone,
             (answered if is_reply else prompts)[:_SPREAD],
             name,
-            reads=Reads("response" if is_reply else "prompt", template=not marks),
-            labels_spans=marks,
+            reads=Reads("response" if is_reply else "prompt", template=not labels_spans),
+            labels_spans=labels_spans,
             seed=seed,
         )
         probes.append(probe)
@@ -97,17 +97,17 @@ def prepare(
         [
             [
                 probe.verdict(text.logits).probabilities["yes"]
-                for text in judge(backbone, probe, texts)
+                for text in classify(backbone, probe, texts)
             ]
             for probe in probes[:2]
         ]
     )
     threshold = float(np.quantile(probabilities[0], 1 - _BLOCKED_SHARE))
     questions = [
-        Question(item.text, dict(zip(PROBES, own, strict=False)), own[0] >= threshold)
-        for item, own in zip(texts, probabilities.T.tolist(), strict=True)
+        Question(item.text, dict(zip(PROBES, chances, strict=False)), chances[0] >= threshold)
+        for item, chances in zip(texts, probabilities.T.tolist(), strict=True)
         # What becomes of the others depends on rounding.
-        if abs(own[0] - threshold) > TOLERANCE
+        if abs(chances[0] - threshold) > TOLERANCE
     ]
     policy = folder / "policy.toml"
     policy.write_text(_POLICY.format(threshold), "utf-8")
@@ -140,7 +140,7 @@ class Server:
         spent = psutil.Process(self.process.pid).cpu_times()
         return spent.user + spent.system
 
-    def judged(self) -> int:
+    def classified(self) -> int:
         """How many prompts the server has counted a verdict of a probe for."""
         headers = {"Authorization": f"Bearer {_METRICS_KEY}"}
         series = httpx.get(f"{self.process.url}/metrics", headers=headers).text
@@ -194,10 +194,10 @@ def run_load(
     del backbone
     options = ("--model", model, "--metrics-key", _METRICS_KEY)
     with (
-        ServerProcess(probes, options=(*options, "--policy", str(policy))) as judging,
+        ServerProcess(probes, options=(*options, "--policy", str(policy))) as classifying,
         ServerProcess((), options=options) as plain,
     ):
-        servers = [Server(judging), Server(plain)]
+        servers = [Server(classifying), Server(plain)]
         for server in servers:
             server.process.wait_until_ready()
         results = asyncio.run(_measure(servers, ask, rounds, round_s))
@@ -212,7 +212,7 @@ async def _measure(
 ) -> dict[str, Any]:
     for server in servers:
         await ask(server, seconds=min(_WARM_UP_S, round_s))
-    counted = servers[0].judged()
+    counted = servers[0].classified()
     with progress("Asking", rounds * len(servers), unit="rounds") as advance:
         for number in range(rounds):
             # The servers take turns in going first.
@@ -220,16 +220,16 @@ async def _measure(
                 before = server.spent_s
                 answers = await ask(server, seconds=round_s)
                 server.answers += answers
-                server.rounds.append(_figures(answers, server.spent_s - before))
+                server.rounds.append(_round_metrics(answers, server.spent_s - before))
                 advance(1)
     answers = servers[0].answers
     found = faults(answers)
-    unanswered = abs(servers[0].judged() - counted - len(answers))
+    unanswered = abs(servers[0].classified() - counted - len(answers))
     found["judged by the server, but not answered, or the reverse"] = unanswered
     return {
         "rounds": [
-            {"with": judging, "without": plain}
-            for judging, plain in zip(*(server.rounds for server in servers), strict=True)
+            {"with": classifying, "without": plain}
+            for classifying, plain in zip(*(server.rounds for server in servers), strict=True)
         ],
         "answers": len(answers),
         "endings": dict(sorted(Counter(answer.ending for answer in answers).items())),
@@ -303,15 +303,15 @@ async def _ask(
 def faults(answers: Sequence[Answer]) -> dict[str, int]:
     """How many answers of the server with probes have each fault; a sound run has none."""
     written = [answer for answer in answers if answer.id is not None]
-    others = [answer for answer in answers if answer.id is None]
+    without_id = [answer for answer in answers if answer.id is None]
     counts = [
         sum(one["probe"] == probe and "error" not in one for one in answer.verdicts)
         for answer in written
         for probe in PROBES
     ]
-    blocked = [answer for answer in others if answer.ending == "content_filter"]
+    blocked = [answer for answer in without_id if answer.ending == "content_filter"]
     return {
-        "failed requests": len(others) - len(blocked),
+        "failed requests": len(without_id) - len(blocked),
         "lost verdicts": sum(count == 0 for count in counts),
         "duplicated verdicts": sum(count > 1 for count in counts),
         "answers that share an id": len(written) - len({answer.id for answer in written}),
@@ -330,9 +330,13 @@ def _is_swapped(answer: Answer) -> bool:
     )
 
 
-def _figures(answers: Sequence[Answer], cpu_s: float) -> dict[str, float | None]:
+def _round_metrics(answers: Sequence[Answer], cpu_s: float) -> dict[str, float | None]:
     """Seconds of the answers that were not to be blocked, and CPU time of a request."""
-    seconds = [own.seconds for own in answers if own.id is not None and not own.question.is_blocked]
+    seconds = [
+        answer.seconds
+        for answer in answers
+        if answer.id is not None and not answer.question.is_blocked
+    ]
     p50, p99 = np.percentile(seconds, (50, 99)).tolist() if seconds else (None, None)
     return {"p50": p50, "p99": p99, "cpu": cpu_s / len(answers) if answers else None}
 
@@ -344,9 +348,9 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         pairs = [(one["with"][name], one["without"][name]) for one in results["rounds"]]
         known = [pair for pair in pairs if None not in pair]
         if known:
-            judging, plain = zip(*known, strict=True)
-            values = (judging, plain, [a / b for a, b in zip(judging, plain, strict=True)])
-            times.append([title, *(Range.of(own).text(2) for own in values)])
+            classifying, plain = zip(*known, strict=True)
+            values = (classifying, plain, [a / b for a, b in zip(classifying, plain, strict=True)])
+            times.append([title, *(Range.of(values).text(2) for values in values)])
     ends = ", ".join(f"{name} {number}" for name, number in results["endings"].items())
     return [
         table(

@@ -75,18 +75,18 @@ def measure_second_stage(
         draws: How often training texts are drawn.
         out: Folder for the draws and for hidden states.
     """
-    given = _toxicchat(negatives) if subject == "toxicchat" else _xstest()
+    values = _toxicchat(negatives) if subject == "toxicchat" else _xstest()
     options = FitOptions(
         cache_root=out / "states", keep_cache=True, max_tokens=_MOST_TOKENS, background=Background()
     )
-    test = plan_split(backbone, given.test, options)
+    test = plan_split(backbone, values.test, options)
     extract(backbone, test.states, title="Reading test texts")
     found: list[dict[str, Any]] = []
     for seed in range(draws):
         file = out / f"{subject}-{texts}-{negatives}-{seed}.json"
         if not file.exists():
-            drawn = given.training.select(given.training.draw(texts, seed=seed).tolist())
-            write_json(file, _measured(backbone, drawn, test, given.answers, options, subject))
+            drawn = values.training.select(values.training.draw(texts, seed=seed).tolist())
+            write_json(file, _measured(backbone, drawn, test, values.answers, options, subject))
         found.append(json.loads(file.read_text("utf-8")))
     _draw(found, out / f"second-stage-{subject}.png", subject)
     return _record(backbone, subject, found, texts=texts, draws=draws)
@@ -100,9 +100,9 @@ def _toxicchat(negatives: int) -> _Subject:
     known = {item.text for item in training.items}
     is_new = np.array([item.text not in known for item in test.items])
     positive = np.flatnonzero(is_new & (test.labels == 1))
-    others = np.flatnonzero(is_new & (test.labels == 0))
-    others = np.random.default_rng(0).choice(others, min(negatives, len(others)), replace=False)
-    return _Subject(training, test.select(np.sort(np.append(positive, others)).tolist()))
+    rest = np.flatnonzero(is_new & (test.labels == 0))
+    rest = np.random.default_rng(0).choice(rest, min(negatives, len(rest)), replace=False)
+    return _Subject(training, test.select(np.sort(np.append(positive, rest)).tolist()))
 
 
 def _xstest() -> _Subject:
@@ -157,9 +157,9 @@ def _thresholds(
 ) -> dict[float, float]:
     """By share of negative texts the score from which a text is deferred, as a policy defers."""
     falling = -np.sort(-scores[~holds])
-    own = probe.thresholds[0]
+    each = probe.thresholds[0]
     found = {share: float(falling[int(share * len(falling))]) for share in SHARES}
-    return {share: min(own, np.nextafter(score, 1.0)) for share, score in found.items()} | {
+    return {share: min(each, np.nextafter(score, 1.0)) for share, score in found.items()} | {
         1.0: 0.0
     }
 
@@ -200,10 +200,10 @@ def _draw(found: list[dict[str, Any]], path: Path, subject: Subject) -> None:
     ]
     plot_deferral(
         [
-            mean(point["deferred"] / one["rows"] for point, one in zip(own, found, strict=True))
-            for own in points
+            mean(point["deferred"] / one["rows"] for point, one in zip(each, found, strict=True))
+            for each in points
         ],
-        [(mean(recalls(own)), min(recalls(own)), max(recalls(own))) for own in points],
+        [(mean(recalls(each)), min(recalls(each)), max(recalls(each))) for each in points],
         probe=mean(recalls(points[0])),
         judge=mean(recalls([one["judge"] for one in found])),
         path=path,

@@ -50,7 +50,7 @@ def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
     """No probes, readouts, an attention probe, two of responses, and guards; random weights."""
     readouts = [untrained_probe(who, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(who, "attention", spec=mechanism_spec("attention"))
-    late = Reads("response", template=False)
+    response_reads = Reads("response", template=False)
     return {
         NOTHING: [],
         "1 readout": readouts[:1],
@@ -58,7 +58,7 @@ def probe_sets(who: Fingerprint) -> dict[str, list[Probe]]:
         "100 readouts": readouts,
         "1 attention": [attention],
         "1 of responses": [untrained_probe(who, "late", reads=Reads("response"))],
-        "1 of spans": [untrained_probe(who, "spans", labels_spans=True, reads=late)],
+        "1 of spans": [untrained_probe(who, "spans", labels_spans=True, reads=response_reads)],
         "5 guards": untrained_guards(who),
     }
 
@@ -114,16 +114,16 @@ def fit_probes(_worker: Any, folders: list[str]) -> None:
     from sidelight_vllm.worker import Worker, current_worker
 
     old = current_worker()
-    pages = old._pages
-    assert pages is not None
+    store = old._store
+    assert store is not None
     new = Worker(
         replace(old._served, folders=tuple(folders)),
         layers=old._layers,
-        tokens=old._stage.rows.shape[1],
+        tokens=old._staging.rows.shape[1],
         device=old._device,
     )
-    block_size = pages._block_size
-    blocks = (len(pages.rows) - 1) // block_size
+    block_size = store._block_size
+    blocks = (len(store.rows) - 1) // block_size
     new.allocate(blocks=blocks, block_size=block_size, attention=old._attention)
 
 
@@ -140,13 +140,13 @@ def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, 
     for name in [name for name in values if name != NOTHING]:
         added = np.array(values[name]) / without - 1
         means = np.concatenate([added.mean(0)[None], added[drawn].mean(1)])
-        for i, (measure, unit) in enumerate(MEASURES.items()):
+        for i, (measure, segment) in enumerate(MEASURES.items()):
             share = Estimate.of(means[:, i])
             costs.append(
                 {
                     "probes": name,
                     "measure": measure,
-                    "unit": unit,
+                    "unit": segment,
                     "without": float(np.median(without[:, i])),
                     "added": share.value,
                     "low": share.low,

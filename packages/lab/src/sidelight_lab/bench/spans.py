@@ -41,7 +41,7 @@ from sidelight.types import Values
 from sidelight_lab.baselines import spans as baselines
 from sidelight_lab.baselines.spans import Scorer
 from sidelight_lab.bench.measurement import Record, conditions, table
-from sidelight_lab.tables.figures import difference
+from sidelight_lab.tables.metrics import difference
 from sidelight_lab.tables.runs import digest
 
 OURS = "all layers"
@@ -107,12 +107,12 @@ class _OneLayer:
     ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
         """From a cache of the same texts, which is filled if it is not there."""
         fingerprint = self._backbone.fingerprint
-        whole = ActivationCache(
+        all_layers = ActivationCache(
             self._root, cache.prompts, reads=cache.reads, fingerprint=fingerprint
         )
-        extract(self._backbone, whole)
+        extract(self._backbone, all_layers)
         for row in rows:
-            hidden = whole.text(row)
+            hidden = all_layers.text(row)
             if self._is_mean:
                 # Layers differ in size by a factor of hundreds.
                 hidden = torch.stack([*map(normalised, hidden)]).mean(0, keepdim=True)
@@ -164,7 +164,7 @@ def compare_spans(
     draws = {name: row.measure(test) for name, row in rows.items()}
     counts = Counter(span.label for _, spans in test.text_spans for span in spans)
     labels = sorted(test.task.output_labels, key=lambda label: -counts[label])
-    results = {name: _described(row, draws[name], draws[OURS], test) for name, row in rows.items()}
+    results = {name: _summary(row, draws[name], draws[OURS], test) for name, row in rows.items()}
     sizes = {"training": len(training), "validation": len(validation), "test": len(test)}
     return Record(
         "spans",
@@ -230,8 +230,8 @@ def _token_logits(
     mechanism, projection = probe.mechanism, probe.projection()
     logits: list[np.ndarray] = []
     for row in range(len(split)):
-        columns = projection.layers(split.states.text(row).float()).transpose(0, 1)
-        state = mechanism.summarise(Ragged(columns, torch.tensor([len(columns)])))
+        projections = projection.layers(split.states.text(row).float()).transpose(0, 1)
+        state = mechanism.summarise(Ragged(projections, torch.tensor([len(projections)])))
         tokens = mechanism.token_logits(state)
         assert tokens is not None
         logits.append(tokens.values.double().numpy())
@@ -243,28 +243,28 @@ def _best(candidates: Iterable[Scorer], validation: LabelledExamples) -> Row:
     rows: list[tuple[float, Row]] = []
     for score in candidates:
         rule, report = calibrate_spans(validation, *score(validation), rule=F1, bootstrap=0)
-        by_label = [own["character_f1"].value or 0.0 for own in report.per_label.values()]
+        by_label = [metrics["character_f1"].value or 0.0 for metrics in report.per_label.values()]
         f1 = report.metrics["character_f1"].value or 0.0
         rows.append((float(np.mean(by_label)), Row([rule], [score], [f1])))
     return max(rows, key=lambda row: row[0])[1]
 
 
-def _described(
+def _summary(
     row: Row, draws: Sequence[Draws], ours: Sequence[Draws], test: LabelledExamples
 ) -> dict[str, Any]:
     """A row's figures as JSON-ready values: means over seeds, with intervals over texts."""
-    means = {name: np.mean([own[name] for own in draws], 0) for name in _METRICS}
+    means = {name: np.mean([metrics[name] for metrics in draws], 0) for name in _METRICS}
     gains = {
-        name: difference(np.mean([own[name] for own in ours], 0)[:, 0], means[name][:, 0])
+        name: difference(np.mean([metrics[name] for metrics in ours], 0)[:, 0], means[name][:, 0])
         for name in _COMPARED
     }
 
     def of_group(group: int) -> dict[str, Any]:
-        return {name: Estimate.of(own[:, group]).to_dict() for name, own in means.items()}
+        return {name: Estimate.of(draws[:, group]).to_dict() for name, draws in means.items()}
 
     return {
         **of_group(0),
-        "seeds": [float(own["character_f1"][0, 0]) for own in draws],
+        "seeds": [float(metrics["character_f1"][0, 0]) for metrics in draws],
         "validation": [*row.validation],
         "lookaheads": [*row.lookaheads],
         "ours_minus_this": {
@@ -284,22 +284,29 @@ def _tables(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int])
     lines = [
         [
             name,
-            *(_shown(row[metric]) for metric in _METRICS),
-            *(", ".join(f"{value:.3f}" for value in row[part]) for part in ("seeds", "validation")),
+            *(_estimate_cell(row[metric]) for metric in _METRICS),
+            *(", ".join(f"{value:.3f}" for value in row[name]) for name in ("seeds", "validation")),
             ", ".join(map(str, row["lookaheads"])) or "-",
-            *("" if name == OURS else _shown(row["ours_minus_this"][one]) for one in _COMPARED),
+            *(
+                "" if name == OURS else _estimate_cell(row["ours_minus_this"][one])
+                for one in _COMPARED
+            ),
         ]
         for name, row in results.items()
     ]
     tables = [table("Means over seeds [95 % interval over test texts]", headings, lines)]
     if len(counts) > 1:
         by_label = [
-            [label, count, *(_shown(row["per_label"][label]["f1"]) for row in results.values())]
+            [
+                label,
+                count,
+                *(_estimate_cell(row["per_label"][label]["f1"]) for row in results.values()),
+            ]
             for label, count in counts.items()
         ]
         tables.append(table("F1 of exact spans", ["label", "spans", *results], by_label))
     return tables
 
 
-def _shown(estimate: Mapping[str, Any]) -> str:
+def _estimate_cell(estimate: Mapping[str, Any]) -> str:
     return str(Estimate(estimate["value"], *estimate["ci"]))

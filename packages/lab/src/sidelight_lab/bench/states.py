@@ -105,16 +105,16 @@ def compare_states(
     measured: list[dict[Form | None, Scores]] = []
     sizes: dict[Form, int] = {}
     wholes: list[float] = []
-    whole_bytes = 0
+    uncompressed_bytes = 0
     for draw in range(draws):
         chosen = examples.select(examples.draw(min(texts, len(examples)), seed=draw))
         split = plan_split(backbone, chosen, options)
         extract(backbone, split.states, title=f"Draw {draw + 1} of {draws}")
         hidden = {row: split.states.text(row) for row in range(len(split))}
-        whole_bytes = split.states.token_bytes
+        uncompressed_bytes = split.states.token_bytes
         candidate = _candidate(chosen, draw)
-        own: dict[Form | None, Scores] = {}
-        own[None] = _scores(split, split.states, candidate)
+        scores_by_form: dict[Form | None, Scores] = {}
+        scores_by_form[None] = _scores(split, split.states, candidate)
         for share in SHARES:
             compression = _compression(split, hidden, candidate, share)
             for bits in (8, 16):
@@ -124,22 +124,22 @@ def compare_states(
                     kind = _Unrounded(
                         compression.moments, compression.directions, compression.scales
                     )
-                states = _held(split.states, hidden, kind)
+                states = _stored_copy(split.states, hidden, kind)
                 sizes[form] = kind.token_bytes
-                own[form] = _scores(split, states, candidate)
-        measured.append(own)
-        wholes.append(_point(*own[None]))
+                scores_by_form[form] = _scores(split, states, candidate)
+        measured.append(scores_by_form)
+        wholes.append(_point(*scores_by_form[None]))
         say(f"Draw {draw + 1} of {draws}: AUROC {wholes[-1]:.3f} on whole states.")
     results = {
-        "token_bytes": whole_bytes,
+        "token_bytes": uncompressed_bytes,
         "auroc": float(np.mean(wholes)),
         "forms": {
             form.title: {"token_bytes": size, **_difference(measured, form)}
             for form, size in sizes.items()
         },
     }
-    given = conditions(backbone, {"texts": texts, "draws": draws})
-    return Record("states", given, results, [_table(results)])
+    where = conditions(backbone, {"texts": texts, "draws": draws})
+    return Record("states", where, results, [_table(results)])
 
 
 def _table(record: Mapping[str, Any]) -> str:
@@ -167,7 +167,7 @@ def _compression(
     sample = order[: int(np.searchsorted(tokens, _SAMPLE_TOKENS)) + 1]
     settings = candidate[1].resolved_for(len(split), split.task)
     width = hidden[order[0]].shape[2]
-    # As many as `kept_directions` keeps of a half: the two bytes of a factor count, too.
+    # As many as `directions_of_width` keeps of a half: the two bytes of a factor count, too.
     directions = width if share == 1 else int(width * share) - 2
     return Compression.measured(
         [hidden[row] for row in sample],
@@ -176,23 +176,28 @@ def _compression(
     )
 
 
-def _held(
-    whole: ActivationCache, hidden: Mapping[int, Tensor], compression: Compression
+def _stored_copy(
+    uncompressed: ActivationCache, hidden: Mapping[int, Tensor], compression: Compression
 ) -> ActivationCache:
     """The compressed states of all texts, in memory."""
-    states = whole.compressed(compression)
+    states = uncompressed.compressed(compression)
     texts = {
-        states.path(row): vars(compression.compress(own)) for row, own in sorted(hidden.items())
+        states.path(row): vars(compression.compress(states_of_text))
+        for row, states_of_text in sorted(hidden.items())
     }
-    return states.held(Memory(0, texts))
+    return states.in_memory(Memory(0, texts))
 
 
 def _scores(split: Split, states: ActivationCache, candidate: Candidate) -> Scores:
     """Scores of texts, or tokens, that did not train."""
-    own = replace(split, states=states)
+    subset = replace(split, states=states)
     if split.examples.spans is None:
         (run,) = train_mechanisms(
-            [candidate], training=own, validation=None, folds=own.folds(FOLDS), shares_matmuls=True
+            [candidate],
+            training=subset,
+            validation=None,
+            folds=subset.folds(FOLDS),
+            shares_matmuls=True,
         )
         if run is None:
             raise divergence(*candidate)
@@ -200,15 +205,15 @@ def _scores(split: Split, states: ActivationCache, candidate: Candidate) -> Scor
         if split.task.kind == "multiclass":
             labels = np.eye(split.task.outputs, dtype=np.int64)[split.labels]
         return run.logits, labels, np.arange(len(split))
-    held = split.folds(_SPAN_FOLDS)[0]
-    validation = own.select(held)
-    (run,) = train_mechanisms([candidate], training=own.without(held), validation=validation)
+    fold = split.folds(_SPAN_FOLDS)[0]
+    validation = subset.select(fold)
+    (run,) = train_mechanisms([candidate], training=subset.without(fold), validation=validation)
     if run is None:
         raise divergence(*candidate)
     names = split.task.output_labels
     pairs = zip(validation.examples.text_spans, validation.places, strict=True)
-    labels = [token_labels(text, own, spans, names) for (text, spans), own in pairs]
-    texts = np.repeat(np.arange(len(held)), [*map(len, labels)])
+    labels = [token_labels(text, subset, spans, names) for (text, spans), subset in pairs]
+    texts = np.repeat(np.arange(len(fold)), [*map(len, labels)])
     return np.concatenate(run.token_logits), np.concatenate(labels).astype(np.int64), texts
 
 
@@ -246,17 +251,17 @@ def _point(scores: np.ndarray, labels: np.ndarray, _: np.ndarray) -> float:
 def _difference(measured: Sequence[Mapping[Form | None, Scores]], form: Form) -> dict[str, Any]:
     random = np.random.default_rng(0)
     samples = np.zeros((len(measured), _RESAMPLES + 1))
-    for draw, own in enumerate(measured):
-        whole, labels, texts = own[None]
+    for draw, scores_by_form in enumerate(measured):
+        exact, labels, texts = scores_by_form[None]
         count = int(texts.max()) + 1
         # All texts once, then resamples of them.
         weights = np.ones((_RESAMPLES + 1, count))
         weights[1:] = random.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
         for first in range(0, len(weights), _CHUNK):
-            part = weights[first : first + _CHUNK, texts]
-            samples[draw, first : first + len(part)] = weighted_auroc(
-                own[form][0], labels, part
-            ) - weighted_auroc(whole, labels, part)
+            resamples = weights[first : first + _CHUNK, texts]
+            samples[draw, first : first + len(resamples)] = weighted_auroc(
+                scores_by_form[form][0], labels, resamples
+            ) - weighted_auroc(exact, labels, resamples)
     means = samples.mean(0)
     low, high = np.nanquantile(means[1:], (0.025, 0.975))
     return {"difference": float(means[0]), "ci": [float(low), float(high)]}

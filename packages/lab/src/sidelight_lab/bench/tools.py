@@ -10,13 +10,13 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.models.conversation import EncodedPrompt, Message
 from sidelight.policy.decisions import decide
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
-from sidelight.probes.bank import Panel
+from sidelight.probes.bank import ProbeBanks
 from sidelight.probes.probe import Probe
 from sidelight.probes.ragged import by_length
 from sidelight.progress import progress
 from sidelight.scoring import encode
 from sidelight.states.reader import Backbone
-from sidelight.types import Judgement
+from sidelight.types import Verdicts
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.redteam.measure import Rate
 
@@ -45,51 +45,51 @@ def measure_tools(backbone: Backbone, probe: Probe, examples: LabelledExamples) 
     for rule in rules.values():
         require_rule_applies(rule, [probe])
     prompts = encode(backbone.encoder, [Example(_chat(item)) for item in examples.items])
-    judgements = judge_prompts(backbone, probe, prompts)
+    text_verdicts = classify_prompts(backbone, probe, prompts)
     flags = {
         f'turns = "{turns}"': np.array(
             [
-                _is_flagged(rule, judgement, len(prompt))
-                for judgement, prompt in zip(judgements, prompts, strict=True)
+                _is_flagged(rule, verdicts, len(prompt))
+                for verdicts, prompt in zip(text_verdicts, prompts, strict=True)
             ]
         )
         for turns, rule in rules.items()
     }
 
-    def rate(own: Bool[np.ndarray, " text"], of: Bool[np.ndarray, " text"]) -> Rate:
-        return Rate(int(own[of].sum()), int(of.sum()))
+    def rate(each: Bool[np.ndarray, " text"], of: Bool[np.ndarray, " text"]) -> Rate:
+        return Rate(int(each[of].sum()), int(of.sum()))
 
     kinds = np.array([str(cells.get("subset", "")) for cells in examples.rows])
     is_poisoned = examples.labels == 1
     groups = {"all": np.ones(len(prompts), bool)}
     groups |= {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist()) if kind}
-    figures = {
-        reading: {
+    metrics = {
+        plan: {
             name: {
-                "harmless": rate(own, group & ~is_poisoned).to_dict(),
-                "poisoned": rate(own, group & is_poisoned).to_dict(),
+                "harmless": rate(each, group & ~is_poisoned).to_dict(),
+                "poisoned": rate(each, group & is_poisoned).to_dict(),
             }
             for name, group in groups.items()
         }
-        for reading, own in flags.items()
+        for plan, each in flags.items()
     }
     rows = [
         [
             name,
             *(
-                _cell(rate(own, group & of_label))
+                _cell(rate(each, group & of_label))
                 for of_label in (~is_poisoned, is_poisoned)
-                for own in flags.values()
+                for each in flags.values()
             ),
         ]
         for name, group in groups.items()
     ]
     headings = [
-        f"{what}, {reading}" for what in ("harmless flagged", "poisoned found") for reading in flags
+        f"{what}, {plan}" for what in ("harmless flagged", "poisoned found") for plan in flags
     ]
     settings = {"probe": probe.name, "version": probe.version, "thresholds": [*probe.thresholds]}
     sections = [_HOW, table("Results of tools", ["kind", *headings], rows)]
-    return Record("tools", conditions(backbone, settings), {"results": figures}, sections)
+    return Record("tools", conditions(backbone, settings), {"results": metrics}, sections)
 
 
 def _chat(item: Example) -> tuple[Message, ...]:
@@ -105,31 +105,31 @@ def _cell(rate: Rate) -> str:
     return f"{rate.flagged} of {rate.texts} ({low:.1%} to {high:.1%})"
 
 
-def judge_prompts(
+def classify_prompts(
     backbone: Backbone, probe: Probe, prompts: Sequence[EncodedPrompt]
-) -> list[Judgement]:
-    """A probe's judgement of each prompt, as an engine gives it to a policy."""
-    panel = Panel([probe], device=backbone.device)
-    tap = panel.prompt_tap()
+) -> list[Verdicts]:
+    """A probe's verdicts on each prompt, as an engine gives it to a policy."""
+    banks = ProbeBanks([probe], device=backbone.device)
+    tap = banks.prompt_tap()
     assert tap is not None
     lengths = [len(prompt) for prompt in prompts]
-    judgements: dict[int, Judgement] = {}
-    with progress("Judging", sum(lengths), unit="tokens") as advance:
+    text_verdicts: dict[int, Verdicts] = {}
+    with progress("Classifying", sum(lengths), unit="tokens") as advance:
         for batch in by_length(lengths, batch_tokens=backbone.batch_tokens):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
                 backbone.run(chosen, layers=tap.depth)
             projected = tap.projected()
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
-            parts = [bytes(prompt.parts) for prompt in chosen]
+            token_roles = [bytes(prompt.token_roles) for prompt in chosen]
             is_plain = [prompt.is_plain for prompt in chosen]
-            own = panel.judge_prompts(projected[torch.stack(is_text)], parts, is_plain)
-            judgements |= dict(zip(batch, own, strict=True))
+            each = banks.classify_prompts(projected[torch.stack(is_text)], token_roles, is_plain)
+            text_verdicts |= dict(zip(batch, each, strict=True))
             advance(sum(lengths[i] for i in batch))
-    return [judgements[row] for row in range(len(prompts))]
+    return [text_verdicts[row] for row in range(len(prompts))]
 
 
-def _is_flagged(rule: BoundRule, judgement: Judgement, tokens: int) -> bool:
-    verdict = decide(rule, judgement, tokens=tokens).verdict
+def _is_flagged(rule: BoundRule, verdicts: Verdicts, tokens: int) -> bool:
+    verdict = decide(rule, verdicts, tokens=tokens).verdict
     assert verdict is not None
     return verdict.flagged

@@ -30,7 +30,7 @@ from sidelight.states.reader import Reader
 from sidelight.storage import write_json
 from sidelight.training.background import load_background
 from sidelight.training.fit import fit
-from sidelight.training.keeping import gpu_reading_s
+from sidelight.training.keeping import gpu_pass_s
 from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.tables.runs import digest
@@ -101,9 +101,9 @@ def short_texts(count: int, words: int, *, seed: int = 0) -> LabelledExamples:
     runs: dict[str, bool] = {}
     for conversation in load_background("packaged").conversations:
         for message in conversation:
-            own = message.content.split()
-            for start in range(0, len(own) - words + 1, words):
-                run = own[start : start + words]
+            words_of_message = message.content.split()
+            for start in range(0, len(words_of_message) - words + 1, words):
+                run = words_of_message[start : start + words]
                 runs[" ".join(run)] = _WORD in run
     if len(runs) < count:
         raise SidelightError(
@@ -137,11 +137,11 @@ def _largest(folder: Path) -> Generator[list[int]]:
     """The most bytes that files of a folder take inside the block."""
     most, ends = [0], threading.Event()
 
-    def watch() -> None:
+    def sample() -> None:
         while not ends.wait(_SAMPLE_S):
             most[0] = max(most[0], _bytes(folder))
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield most
@@ -167,7 +167,7 @@ def train_once(states: States, texts: int, workload: Workload) -> tuple[Measured
         What it took, and the conditions.
     """
     torch.set_num_threads(workload.threads)
-    backbone = load_backbone(workload.model, device="cpu", for_reading=True)
+    backbone = load_backbone(workload.model, device="cpu", for_probing=True)
     counted = _Counted(backbone)
     examples = short_texts(texts, workload.words)
     settings = replace(
@@ -184,7 +184,7 @@ def train_once(states: States, texts: int, workload: Workload) -> tuple[Measured
             memory_bytes=int(workload.memory * 2**30),
         )
         began, cpu = perf_counter(), process_time()
-        made = fit(cast(Reader, counted), examples, None, name="bench", options=options)
+        result = fit(cast(Reader, counted), examples, None, name="bench", options=options)
         seconds, cpu_s = perf_counter() - began, process_time() - cpu
     passes = counted.texts / texts
     measured = Measured(
@@ -196,7 +196,7 @@ def train_once(states: States, texts: int, workload: Workload) -> tuple[Measured
         cpu_s=cpu_s,
         memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         disk_gb=disk[0] / 1e9,
-        auroc=made.report.metrics["auroc"].value,
+        auroc=result.report.metrics["auroc"].value,
     )
     return measured, conditions(backbone, {})
 
@@ -212,12 +212,12 @@ def measure_training(
         workload: What each training does.
         out: Folder that keeps each training, so that a kill costs one.
     """
-    kept = None
+    path = None
     if out is not None:
-        kept = out / "training" / f"{digest(asdict(workload))[:12]}.json"
+        path = out / "training" / f"{digest(asdict(workload))[:12]}.json"
     found: dict[str, Any] = {}
-    if kept is not None and kept.exists():
-        found = json.loads(kept.read_text("utf-8"))
+    if path is not None and path.exists():
+        found = json.loads(path.read_text("utf-8"))
     works = [*product(kinds, texts)]
     with progress("Training", len(works), unit="trainings") as advance:
         for states, count in works:
@@ -226,14 +226,14 @@ def measure_training(
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     measured, where = process.submit(train_once, states, count, workload).result()
                 found[name] = {"measured": asdict(measured), "where": where}
-                if kept is not None:
-                    write_json(kept, found)
+                if path is not None:
+                    write_json(path, found)
             advance(1)
     runs = [Measured(**found[f"{states} {count}"]["measured"]) for states, count in works]
     where = found[f"{kinds[0]} {texts[0]}"]["where"] | asdict(workload) | {"background": "none"}
     hours = {states: _estimated_hours(_passes(runs, states)) for states in kinds}
-    figures = {"trainings": [asdict(run) for run in runs], "estimated_gpu_hours": hours}
-    record = Record("training", where, figures, [_table(runs), _estimate(hours)])
+    results = {"trainings": [asdict(run) for run in runs], "estimated_gpu_hours": hours}
+    record = Record("training", where, results, [_table(runs), _estimate(hours)])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         plot_training(runs).savefig(out / "training.svg", metadata={"Date": None})
@@ -273,7 +273,7 @@ def _table(runs: Sequence[Measured]) -> str:
 
 def _estimated_hours(passes: float) -> float:
     """Hours of one GPU for the paper's training set and backbone, without the probe's own work."""
-    return passes * _WILDGUARD[1] * gpu_reading_s(*_LLAMA_3B) / 3600
+    return passes * _WILDGUARD[1] * gpu_pass_s(*_LLAMA_3B) / 3600
 
 
 def _estimate(hours: Mapping[str, float]) -> str:
@@ -295,8 +295,13 @@ def plot_training(runs: Sequence[Measured]) -> Figure:
     }
     for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for states in dict.fromkeys(run.states for run in runs):
-            own = [run for run in runs if run.states == states]
-            axes.plot([run.texts for run in own], [*map(value, own)], marker="o", label=states)
+            runs_of_states = [run for run in runs if run.states == states]
+            axes.plot(
+                [run.texts for run in runs_of_states],
+                [*map(value, runs_of_states)],
+                marker="o",
+                label=states,
+            )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("texts")
         axes.set_ylim(bottom=0)

@@ -23,7 +23,7 @@ from sidelight.cli.runtime import Runtime
 @options.missing_label
 @options.limit
 @options.transformers
-def anatomy(probe: Path, runtime: Runtime, out: Path, **given: Any) -> None:
+def anatomy(probe: Path, runtime: Runtime, out: Path, **options: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 
     Writes a picture, anatomy.json and report.md; of a probe of spans instead thresholds.png,
@@ -35,14 +35,14 @@ def anatomy(probe: Path, runtime: Runtime, out: Path, **given: Any) -> None:
     from sidelight_lab.spans_anatomy import examine_spans
 
     classifier = runtime.load_classifier(runtime.probe_folder(probe))
-    columns = {name: given[name] for name in ("text", "response", "split")}
+    columns = {name: options[name] for name in ("text", "response", "split")}
     columns |= (
-        {"label": given["label"], "on_missing_label": given["missing_label"]}
+        {"label": options["label"], "on_missing_label": options["missing_label"]}
         if classifier.probe.spans is None
-        else {"spans": given["spans"]}
+        else {"spans": options["spans"]}
     )
-    examples = load_examples(given["data"], task=classifier.probe.task, **columns)
-    examples = examples.select(examples.draw(given["limit"] or len(examples), seed=0))
+    examples = load_examples(options["data"], task=classifier.probe.task, **columns)
+    examples = examples.select(examples.draw(options["limit"] or len(examples), seed=0))
     if examples.spans is not None:
         paths = examine_spans(classifier, examples, out)
         click.echo(f"Written: {' and '.join(map(str, paths))}")

@@ -63,7 +63,7 @@ def bench_defaults(
     text: str,
     label: str,
     rivals: list[str],
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Measure what `sidelight train` makes of a file, on texts that it did not see.
 
@@ -72,27 +72,28 @@ def bench_defaults(
     stand beside the default probe, with what it gains: the 95 % interval over draws and texts. The
     last four, logistic regressions, are trained on texts alone and in the same
     contexts. The accuracy that training printed stands beside the one that was measured, and so
-    does the share of ordinary conversations that is flagged, of sources that no row was trained on.
+    does the share of background conversations that is flagged, of sources that no row was trained
+    on.
     """
     from sidelight.data.loading import load_examples
 
     # Before imports that take seconds: a wrong file or column is refused at once.
     examples = load_examples(data, text=text, label=label)
     from sidelight.training.background import load_background
-    from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
+    from sidelight_lab.bench.defaults import compare_defaults, defaults_table, summarise
 
     backbone = runtime.load_transformers()
     with tempfile.TemporaryDirectory() as scratch:
-        judged = compare_defaults(
+        evaluated = compare_defaults(
             backbone,
             examples,
-            **given,
+            **options,
             rivals=rivals,
             background=load_background("packaged"),
             cache_root=Path(scratch),
         )
-    shown = json.dumps(described(judged), indent=2) if as_json else defaults_table(judged)
-    click.echo(shown)
+    output = json.dumps(summarise(evaluated), indent=2) if as_json else defaults_table(evaluated)
+    click.echo(output)
 
 
 @bench.command(
@@ -125,7 +126,7 @@ def bench_everyday(
     dtype: "DtypeName",
     device: str,
 ) -> None:
-    """Test whether a probe is right in front of ordinary traffic, and finds attacks in it.
+    """Test whether a probe is right in front of background traffic, and finds attacks in it.
 
     Harmless are small talk, conversations of agents with results of their tools, prompts of users,
     and long texts. Attacks are positive texts that are flagged alone. They stand in padding, before
@@ -142,10 +143,10 @@ def bench_everyday(
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
     from sidelight_lab.redteam.targets import ProbeTarget, flagging_thresholds
 
-    own: dict[str, list[Messages]] = {}
+    harmless_texts: dict[str, list[Messages]] = {}
     if harmless is not None:
         texts = load_examples(harmless, text=text, label=None)
-        own[Path(harmless).name] = [item.messages for item in texts.items]
+        harmless_texts[Path(harmless).name] = [item.messages for item in texts.items]
     prompts: list[str] = []
     if padding is not None:
         prompts = [item.text for item in load_examples(padding, text=text, label=None).items]
@@ -160,7 +161,7 @@ def bench_everyday(
         thresholds=flagging_thresholds(classifier.probe),
         probe=classifier.probe,
     )
-    record = measure_everyday(target, examples, prompts=prompts, own=own)
+    record = measure_everyday(target, examples, prompts=prompts, user_texts=harmless_texts)
     publish(record, out, as_json=as_json)
 
 
@@ -206,9 +207,9 @@ def bench_spans(
     from sidelight_lab.bench.spans import compare_spans
 
     # The seeds are --seeds.
-    kinds = {own.name: own.type for own in fields(TrainingSettings) if own.name != "seed"}
+    kinds = {field.name: field.type for field in fields(TrainingSettings) if field.name != "seed"}
     settings = suggested_settings("spans").changed(**options.typed(assigned, kinds))
-    given = replace(inputs.fit_options(), settings=settings)
+    fit_options = replace(inputs.fit_options(), settings=settings)
     training, validation = inputs.load(spans)
     if validation is None:
         training, validation = training.split(validation_share(len(training)), seed=0)
@@ -216,15 +217,15 @@ def bench_spans(
         test, text=inputs.text, response=inputs.response, spans=spans, task=training.task
     )
     with tempfile.TemporaryDirectory(dir=inputs.cache) as scratch:
-        kept = given.cache_root or cache_root() / "activations"
+        root = fit_options.cache_root or cache_root() / "activations"
         record = compare_spans(
             runtime.load_transformers(),
             training,
             validation,
             tested,
-            options=given,
+            options=fit_options,
             seeds=seeds,
-            root=kept if inputs.keep_cache else Path(scratch),
+            root=root if inputs.keep_cache else Path(scratch),
             out=out,
             rivals=rivals,
         )
@@ -254,7 +255,7 @@ def bench_spans(
 @options.as_json
 @options.transformers
 def bench_guards(
-    runtime: Runtime, only: list[str] | None, out: Path, as_json: bool, **given: Any
+    runtime: Runtime, only: list[str] | None, out: Path, as_json: bool, **options: Any
 ) -> None:
     """Measure probes of the ready guards on their public tests, beside rivals.
 
@@ -272,7 +273,7 @@ def bench_guards(
         only or (),
         background=load_background("packaged"),
         out=out,
-        **given,
+        **options,
     )
     publish(record, out, as_json=as_json)
 
@@ -355,7 +356,7 @@ def bench_training(
     model: str | None,
     out: Path | None,
     as_json: bool,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Measure what a training takes: seconds, memory and disk by the number of texts.
 
@@ -366,7 +367,7 @@ def bench_training(
     """
     from sidelight_lab.bench.training import Workload, measure_training
 
-    workload = Workload(model or EMBEDDED_NAME, **given)
+    workload = Workload(model or EMBEDDED_NAME, **values)
     publish(measure_training(texts, states, workload, out=out), out, as_json=as_json)
 
 
@@ -386,7 +387,7 @@ def bench_training(
 @options.out
 @options.as_json
 @options.transformers
-def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **given: Any) -> None:
+def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **values: Any) -> None:
     """Measure what wrong labels of a judge cost the probe of `sidelight label --judge`.
 
     Some of the true labels are flipped to one side: positives that a judge misses, or negatives
@@ -396,7 +397,7 @@ def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **given: 
     from sidelight_lab.bench.judge_labels import measure_flips
 
     backbone = runtime.load_transformers()
-    record = measure_flips(backbone, data, **given, cache=out / "cache", out=out)
+    record = measure_flips(backbone, data, **values, cache=out / "cache", out=out)
     publish(record, out, as_json=as_json)
 
 
@@ -414,7 +415,7 @@ def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **given: 
 @options.out
 @options.as_json
 @options.transformers
-def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **given: Any) -> None:
+def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **values: Any) -> None:
     """Measure a probe with a judge behind it, by the share of texts that the judge gets.
 
     Of toxicchat, the judge is a MiniLM that is fine-tuned on the probe's training texts. Of xstest,
@@ -425,7 +426,7 @@ def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **given: Any)
     from sidelight_lab.bench.second_stage import measure_second_stage
 
     publish(
-        measure_second_stage(runtime.load_transformers(), out=out, **given), out, as_json=as_json
+        measure_second_stage(runtime.load_transformers(), out=out, **values), out, as_json=as_json
     )
 
 
@@ -445,7 +446,7 @@ def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **given: Any)
 @click.option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
 @click.option("--spans", is_flag=True, help="Two of the three probes label tokens.")
 @_record
-def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
+def bench_load(minutes: float, out: Path | None, as_json: bool, **options: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
 
     The right verdicts on each prompt are known beforehand, so a verdict that is lost, comes twice
@@ -455,7 +456,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
     from sidelight_lab.bench.load import run_load
 
     with tempfile.TemporaryDirectory() as scratch:
-        record = run_load(Path(scratch), seconds=60 * minutes, **given)
+        record = run_load(Path(scratch), seconds=60 * minutes, **options)
     publish(record, out, as_json=as_json)
     if not record.results["is_sound"]:
         raise SidelightError("Some answers were faulty: see the table of faults.")
@@ -513,7 +514,7 @@ def bench_tools(
 @click.option("--clients", type=AT_LEAST_TWO, default=64, help="Clients at once, after that.")
 @click.option("--max-tokens", type=AT_LEAST_TWO, default=8, help="Tokens of an answer.")
 @_record
-def bench_judge(model: str, out: Path | None, as_json: bool, **given: Any) -> None:
+def bench_judge(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
     """Time the first token of prompts that are deferred to a judge of a fixed speed.
 
     Each prompt is deferred and passes. It is compared with the slower of both: the first token of a
@@ -523,7 +524,7 @@ def bench_judge(model: str, out: Path | None, as_json: bool, **given: Any) -> No
     from sidelight_lab.bench.judge import measure_judge
 
     with tempfile.TemporaryDirectory() as scratch:
-        record = measure_judge(load_backbone(model), Path(scratch), model=model, **given)
+        record = measure_judge(load_backbone(model), Path(scratch), model=model, **values)
     publish(record, out, as_json=as_json)
 
 
@@ -605,7 +606,7 @@ def bench_latency(
 @click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Of all models in turn.")
 @options.dtype
 @_record
-def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **given: Any) -> None:
+def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
     """Compare transformers and llama.cpp on the CPU: prompts, texts, probes and memory.
 
     MODELS are as `sidelight serve` takes them; without any, they are the embedded model in both
@@ -618,7 +619,7 @@ def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **gi
     from sidelight_llama.files import EMBEDDED_GGUF
 
     chosen = models or (EMBEDDED_NAME, EMBEDDED_GGUF)
-    publish(compare_engines(chosen, **given, out=out), out, as_json=as_json)
+    publish(compare_engines(chosen, **options, out=out), out, as_json=as_json)
 
 
 @bench.command(
@@ -639,7 +640,7 @@ def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **gi
 @options.dtype
 @options.engine_option
 def bench_serve(
-    out: Path | None, model: str | None, engine_option: dict[str, Any], **given: Any
+    out: Path | None, model: str | None, engine_option: dict[str, Any], **options: Any
 ) -> None:
     """Do the same work with and without probes in one running vLLM, in paired rounds.
 
@@ -651,7 +652,7 @@ def bench_serve(
     from sidelight_lab.bench.serving import measure_costs
 
     costs: list[dict[str, Any]] = []
-    for found in measure_costs(model or "smollm2", options=engine_option, **given):
+    for found in measure_costs(model or "smollm2", options=engine_option, **options):
         costs = found["costs"]
         if out is not None:
             write_json(out, found)
@@ -673,7 +674,7 @@ def bench_serve(
 @click.option("--model", help="Model that is checked, small enough for float32. [default: smollm2]")
 @click.option("--only", multiple=True, metavar="NAME", help="Sections that begin so; repeatable.")
 @options.engine_option
-def bench_gpu(out: Path, **given: Any) -> None:
+def bench_gpu(out: Path, **options: Any) -> None:
     """Check this machine's GPU: the transformers engine, then probes inside vLLM; 30 minutes.
 
     Each section runs in a process of its own, so one that fails loses no other, and is given up
@@ -683,7 +684,7 @@ def bench_gpu(out: Path, **given: Any) -> None:
     """
     from sidelight_lab.bench.gpu import run_check
 
-    passed = run_check(out, **given)
+    passed = run_check(out, **options)
     click.echo(f"The report is {out / 'gpu.md'}.")
     if not passed:
         sys.exit(1)

@@ -136,13 +136,13 @@ def redteam(
             client = stack.enter_context(connect(url))
             targets = server_targets(client, attacked, thresholds, runtime.model)
         for route, target in targets.items():
-            outcomes = measure(
+            results = measure(
                 target, examples, attacks=chosen, texts=texts, seed=seed, budget=budget
             )
             where = f" on the route '{route}'" if route else ""
             title = f"'{attacked.name}' under attack{where}; it flags {flags}."
-            click.echo(evasion_table(title, outcomes))
-            routes.append({"route": route, "attacks": [outcome.to_dict() for outcome in outcomes]})
+            click.echo(evasion_table(title, results))
+            routes.append({"route": route, "attacks": [result.to_dict() for result in results]})
     if out is not None:
         told = {
             "probe": attacked.name,

@@ -55,7 +55,7 @@ fewshot, fewshot-sst2, fewshot-emotion; own (every row on your own files)."""
 )
 @options.transformers
 @options.as_json
-def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **given: Any) -> None:
+def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **options: Any) -> None:
     """Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
 
     The backbone runs once over the texts. Probes are stored when all of them are trained, and a
@@ -67,15 +67,15 @@ def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **given: 
 
     text = recipe_text(recipe)
     parsed = parse_recipe(text, name=recipe)
-    if parsed.data == "own" and given["train"] is None:
+    if parsed.data == "own" and options["train"] is None:
         raise SidelightError("'own' is a table of your own files: give --train and --test.")
-    if (given["train"] is None) != (given["test"] is None):
+    if (options["train"] is None) != (options["test"] is None):
         raise SidelightError("--train and --test go together: a table needs both.")
-    if given["only"] is not None:
-        parsed = parsed.only(given["only"])
-    if given["seeds"]:
+    if options["only"] is not None:
+        parsed = parsed.only(options["only"])
+    if options["seeds"]:
         # The runs of a few-shot table are its draws.
-        parsed = replace(parsed, seeds=given["seeds"], draws=given["seeds"])
+        parsed = replace(parsed, seeds=options["seeds"], draws=options["seeds"])
 
     from sidelight.models.smollm2 import cache_root
     from sidelight_lab.datasets import from_files, load_data_set
@@ -83,10 +83,10 @@ def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **given: 
     from sidelight_lab.tables.reproduce import reproduce as make_table
 
     def load(name: str) -> Any:
-        if given["train"] is None:
-            return load_data_set(name, root=given["root"])
-        columns = {column: given[column] for column in ("text", "label", "positive")}
-        return from_files(given["train"], given["test"], given["validation"], **columns)
+        if options["train"] is None:
+            return load_data_set(name, root=options["root"])
+        columns = {column: options[column] for column in ("text", "label", "positive")}
+        return from_files(options["train"], options["test"], options["validation"], **columns)
 
     context = RecipeContext(
         parsed,
@@ -94,8 +94,8 @@ def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **given: 
         out,
         runtime.load_transformers(),
         load=load,
-        cache_root=given["cache"] or cache_root() / "activations",
-        limit=given["limit"],
+        cache_root=options["cache"] or cache_root() / "activations",
+        limit=options["limit"],
     )
     table = make_table(context)
     if as_json:

@@ -84,7 +84,7 @@ def search(
     from sidelight.training.preparing import prepare
     from sidelight_lab.search import best_of, search_settings
 
-    with fit_options.own_states(out.resolve()) as states:
+    with fit_options.temporary_states(out.resolve()) as states:
         run_options = replace(fit_options, cache_root=states)
         dataset = prepare(runtime.load_transformers(), training, validation, options=run_options)
         trials_of: dict[str, tuple[Trial, ...]] = {}
@@ -136,7 +136,7 @@ def write_search(trials_of: "Mapping[str, Sequence[Trial]]", directory: Path) ->
             options = json.dumps(dict(trial.spec.options))
             table.writerow([name, trial.number, score, *settings, options])
     best = {name: best_of(trials) for name, trials in trials_of.items()}
-    described = {
+    description = {
         "best": max(best, key=lambda name: best[name].score or 0.0),
         "mechanisms": {
             name: {
@@ -149,4 +149,4 @@ def write_search(trials_of: "Mapping[str, Sequence[Trial]]", directory: Path) ->
         },
     }
     write_text(directory / "trials.csv", text.getvalue())
-    write_json(directory / "best.json", described)
+    write_json(directory / "best.json", description)

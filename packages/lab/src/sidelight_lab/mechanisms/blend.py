@@ -31,7 +31,7 @@ class Blend(Mechanism):
         super().__init__()
         # The type of a ModuleList does not say what it holds.
         self.members = cast(Iterable[Mechanism], nn.ModuleList(members))
-        self._widths = [member.columns().shape[2] for member in members]
+        self._widths = [member.projections().shape[2] for member in members]
 
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
@@ -39,17 +39,17 @@ class Blend(Mechanism):
         """The members' dense forms, averaged."""
         return torch.stack([member(hidden, mask) for member in self.members]).mean(0)
 
-    def columns(self) -> Float[Tensor, "layer width column"]:
+    def projections(self) -> Float[Tensor, "layer width projection"]:
         """The members' columns, side by side."""
-        return torch.cat([member.columns() for member in self.members], 2)
+        return torch.cat([member.projections() for member in self.members], 2)
 
     def summarise(self, tokens: Ragged) -> Ragged:
         """``[segment, number]``: the members' states, laid end to end."""
-        parts = tokens.values.split(self._widths, -1)
+        split_values = tokens.values.split(self._widths, -1)
         return _joined(
             [
-                member.summarise(Ragged(part, tokens.lengths))
-                for member, part in zip(self.members, parts, strict=True)
+                member.summarise(Ragged(member_values, tokens.lengths))
+                for member, member_values in zip(self.members, split_values, strict=True)
             ]
         )
 
@@ -61,7 +61,7 @@ class Blend(Mechanism):
     def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
         """The members' logits."""
         pairs = zip(self.members, self._parted(state), strict=True)
-        return torch.stack([member.finish(part) for member, part in pairs], 1)
+        return torch.stack([member.finish(member_state) for member, member_state in pairs], 1)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The mean of the members' logits."""
@@ -69,10 +69,10 @@ class Blend(Mechanism):
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
         """The mean of the members' shares."""
-        parts = tokens.values.split(self._widths, -1)
+        split_values = tokens.values.split(self._widths, -1)
         shares = [
-            member.shares(Ragged(part, tokens.lengths), targets)
-            for member, part in zip(self.members, parts, strict=True)
+            member.shares(Ragged(member_values, tokens.lengths), targets)
+            for member, member_values in zip(self.members, split_values, strict=True)
         ]
         return Shares(
             torch.stack([each.values for each in shares]).mean(0),
@@ -82,10 +82,10 @@ class Blend(Mechanism):
 
     def _parted(self, state: Ragged) -> list[Ragged]:
         sizes = [math.prod(shape) for shape in self._shapes]
-        parts = state.values.split(sizes, 1)
+        split_values = state.values.split(sizes, 1)
         return [
-            Ragged.one_row_each(part.unflatten(1, shape))
-            for part, shape in zip(parts, self._shapes, strict=True)
+            Ragged.one_row_each(member_state.unflatten(1, shape))
+            for member_state, shape in zip(split_values, self._shapes, strict=True)
         ]
 
     @cached_property
@@ -100,9 +100,9 @@ def _joined(states: list[Ragged]) -> Ragged:
 
 def _state_shape(member: Mechanism) -> torch.Size:
     """The shape of one segment's state, which is the same without any token."""
-    columns = member.columns()
-    nothing = columns.new_zeros(0, columns.shape[0], columns.shape[2])
-    lengths = torch.zeros(1, dtype=torch.long, device=columns.device)
+    projections = member.projections()
+    nothing = projections.new_zeros(0, projections.shape[0], projections.shape[2])
+    lengths = torch.zeros(1, dtype=torch.long, device=projections.device)
     return member.summarise(Ragged(nothing, lengths)).values.shape[1:]
 
 

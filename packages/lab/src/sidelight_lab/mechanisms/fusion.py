@@ -51,14 +51,14 @@ class Fusion(Mechanism):
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
         """The equations above, literally."""
-        inner = torch.einsum("bltd,ldr->btr", hide(hidden, mask), self.columns())
+        inner = torch.einsum("bltd,ldr->btr", hide(hidden, mask), self.projections())
         features = functional.gelu(self.norm(inner))
         weights = masked_softmax(features @ self.gate, mask[..., None])  # (B, T, H)
         values = torch.einsum("btr,rhc->bthc", features, self.value)
         ends = last_token(features[:, None], mask)[:, 0] @ self.last
         return (weights[..., None] * values).sum((1, 2)) + ends + self.bias
 
-    def columns(self) -> Float[Tensor, "layer width column"]:
+    def projections(self) -> Float[Tensor, "layer width projection"]:
         """What each layer adds to the features."""
         return self.features / math.sqrt(len(self.features))
 

@@ -20,7 +20,7 @@ Messages = tuple[Message, ...]
 SEARCH = "search"
 """The attack that asks the probe for scores; ``measure`` carries it out."""
 # Of the control tokens, each text is tried with the one that ends texts and some others.
-_OTHER_CONTROLS = 3
+_EXTRA_CONTROLS = 3
 _ANSWER = "OK."
 _PADDING_WORDS = (150, 600, 2000)
 _LATER_TURNS = 6
@@ -50,11 +50,13 @@ class Markup:
         controls = tuple(dict.fromkeys(map(str, [*ending, *names])))
         if prompt_format == "raw":
             return Markup(controls)
-        marks = [f"sidelight-mark-{i}-text" for i in range(3)]
+        sentinels = [f"sidelight-mark-{i}-text" for i in range(3)]
         roles = ("user", "assistant", "user")
-        turns = [{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)]
+        turns = [
+            {"role": r, "content": sentinel} for r, sentinel in zip(roles, sentinels, strict=True)
+        ]
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-        match = re.search("(.*)".join(marks), rendered, re.DOTALL)
+        match = re.search("(.*)".join(sentinels), rendered, re.DOTALL)
         return Markup(controls, *match.groups()) if match else Markup(controls)
 
 
@@ -104,7 +106,7 @@ def between(left: str, text: str, right: str) -> str:
     return "\n\n".join(filter(None, (left, text, right)))
 
 
-def pieces(text: str, words: int) -> list[str]:
+def word_chunks(text: str, words: int) -> list[str]:
     """The text in pieces of so many words."""
     split = text.split()
     return [" ".join(split[start : start + words]) for start in range(0, len(split), words)]
@@ -116,8 +118,8 @@ def _with_control(place: Callable[[str, str], str]) -> Rewrite:
     def rewrite(text: str, around: Surroundings) -> Sequence[Messages]:
         if not around.markup.controls:
             raise SidelightError("the tokenizer has no control tokens")
-        first, *others = around.markup.controls
-        drawn = around.random.sample(others, min(_OTHER_CONTROLS, len(others)))
+        first, *rest = around.markup.controls
+        drawn = around.random.sample(rest, min(_EXTRA_CONTROLS, len(rest)))
         return [(_user(place(text, control)),) for control in (first, *drawn)]
 
     return rewrite
@@ -167,7 +169,9 @@ ATTACKS: Mapping[str, Attack] = {
         Attack("template", "template", _injected_template),
         Attack("earlier-turn", "places", _before_benign_turns(1)),
         Attack(f"earlier-turn-{_LATER_TURNS}", "places", _before_benign_turns(_LATER_TURNS)),
-        Attack("word-per-turn", "places", lambda text, _: [tuple(map(_user, pieces(text, 1)))]),
+        Attack(
+            "word-per-turn", "places", lambda text, _: [tuple(map(_user, word_chunks(text, 1)))]
+        ),
         Attack("empty-turns", "places", lambda text, _: [(_user(text), *_EMPTY_TURNS)]),
         Attack("system-turn", "places", lambda text, _: [(Message("system", text), _GO_AHEAD)]),
         *(

@@ -20,8 +20,10 @@ _RIGHT_TO_LEFT, _POP_DIRECTION = "\u202e", "\u202c"
 
 
 def _combined(text: str, random: Random) -> str:
-    marked = [letter + random.choice(_COMBINING) if letter.isalpha() else letter for letter in text]
-    return "".join(marked)
+    letters = [
+        letter + random.choice(_COMBINING) if letter.isalpha() else letter for letter in text
+    ]
+    return "".join(letters)
 
 
 def _to_decode(code: str, encoded: str) -> str:

@@ -73,9 +73,9 @@ class AttackResult:
 
     Attributes:
         attack: Its name.
-        recall_alone: Of the positive texts as they are.
+        recall_before: Of the positive texts as they are.
         recall: Of the attacked positive texts.
-        false_alarms_alone: False alarms on the benign texts as they are.
+        false_alarms_before: False alarms on the benign texts as they are.
         false_alarms: False alarms on the benign texts, attacked in the same way.
         skipped: How many texts could not be attacked, by the reason; no rate counts them.
         queries: Of the search: how many scored texts it took for each positive that passed; None
@@ -83,16 +83,18 @@ class AttackResult:
     """
 
     attack: str
-    recall_alone: Rate
+    recall_before: Rate
     recall: Rate
-    false_alarms_alone: Rate
+    false_alarms_before: Rate
     false_alarms: Rate
     skipped: Mapping[str, int]
     queries: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        rates = {name: own.to_dict() for name, own in vars(self).items() if isinstance(own, Rate)}
+        rates = {
+            name: rate.to_dict() for name, rate in vars(self).items() if isinstance(rate, Rate)
+        }
         difference = self.recall.minus(self.false_alarms)
         return {**vars(self), **rates, "recall_minus_false_alarms": difference}
 
@@ -102,8 +104,8 @@ class AttackResult:
         return (
             self.attack,
             f"{self.recall.texts} + {self.false_alarms.texts}",
-            _change(self.recall_alone, self.recall),
-            _change(self.false_alarms_alone, self.false_alarms),
+            _change(self.recall_before, self.recall),
+            _change(self.false_alarms_before, self.false_alarms),
             "-" if difference is None else f"{difference:.3f}",
         )
 
@@ -113,7 +115,7 @@ class AttackResult:
             yield f"{self.attack}: left out {count} texts ({reason})."
         if self.queries:
             yield (
-                f"{self.attack}: {len(self.queries)} of {self.recall_alone.flagged} flagged texts "
+                f"{self.attack}: {len(self.queries)} of {self.recall_before.flagged} flagged texts "
                 f"passed after {min(self.queries)} to {max(self.queries)} scored texts each, "
                 f"{median(self.queries):g} in the median."
             )
@@ -121,17 +123,17 @@ class AttackResult:
             yield f"{self.attack}: no flagged text passed."
 
 
-def _change(alone: Rate, attacked: Rate) -> str:
-    return "-" if alone.share is None else f"{alone.share:.3f} → {attacked.estimate}"
+def _change(before: Rate, attacked: Rate) -> str:
+    return "-" if before.share is None else f"{before.share:.3f} → {attacked.estimate}"
 
 
-def evasion_table(title: str, outcomes: Sequence[AttackResult]) -> str:
+def evasion_table(title: str, results: Sequence[AttackResult]) -> str:
     """The outcomes as Markdown, with notes below."""
     head = ("attack", "texts", "recall", "false alarms", "difference")
     align = ("left", *["right"] * (len(head) - 1))
-    rows = [outcome.cells() for outcome in outcomes]
+    rows = [result.cells() for result in results]
     table = tabulate(rows, head, "pipe", disable_numparse=True, colalign=align)
-    notes = "".join(f"- {note}\n" for outcome in outcomes for note in outcome.notes())
+    notes = "".join(f"- {note}\n" for result in results for note in result.notes())
     return f"{title}\n\n{table}\n" + (f"\n{notes}" if notes else "")
 
 
@@ -227,21 +229,21 @@ def measure(
     subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
     encode(target.backbone.encoder, [subject.example for subject in subjects])
     markup = Markup.of(target.backbone.encoder.tokenizer, target.backbone.encoder.prompt_format)
-    outcomes: list[AttackResult] = []
+    results: list[AttackResult] = []
     with progress("Attacking", len(attacks), unit="attacks") as advance:
-        alone = target.margins([subject.messages for subject in subjects])
+        before = target.margins([subject.messages for subject in subjects])
         for name in attacks:
             if name == SEARCH:
-                outcomes.append(_search(target, subjects, alone, budget))
+                results.append(_search(target, subjects, before, budget))
             else:
                 rewrite = partial(Subject.attacked, by=ATTACKS[name], markup=markup)
-                attacked, skipped = _judge(target, subjects, rewrite)
-                outcomes.append(_outcome(name, subjects, alone, attacked, skipped))
+                attacked, skipped = _score(target, subjects, rewrite)
+                results.append(_attack_result(name, subjects, before, attacked, skipped))
             advance(1)
-    return outcomes
+    return results
 
 
-def _judge(
+def _score(
     target: Target, subjects: Sequence[Subject], rewrite: Callable[[Subject], Sequence[Messages]]
 ) -> tuple[list[list[float]], Counter[str]]:
     """The margins of the conversations that an attack makes of each text; none that is NaN.
@@ -259,10 +261,10 @@ def _judge(
             rewritten = ()
             skipped[_reason(target, error)] += 1
         conversations.append(rewritten)
-    margins = iter(target.margins([each for own in conversations for each in own]))
-    attacked = [[next(margins) for _ in own] for own in conversations]
-    attacked = [[margin for margin in own if not isnan(margin)] for own in attacked]
-    if refused := sum(not own for own in attacked) - skipped.total():
+    margins = iter(target.margins([each for variants in conversations for each in variants]))
+    attacked = [[next(margins) for _ in variants] for variants in conversations]
+    attacked = [[margin for margin in variants if not isnan(margin)] for variants in attacked]
+    if refused := sum(not variants for variants in attacked) - skipped.total():
         skipped["the route takes no such text"] = refused
     return attacked, skipped
 
@@ -275,10 +277,10 @@ def _reason(target: Target, error: SidelightError) -> str:
     return str(error).partition(". ")[0]
 
 
-def _outcome(
+def _attack_result(
     name: str,
     subjects: Sequence[Subject],
-    alone: Sequence[float],
+    margins_before: Sequence[float],
     attacked: Sequence[Sequence[float]],
     skipped: Mapping[str, int],
     queries: tuple[int, ...] | None = None,
@@ -289,7 +291,7 @@ def _outcome(
         worst = min if is_positive else max
         pairs = [
             (before, worst(after))
-            for subject, before, after in zip(subjects, alone, attacked, strict=True)
+            for subject, before, after in zip(subjects, margins_before, attacked, strict=True)
             if subject.is_positive == is_positive and after
         ]
         return Rate.of([before for before, _ in pairs]), Rate.of([after for _, after in pairs])
@@ -298,7 +300,7 @@ def _outcome(
 
 
 def _search(
-    target: Target, subjects: Sequence[Subject], alone: Sequence[float], budget: int
+    target: Target, subjects: Sequence[Subject], margins_before: Sequence[float], budget: int
 ) -> AttackResult:
     """Hill-climbing: a sentence of the benign texts stays if it lowers the score.
 
@@ -307,7 +309,7 @@ def _search(
     margins: list[list[float]] = []
     surroundings: list[tuple[Sequence[str], Sequence[str]]] = []
     passed: list[int] = []
-    positive = [pair for pair in zip(subjects, alone, strict=True) if pair[0].is_positive]
+    positive = [pair for pair in zip(subjects, margins_before, strict=True) if pair[0].is_positive]
     with progress("Searching", len(positive), unit="texts") as advance:
         for subject, margin in positive:
             random, queries = Random(f"{subject.seed} {SEARCH}"), 0
@@ -331,10 +333,16 @@ def _search(
             surroundings.append((before, after))
             advance(1)
     benign = [subject for subject in subjects if not subject.is_positive]
-    sides_of = {own.seed: sides for own, sides in zip(benign, cycle(surroundings), strict=False)}
-    copied, skipped = _judge(target, benign, lambda own: [_surrounded(own, *sides_of[own.seed])])
+    sides_of = {
+        subject.seed: sides for subject, sides in zip(benign, cycle(surroundings), strict=False)
+    }
+    copied, skipped = _score(
+        target, benign, lambda subject: [_surrounded(subject, *sides_of[subject.seed])]
+    )
     # In the order of the subjects: the positive ones come first.
-    return _outcome(SEARCH, subjects, alone, margins + copied, skipped, tuple(passed))
+    return _attack_result(
+        SEARCH, subjects, margins_before, margins + copied, skipped, tuple(passed)
+    )
 
 
 def _surrounded(subject: Subject, before: Sequence[str], after: Sequence[str]) -> Messages:

@@ -17,14 +17,14 @@ from sidelight.models.conversation import Message
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
 from sidelight.probes.probe import Probe
 from sidelight.progress import quiet
-from sidelight.scoring import judge
+from sidelight.scoring import classify
 from sidelight.states.reader import Backbone, Model
 from sidelight_lab.redteam.attacks import Messages
 
 _AT_ONCE = 8
 _TIMEOUT_S = 600.0
 # Codes of a refusal: nothing of the model reaches the client.
-_REFUSALS = frozenset({"content_filter", "system_turn_refused", "verdict_failed", "not_judged"})
+_REFUSALS = frozenset({"content_filter", "system_turn_refused", "verdict_failed", "not_classified"})
 _BLOCKED, _PASSED = 0.0, -1.0
 
 
@@ -84,9 +84,13 @@ class ProbeTarget(Target):
 
     def margins(self, conversations: Sequence[Messages]) -> list[float]:
         with quiet():
-            judged = judge(self.backbone, self.probe, [Example(own) for own in conversations])
-        said = [self.probe.verdict(own.logits).probabilities for own in judged]
-        return [max(p[label] - least for label, least in self.thresholds.items()) for p in said]
+            outputs = classify(
+                self.backbone, self.probe, [Example(messages) for messages in conversations]
+            )
+        probabilities = [self.probe.verdict(output.logits).probabilities for output in outputs]
+        return [
+            max(p[label] - least for label, least in self.thresholds.items()) for p in probabilities
+        ]
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -114,8 +118,8 @@ def _responses(messages: Messages, _tokenizer: Any) -> dict[str, Any]:
 
 def _anthropic(messages: Messages, _tokenizer: Any) -> dict[str, Any]:
     system = "\n".join(message.content for message in messages if message.role == "system")
-    others = [message for message in messages if message.role != "system"]
-    return {**({"system": system} if system else {}), "messages": _turns(others), "max_tokens": 1}
+    turns = [message for message in messages if message.role != "system"]
+    return {**({"system": system} if system else {}), "messages": _turns(turns), "max_tokens": 1}
 
 
 # The path of each way to have a text written, and the body that asks a model of this tokenizer for

@@ -25,7 +25,7 @@ Value = bool | int | float | str
 
 _FOLDER = files("sidelight_lab.tables") / "recipes"
 # A table's seeds are those of all its rows.
-_SETTINGS = tuple(own.name for own in fields(TrainingSettings) if own.name != "seed")
+_SETTINGS = tuple(field.name for field in fields(TrainingSettings) if field.name != "seed")
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,9 @@ def parse_recipe(text: str, *, name: str, likes: tuple[str, ...] = ()) -> Recipe
         if recipe.like in likes:
             raise SidelightError(f"Recipe {name}: 'like' leads back to {recipe.like}.")
         likes = (*likes, recipe.like)
-        other = parse_recipe(recipe_text(recipe.like), name=recipe.like, likes=likes)
-        probes = {row.name: row for row in (*other.probe, *recipe.probe)}
-        baselines = {row.name: row for row in (*other.baseline, *recipe.baseline)}
+        parent = parse_recipe(recipe_text(recipe.like), name=recipe.like, likes=likes)
+        probes = {row.name: row for row in (*parent.probe, *recipe.probe)}
+        baselines = {row.name: row for row in (*parent.baseline, *recipe.baseline)}
         recipe = replace(recipe, probe=tuple(probes.values()), baseline=tuple(baselines.values()))
     for requirement, holds in _requirements(recipe).items():
         if not holds:

@@ -26,9 +26,9 @@ from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.environment import environment, package_versions
 from sidelight_lab.search import score_name
-from sidelight_lab.tables.figures import TableFigures, measure_rows, preferred_row
+from sidelight_lab.tables.metrics import TableMetrics, measure_rows, preferred_row
 from sidelight_lab.tables.recipes import ProbeRow, Recipe, Row
-from sidelight_lab.tables.runs import Run, digest, draw_few, fit_runs, judge_runs, plan_runs
+from sidelight_lab.tables.runs import Run, digest, draw_few, fit_runs, plan_runs, score_runs
 from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable
 
 
@@ -131,17 +131,17 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     tested = data if recipe.test_data is None else context.load(recipe.test_data)
     test = _fit_to_task(context.sample(tested.test), dataset.task)
     earlier = _record_opening(directory, config=config, test=test.content_hash)
-    results = judge_runs(runs, context.extract(test, "Test texts"))
+    results = score_runs(runs, context.extract(test, "Test texts"))
     # A row whose runs all diverged is left out.
-    judged = {row.name: [run for run in results if run.row.name == row.name] for row in rows}
-    judged = {name: own for name, own in judged.items() if own}
-    ours = preferred_row(judged, recipe.ours)
-    tables: list[TableFigures] = []
+    scored = {row.name: [run for run in results if run.row.name == row.name] for row in rows}
+    scored = {name: runs for name, runs in scored.items() if runs}
+    ours = preferred_row(scored, recipe.ours)
+    tables: list[TableMetrics] = []
     for name, texts in {"all": np.arange(len(test)), **_subsets(context, tested)}.items():
         tables.append(
             measure_rows(
                 dataset.task,
-                judged,
+                scored,
                 test.labels,
                 texts,
                 title=f"{tested.title}, {name}",
@@ -153,7 +153,11 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     notes = context.notes(data)
     if tested is not data:
         notes = (
-            *(f"{part.title}: {note}" for part in (data, tested) for note in context.notes(part)),
+            *(
+                f"{source.title}: {note}"
+                for source in (data, tested)
+                for note in context.notes(source)
+            ),
             *overlap_notes(dataset.training.examples, test),
         )
     table = FinishedTable(
@@ -209,11 +213,11 @@ def _fit_to_task(test: LabelledExamples, task: Task) -> LabelledExamples:
 
     Two binary tasks may name their labels differently: negative and positive correspond.
     """
-    own = test.task
-    if own != task and not own.kind == task.kind == "binary":
+    test_task = test.task
+    if test_task != task and not test_task.kind == task.kind == "binary":
         raise SidelightError(
             f"The rows were trained on the labels {task.labels}, but the test data has "
-            f"{own.labels}. Choose a test set with the same labels."
+            f"{test_task.labels}. Choose a test set with the same labels."
         )
     return replace(test, task=task)
 

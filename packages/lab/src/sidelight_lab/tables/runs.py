@@ -1,6 +1,6 @@
 """The runs of a table: each row with each seed, fitted and stored at once, and judged at the end.
 
-Up to ``judge_runs``, only training and validation texts are seen. Calibration and thresholds are
+Up to ``score_runs``, only training and validation texts are seen. Calibration and thresholds are
 fitted to validation logits, for probes and baselines alike.
 """
 
@@ -68,9 +68,9 @@ class Run:
             return dict(stored)
 
 
-def digest(described: Mapping[str, Any]) -> str:
+def digest(description: Mapping[str, Any]) -> str:
     """A hash of JSON-ready values that does not depend on the order of keys."""
-    text = json.dumps(described, sort_keys=True, default=str)
+    text = json.dumps(description, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -183,7 +183,7 @@ def _fit_baseline(run: Run, row: BaselineRow) -> FittedBaseline:
 
 
 @dataclass(frozen=True)
-class JudgedRun:
+class ScoredRun:
     """One run on the test texts, calibrated."""
 
     row: Row
@@ -195,7 +195,7 @@ class JudgedRun:
     parameters: int
 
 
-def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
+def score_runs(runs: Sequence[Run], split: Split) -> list[ScoredRun]:
     """All runs on the test texts, calibrated and with thresholds by validation texts.
 
     Runs that were scored on these texts before are read from their files. The artifact of a probe
@@ -203,7 +203,7 @@ def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
     """
     assert all(run.is_fitted for run in runs)
     key = digest({"labels": split.examples.content_hash, "states": split.states.key})
-    test, judged = f"test-{key[:12]}", list[JudgedRun]()
+    test, scored = f"test-{key[:12]}", list[ScoredRun]()
     with progress("Testing", len(runs), unit="runs") as advance:
         for run in runs:
             if not (run.folder / f"{test}.npz").exists():
@@ -212,8 +212,8 @@ def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
             result = run.load("result")
             logits = result["logits"]
             calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
-            judged.append(
-                JudgedRun(
+            scored.append(
+                ScoredRun(
                     run.row,
                     run.seed,
                     score=validation_score(task, logits, labels),
@@ -224,7 +224,7 @@ def judge_runs(runs: Sequence[Run], split: Split) -> list[JudgedRun]:
                 )
             )
             advance(1)
-    return judged
+    return scored
 
 
 def _test_logits(run: Run, split: Split) -> Float[np.ndarray, "text output"]:

@@ -9,9 +9,9 @@ from tabulate import tabulate
 
 from sidelight.storage import write_json, write_text
 from sidelight_lab.search import score_name
-from sidelight_lab.tables.figures import RowFigures, TableFigures
+from sidelight_lab.tables.metrics import RowMetrics, TableMetrics
 
-_SHOWN = {
+_HEADINGS = {
     "auprc": "AUPRC",
     "f1": "F1",
     "accuracy": "accuracy",
@@ -43,30 +43,30 @@ def _tabulated(headings: Sequence[str], lines: Sequence[Sequence[str]], style: s
     return tabulate(lines, headings, style, disable_numparse=True, colalign=align)
 
 
-def cells(figures: TableFigures) -> tuple[list[str], list[list[str]]]:
+def cells(metrics: TableMetrics) -> tuple[list[str], list[list[str]]]:
     """Headings and lines; the metric that rows are compared by comes first, with its interval."""
-    others = [name for name in _SHOWN if name != figures.metric]
-    metric = _heading(figures.metric)
-    task = figures.rows[0].reports[0].task
+    further = [name for name in _HEADINGS if name != metrics.metric]
+    metric = _heading(metrics.metric)
+    task = metrics.rows[0].reports[0].task
     headings = [
         "row",
         metric,
         "chosen seed [95 % CI]",
-        *map(_heading, others),
+        *map(_heading, further),
         f"validation {score_name(task)}",
         "parameters",
         "single pass",
     ]
-    is_compared = any(row.difference for row in figures.rows)
+    is_compared = any(row.difference for row in metrics.rows)
     if is_compared:
         headings += [f"ours - row, {metric}", "p"]
     lines: list[list[str]] = []
-    for row in figures.rows:
+    for row in metrics.rows:
         line = [
             row.row.title,
-            str(row.metrics[figures.metric]),
-            str(row.reports[row.chosen].metrics[figures.metric]),
-            *(str(row.metrics[name]) for name in others),
+            str(row.metrics[metrics.metric]),
+            str(row.reports[row.chosen].metrics[metrics.metric]),
+            *(str(row.metrics[name]) for name in further),
             str(row.validation),
             f"{row.runs[row.chosen].parameters:,}",
             "yes" if row.row.is_single_pass else "no",
@@ -76,10 +76,10 @@ def cells(figures: TableFigures) -> tuple[list[str], list[list[str]]]:
 
 
 def _heading(metric: str) -> str:
-    return _SHOWN.get(metric, metric.replace("_", " "))
+    return _HEADINGS.get(metric, metric.replace("_", " "))
 
 
-def _compared(row: RowFigures) -> list[str]:
+def _compared(row: RowMetrics) -> list[str]:
     compared = row.difference
     if compared is None:
         return ["", ""]
@@ -109,7 +109,7 @@ class FinishedTable:
     title: str
     how: str  # its numbers were computed
     notes: tuple[str, ...]  # on the data, and on when test data was opened
-    tables: tuple[TableFigures, ...]
+    tables: tuple[TableMetrics, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "tables": [table.to_dict() for table in self.tables]}
@@ -119,7 +119,14 @@ class FinishedTable:
             (f"{table.title} ({table.texts:,} texts)", *cells(table)) for table in self.tables
         ]
         notes = "\n".join(f"- {note}" for note in self.notes)
-        parts = (f"# {self.title}", self.how, notes, *(markdown_table(*table) for table in tables))
-        write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
+        sections = (
+            f"# {self.title}",
+            self.how,
+            notes,
+            *(markdown_table(*table) for table in tables),
+        )
+        write_text(
+            directory / "table.md", "\n\n".join(section.strip() for section in sections) + "\n"
+        )
         write_text(directory / "table.tex", "\n".join(latex_table(*table) for table in tables))
         write_json(directory / "table.json", self.to_dict())

@@ -17,7 +17,7 @@ let polling = null;
 // The criterion that is being edited, as it was before.
 let edited = null;
 
-// The token is in the part of the address that browsers send to nobody. It leaves the address bar.
+// The token is in the part of the address that browsers never send. It leaves the address bar.
 if (location.hash.length > 1) {
   key.set(location.hash.slice(1));
   history.replaceState(null, "", location.pathname);
@@ -63,11 +63,11 @@ function showState(now) {
     find("#training").textContent = "Training. You can label on.";
   } else if (failure) {
     find("#training").textContent = failure;
-  } else if (now.figures.length) {
+  } else if (now.comparisons.length) {
     find("#training").textContent = `The probe is in ${folder}.`;
   }
   if (wasRunning && !is_running && !failure) find("#said").textContent = "The probe is trained, and the texts are in its order.";
-  find("#figures").replaceChildren(...now.figures.map(figures));
+  find("#comparisons").replaceChildren(...now.comparisons.map(comparisons));
   showCriterion(now.criterion);
   showJudge(now.judge);
   if ((is_running || now.judge?.is_asked) && !polling) polling = setTimeout(poll, 500);
@@ -77,7 +77,7 @@ function showCriterion(criterion) {
   find("#criterion").hidden = !criterion;
   if (!criterion) return;
   const place = find("#criterion-text");
-  // What somebody is writing stays, whatever arrives meanwhile.
+  // What a person is writing stays, whatever arrives meanwhile.
   if (!isEdited()) {
     place.value = criterion.text;
     edited = criterion.text;
@@ -150,7 +150,7 @@ async function poll() {
   }
 }
 
-function figures({ title, note, rows }) {
+function comparisons({ title, note, rows }) {
   const shown = Object.keys(METRICS).filter((metric) => Object.values(rows).some((row) => row[metric]?.value != null));
   const cell = (row, metric) => {
     const { value, ci } = row[metric] ?? {};
@@ -204,7 +204,7 @@ function showOpinions() {
   const details = find("#opinions");
   const said = Object.entries(text?.opinions ?? {});
   details.hidden = said.length === 0;
-  // Closed for each text: whoever sees the verdict first tends to agree with it.
+  // Closed for each text: people who see the verdict first tend to agree with it.
   details.open = false;
   details.querySelector("ul").replaceChildren(...said.map(([name, chances]) => {
     const best = Object.entries(chances).sort(([, a], [, b]) => b - a).slice(0, KEYED);

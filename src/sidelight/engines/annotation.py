@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import compress
 
-from sidelight.data.spans import settled_characters, words
+from sidelight.data.spans import final_characters, words
 from sidelight.models.conversation import EncodedPrompt
 from sidelight.probes.probe import Probe
-from sidelight.types import Judgement, Span, TokenLabel
+from sidelight.types import Span, TokenLabel, Verdicts
 
 
 def labels_spans(probes: Iterable[Probe]) -> bool:
@@ -20,20 +20,20 @@ def labels_spans(probes: Iterable[Probe]) -> bool:
     return any(probe.spans is not None for probe in probes)
 
 
-def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedPrompt) -> Judgement:
-    """The judgement of a text, whose verdicts have the spans if its tokens have places.
+def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedPrompt) -> Verdicts:
+    """The verdicts on a text, which have the spans if its tokens have places.
 
-    It has nothing of tools if nobody knows which turns are theirs.
+    It has nothing of tools if it is unknown which turns are theirs.
 
     Args:
-        judgement: As the bank gives it.
+        verdicts: As the bank gives it.
         probes: Those that judged.
         prompt: The text, with any response.
     """
     if not prompt.is_attributed:
-        judgement = replace(judgement, tools=None)
+        verdicts = replace(verdicts, tools=None)
     if not prompt.places:
-        return judgement
+        return verdicts
     messages = prompt.texts
     # The response is the last of them, and the prompt may be a single one.
     unnamed = {len(messages) - 1, *([0] if len(messages) == 2 else [])}
@@ -55,9 +55,9 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
             if place is None:
                 read.append(None)
             else:
-                own = tokens[place.message]
-                read.append((place.message, len(own)))
-                own.append((place.start, place.end))
+                ranges = tokens[place.message]
+                read.append((place.message, len(ranges)))
+                ranges.append((place.start, place.end))
         by_message: dict[int, list[TokenLabel]] = defaultdict(list)
         for token, label, score in labels:
             if (found := read[token]) is None:
@@ -66,16 +66,16 @@ def mark_text(judgement: Judgement, probes: Iterable[Probe], prompt: EncodedProm
             by_message[message].append((number, label, score))
         return tuple(
             as_sent(span, message)
-            for message, own in sorted(by_message.items())
+            for message, ranges in sorted(by_message.items())
             for span in probe.spans.labelled_spans(
-                messages[message], tokens[message], own, probe.task.output_labels
+                messages[message], tokens[message], ranges, probe.task.output_labels
             )
         )
 
     return _with_spans(
-        judgement,
+        verdicts,
         by_name,
-        {name: spans(name, labels) for name, labels in judgement.token_labels.items()},
+        {name: spans(name, labels) for name, labels in verdicts.token_labels.items()},
     )
 
 
@@ -101,11 +101,9 @@ class AnswerSpans:
         self.text = ""
         self.places: list[tuple[int, int]] = []
         self._pending = 0
-        self._settled = 0
+        self._final_end = 0
         # By probe: the last word that nothing changes any more, and the spans that begin before it.
-        self._beginnings: dict[str, tuple[int, list[Span]]] = {
-            name: (0, []) for name in self._probes
-        }
+        self._prefixes: dict[str, tuple[int, list[Span]]] = {name: (0, []) for name in self._probes}
 
     def push(self, text: str) -> None:
         """One more token, and the text that it completes; several tokens may hold a character."""
@@ -116,23 +114,23 @@ class AnswerSpans:
             self.places += [(start, len(self.text))] * self._pending
             self._pending = 0
 
-    def mark(self, judgement: Judgement) -> Judgement:
-        """The judgement of its tokens so far, whose verdicts have the spans."""
+    def annotate(self, verdicts: Verdicts) -> Verdicts:
+        """The verdicts on its tokens so far, with their spans."""
         spans: dict[str, tuple[Span, ...] | None] = {}
-        for name, labels in judgement.token_labels.items():
+        for name, labels in verdicts.token_labels.items():
             if name in self._probes:
-                settled = words(self.text[self._beginnings[name][0] : self._settled])
-                if len(settled) > 1:
-                    first, last = (edge + self._beginnings[name][0] for edge in settled[-1])
-                    beginning = self._spans(name, labels, last)
-                    kept = [span for span in beginning if span.start < first]
-                    self._beginnings[name] = first, kept
+                final_words = words(self.text[self._prefixes[name][0] : self._final_end])
+                if len(final_words) > 1:
+                    first, last = (edge + self._prefixes[name][0] for edge in final_words[-1])
+                    candidates = self._spans(name, labels, last)
+                    earlier = [span for span in candidates if span.start < first]
+                    self._prefixes[name] = first, earlier
                 spans[name] = tuple(self._spans(name, labels, len(self.text)))
-        return _with_spans(judgement, self._probes, spans)
+        return _with_spans(verdicts, self._probes, spans)
 
     def _spans(self, name: str, labels: Iterable[TokenLabel], end: int) -> list[Span]:
         """The spans of the text before ``end``, where a word ends."""
-        probe, (start, kept) = self._probes[name], self._beginnings[name]
+        probe, (start, earlier) = self._probes[name], self._prefixes[name]
         assert probe.spans is not None
         first = bisect_right(self.places, start, key=lambda place: place[1])
         stop = bisect_left(self.places, end, key=lambda place: place[0])
@@ -144,18 +142,18 @@ class AnswerSpans:
             probe.task.output_labels,
         )
         # By label: the span that reaches the word from which the text is read again.
-        reaching = {span.label: span for span in kept if span.end >= start}
-        spans = [span for span in kept if reaching.get(span.label) is not span]
+        reaching = {span.label: span for span in earlier if span.end >= start}
+        spans = [span for span in earlier if reaching.get(span.label) is not span]
         for span in rest:
             moved = replace(span, start=span.start + start, end=span.end + start)
             if span.start == 0 and (before := reaching.pop(span.label, None)) is not None:
                 probability = max(before.probability or 0, moved.probability or 0)
-                whole = self.text[before.start : moved.end]
-                moved = replace(moved, start=before.start, probability=probability, words=whole)
+                merged = self.text[before.start : moved.end]
+                moved = replace(moved, start=before.start, probability=probability, words=merged)
             spans.append(moved)
         return sorted([*spans, *reaching.values()])
 
-    def settled(self, tokens: int) -> int | None:
+    def final_characters(self, tokens: int) -> int | None:
         """The count of characters that keep their spans, whatever follows; None: no probe of spans.
 
         Args:
@@ -165,21 +163,21 @@ class AnswerSpans:
             return None
         final = max(0, tokens - self._lookahead)
         end = self.places[final][0] if final < len(self.places) else len(self.text)
-        self._settled = settled_characters(self.text, end)
-        return self._settled
+        self._final_end = final_characters(self.text, end)
+        return self._final_end
 
 
 def _with_spans(
-    judgement: Judgement,
+    text_verdicts: Verdicts,
     probes: Mapping[str, Probe],
     spans: Mapping[str, tuple[Span, ...] | None],
-) -> Judgement:
+) -> Verdicts:
     if not spans:
-        return judgement
+        return text_verdicts
     verdicts = (
         verdict
-        if (own := spans.get(verdict.probe)) is None
-        else probes[verdict.probe].labelled_verdict(verdict, own)
-        for verdict in judgement.verdicts
+        if (probe_spans := spans.get(verdict.probe)) is None
+        else probes[verdict.probe].labelled_verdict(verdict, probe_spans)
+        for verdict in text_verdicts.verdicts
     )
-    return replace(judgement, verdicts=tuple(verdicts))
+    return replace(text_verdicts, verdicts=tuple(verdicts))

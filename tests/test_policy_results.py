@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from policy_contract import ADMIN, CHATS, parts_of
+from policy_contract import ADMIN, CHATS, chunks_of
 from sidelight.engines.base import ResponseScored, Sampling, TextDelta
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.models.conversation import Reads
@@ -72,11 +72,13 @@ def written():
     probes = [untrained_probe(BACKBONE, "late", reads=Reads("response"))]
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS)
     events = run_engine(
-        BACKBONE, lambda engine: events_of(engine, TEXT, sampling, watch=("late",)), probes=probes
+        BACKBONE,
+        lambda engine: events_of(engine, TEXT, sampling, monitored=("late",)),
+        probes=probes,
     )
-    said = [event.judgement.verdicts[0] for event in events if isinstance(event, ResponseScored)]
+    verdicts = [event.verdicts.verdicts[0] for event in events if isinstance(event, ResponseScored)]
     deltas = [event for event in events if isinstance(event, TextDelta)]
-    return deltas, [verdict.probabilities["toxic"] for verdict in said]
+    return deltas, [verdict.probabilities["toxic"] for verdict in verdicts]
 
 
 DELTAS, SCORES = written()
@@ -130,23 +132,23 @@ def test_what_happens_is_what_the_table_says(row, tmp_path):
     name, rule, plain, streamed, text = row
     case = CASES[name]
     with serving(case, rule, tmp_path) as http:
-        assert plain_outcome(http) == plain
+        assert plain_result(http) == plain
     with serving(case, rule, tmp_path) as http:
-        outcome, sent = streamed_outcome(http)
-    assert outcome == streamed
+        result, sent = streamed_result(http)
+    assert result == streamed
     assert shape(sent, case) == text
 
 
 @contextmanager
 def serving(case, rule, folder):
-    early = untrained_probe(BACKBONE, "early")
-    late = untrained_probe(BACKBONE, "late", reads=Reads("response"))
-    fault = partial(case.fault, early if case.side == "input" else late)
+    prompt_probe = untrained_probe(BACKBONE, "early")
+    response_probe = untrained_probe(BACKBONE, "late", reads=Reads("response"))
+    fault = partial(case.fault, prompt_probe if case.side == "input" else response_probe)
     if not case.at_pass:
         fault()
     # A real device on which every write fails as on a full disk.
     audit = Path("/dev/full") if case.is_unaudited else None
-    engine = TransformersEngine(BACKBONE, [early, late])
+    engine = TransformersEngine(BACKBONE, [prompt_probe, response_probe])
     options = {"policy": policy_of(case, rule), "admin_key": ADMIN, "audit_log": audit}
     with faults(BACKBONE, {case.at_pass: fault}), in_process(engine, **options) as http:
         if case.is_reloaded:
@@ -160,12 +162,12 @@ def serving(case, rule, folder):
 def policy_of(case, cell):
     mode, *settings = re.findall(r"`([^`]+)`", cell)
     assert settings in ([], ['on_failure = "pass"'])
-    own = replace(case.rule, mode=mode, on_failure="pass" if settings else "block")
-    by_side = {"input": {"early": own}} if case.side == "input" else {"output": {"late": own}}
+    rule = replace(case.rule, mode=mode, on_failure="pass" if settings else "block")
+    by_side = {"input": {"early": rule}} if case.side == "input" else {"output": {"late": rule}}
     return Policy(**by_side)
 
 
-def plain_outcome(http):
+def plain_result(http):
     response = http.post(CHATS, json=REQUEST)
     body = response.json()
     if response.status_code != 200:
@@ -175,9 +177,9 @@ def plain_outcome(http):
     return told(choice["finish_reason"], body["moderation"])
 
 
-def streamed_outcome(http):
+def streamed_result(http):
     response = http.post(CHATS, json={**REQUEST, "stream": True})
-    chunks = parts_of(response)
+    chunks = chunks_of(response)
     if response.status_code != 200:
         return f"{response.status_code} {chunks[0]['error']['code']}", ""
     deltas = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
@@ -195,14 +197,14 @@ def told(reason, moderation):
 
 
 def shape(text, case):
-    whole = "".join(delta.text for delta in DELTAS)
-    if text in ("", whole):
+    full = "".join(delta.text for delta in DELTAS)
+    if text in ("", full):
         return "all" if text else "none"
-    assert whole.startswith(text)
-    return "classified part" if text == judged_part(case.cut_at) else "part"
+    assert full.startswith(text)
+    return "classified part" if text == scored_prefix(case.cut_at) else "part"
 
 
-def judged_part(cut_at, hold_back=2, first_decidable_token=2):
+def scored_prefix(cut_at, hold_back=2, first_decidable_token=2):
     """By definition: a text is sent once a token ``hold_back`` later was judged, before the cut."""
     return "".join(
         delta.text

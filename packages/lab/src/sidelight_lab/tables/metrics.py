@@ -17,7 +17,7 @@ from sidelight.data.evaluation import Estimate, Report, evaluate
 from sidelight.statistics.metrics import decide, measure_resamples
 from sidelight.types import Task, Values
 from sidelight_lab.tables.recipes import Row
-from sidelight_lab.tables.runs import JudgedRun
+from sidelight_lab.tables.runs import ScoredRun
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Difference:
 
 def mean_draws(
     task: Task,
-    runs: Sequence[JudgedRun],
+    runs: Sequence[ScoredRun],
     labels: np.ndarray,
     *,
     texts: Int[np.ndarray, " part"] | slice = slice(None),
@@ -118,7 +118,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class RowFigures:
+class RowMetrics:
     """A row of the table.
 
     Attributes:
@@ -127,7 +127,7 @@ class RowFigures:
         difference: How much higher ours is in the table's metric; None for ours itself.
     """
 
-    runs: tuple[JudgedRun, ...]
+    runs: tuple[ScoredRun, ...]
     reports: tuple[Report, ...]
     difference: Difference | None
 
@@ -166,14 +166,14 @@ class RowFigures:
 
 
 @dataclass(frozen=True)
-class TableFigures:
+class TableMetrics:
     """All rows on some texts, compared by one metric."""
 
     title: str
     texts: int
     metric: str
     ours: str  # the row that the others are compared with; "" if there is none
-    rows: tuple[RowFigures, ...]
+    rows: tuple[RowMetrics, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
@@ -181,7 +181,7 @@ class TableFigures:
 
 def measure_rows(
     task: Task,
-    judged: Mapping[str, Sequence[JudgedRun]],
+    scored: Mapping[str, Sequence[ScoredRun]],
     labels: np.ndarray,
     texts: Int[np.ndarray, " part"],
     *,
@@ -189,16 +189,16 @@ def measure_rows(
     metric: str,
     ours: str,
     are_draws: bool,
-) -> TableFigures:
+) -> TableMetrics:
     """Measures all rows on the same texts; nothing is compared if there is no row of ours.
 
     Few-shot draws differ in their training texts, so they have a spread over draws instead of an
     interval.
     """
-    draws = 1 + max(run.seed for runs in judged.values() for run in runs)
-    rows: dict[str, RowFigures] = {}
+    draws = 1 + max(run.seed for runs in scored.values() for run in runs)
+    rows: dict[str, RowMetrics] = {}
     samples: dict[str, Float[Values, " draw"]] = {}
-    for name, runs in judged.items():
+    for name, runs in scored.items():
         reports = [
             evaluate(
                 decide(task, run.probabilities[texts], labels[texts], thresholds=run.thresholds),
@@ -206,7 +206,7 @@ def measure_rows(
             )
             for place, run in enumerate(runs)
         ]
-        rows[name] = RowFigures(tuple(runs), tuple(reports), None)
+        rows[name] = RowMetrics(tuple(runs), tuple(reports), None)
         if are_draws:
             # NaN for a draw that the row lacks, as slow rows do.
             samples[name] = np.full(draws, np.nan)
@@ -218,19 +218,19 @@ def measure_rows(
     for name in {*rows} - {ours} if ours in rows else ():
         compared = compare(samples[ours], samples[name])
         rows[name] = replace(rows[name], difference=compared)
-    return TableFigures(title, len(texts), metric, ours, tuple(rows.values()))
+    return TableMetrics(title, len(texts), metric, ours, tuple(rows.values()))
 
 
-def chosen_run(runs: Sequence[JudgedRun]) -> int:
+def chosen_run(runs: Sequence[ScoredRun]) -> int:
     """The run with the best validation score; of equal runs, the first."""
     return int(np.argmax([run.score for run in runs]))
 
 
-def preferred_row(judged: Mapping[str, Sequence[JudgedRun]], names: Collection[str]) -> str:
+def preferred_row(scored: Mapping[str, Sequence[ScoredRun]], names: Collection[str]) -> str:
     """Whichever of these rows has the best mean validation score; "" if none is there."""
     means = {
         name: float(np.mean([run.score for run in runs]))
-        for name, runs in judged.items()
+        for name, runs in scored.items()
         if name in names
     }
     return max(means, key=means.__getitem__, default="")

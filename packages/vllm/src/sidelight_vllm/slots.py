@@ -2,7 +2,7 @@
 
 Hooks on vLLM's decoder layers fill a stage, layer by layer; after the last layer, its rows move to
 the slots of their tokens. A slot holds the keys and values of one token, and here its columns.
-Whoever shares the slot, or computes it again, shares or replaces both. So chunked prefill,
+A request that shares the slot, or computes it again, shares or replaces both. So chunked prefill,
 batching, preemption and shared prefixes need no bookkeeping.
 
 The hooks are set before vLLM compiles the model, so they become part of the graph. They call two
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
 from sidelight.probes.standardisation import Projection
-from sidelight_vllm.settings import COLUMNS
+from sidelight_vllm.settings import PROJECTIONS
 
 
 class Receiver(Protocol):
@@ -139,7 +139,7 @@ def _unknown(module: nn.Module) -> SidelightError:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagingBuffer:
     """Where one forward pass leaves its columns. The last ones may be those of no probe.
 
     Attributes:
@@ -153,22 +153,22 @@ class Stage:
     rows: Float[Tensor, "layer token column"]
 
     @staticmethod
-    def empty(projection: Projection, *, tokens: int, columns: int = 0) -> "Stage":
+    def empty(projection: Projection, *, tokens: int, width: int = 0) -> "StagingBuffer":
         """A stage for passes over at most ``tokens`` tokens.
 
         Args:
             projection: To the columns of the first probes.
             tokens: The longest pass.
-            columns: How many to keep room for, also of states that are normalised; 0: for these.
+            width: How many to keep room for, also of states that are normalised; 0: for these.
         """
-        has_flags = columns > 0 or projection.is_normalised is not None
-        columns = max(columns, projection.shift.shape[1])
-        rows = projection.weight.new_full((len(projection.weight), tokens, columns), torch.nan)
-        padded = projection.padded(columns, has_flags=has_flags)
+        has_flags = width > 0 or projection.is_normalised is not None
+        width = max(width, projection.shift.shape[1])
+        rows = projection.weight.new_full((len(projection.weight), tokens, width), torch.nan)
+        padded = projection.padded(width, has_flags=has_flags)
         # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
         weight = padded.weight.mT.contiguous().mT.clone()
         flags = None if padded.is_normalised is None else padded.is_normalised.clone()
-        return Stage(Projection(weight, padded.shift.clone(), flags), rows)
+        return StagingBuffer(Projection(weight, padded.shift.clone(), flags), rows)
 
     def require_room(self, projection: Projection) -> None:
         """Checks that these columns fit.
@@ -176,23 +176,23 @@ class Stage:
         Raises:
             SidelightError: There is no room for them.
         """
-        columns, needed = self.columns, projection.shift.shape[1]
+        room, needed = self.projections, projection.shift.shape[1]
         lacks_flags = projection.is_normalised is not None and self.projection.is_normalised is None
-        if needed > columns or lacks_flags:
+        if needed > room or lacks_flags:
             why = (
                 "read states of another norm than the first ones"
                 if lacks_flags
-                else f"need {needed} columns of a layer, and there is room for {columns}"
+                else f"need {needed} columns of a layer, and there is room for {room}"
             )
             raise SidelightError(
-                f"The probes {why}. Start vLLM with {COLUMNS}={max(needed, columns)}, which keeps "
+                f"The probes {why}. Start vLLM with {PROJECTIONS}={max(needed, room)}, which keeps "
                 "room for both."
             )
 
     def load(self, projection: Projection) -> None:
         """Projects to these columns, for which there is room, from now on."""
         has_flags = self.projection.is_normalised is not None
-        padded = projection.padded(self.columns, has_flags=has_flags)
+        padded = projection.padded(self.projections, has_flags=has_flags)
         self.projection.weight.copy_(padded.weight)
         self.projection.shift.copy_(padded.shift)
         if self.projection.is_normalised is not None and padded.is_normalised is not None:
@@ -202,19 +202,19 @@ class Stage:
         self.projection.layer(layer, stream.float(), out=self.rows[layer, : len(stream)])
 
     @property
-    def columns(self) -> int:
+    def projections(self) -> int:
         """How many a layer has room for."""
         return self.rows.shape[2]
 
 
 @dataclass(frozen=True)
-class Reading:
+class GatherPlan:
     """The tokens that a worker reads of a request after a pass.
 
     Attributes:
         blocks: The request's block table.
         start: The first token to read; 0 starts over.
-        parts: The ``Part`` of each token from ``start`` on.
+        token_roles: The ``TokenRole`` of each token from ``start`` on.
         ends_prompt: Whether the prompt is complete for the first time.
         is_plain: Whether the prompt is plain text.
         path: Where hidden states are written, if they are.
@@ -223,7 +223,7 @@ class Reading:
     request_id: str
     blocks: tuple[int, ...]
     start: int
-    parts: bytes
+    token_roles: bytes
     ends_prompt: bool
     is_plain: bool
     path: str = ""
@@ -237,11 +237,11 @@ def slots_of(
     return table[tokens // block_size] * block_size + tokens % block_size
 
 
-class Pages:
+class SlotStore:
     """Columns by KV slot.
 
     Args:
-        stage: What moves here after each pass.
+        staging: What moves here after each pass.
         blocks: The engine's KV blocks.
         block_size: Slots in a block.
 
@@ -249,38 +249,40 @@ class Pages:
         rows: The columns of each slot; NaN where none were kept.
     """
 
-    def __init__(self, stage: Stage, *, blocks: int, block_size: int):
-        self.stage = stage
+    def __init__(self, staging: StagingBuffer, *, blocks: int, block_size: int):
+        self.staging = staging
         self._block_size = block_size
-        layers, _, columns = stage.rows.shape
+        layers, _, width = staging.rows.shape
         # The last row takes vLLM's padding (slot -1).
-        self.rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
-        self._has_kept = torch.zeros((), dtype=torch.bool, device=stage.rows.device)
+        self.rows = staging.rows.new_full((blocks * block_size + 1, layers, width), torch.nan)
+        self._is_stored = torch.zeros((), dtype=torch.bool, device=staging.rows.device)
 
     def keep(self, slots: Int[Tensor, " token"]) -> None:
         """Moves the staged rows of a pass to the slots of its tokens."""
-        staged = self.stage.rows[:, : len(slots)]
+        rows = self.staging.rows[:, : len(slots)]
         slots = torch.where(slots < 0, len(self.rows) - 1, slots)
-        self.rows.index_copy_(0, slots.long(), staged.transpose(0, 1))
-        staged.fill_(torch.nan)
-        self._has_kept.fill_(True)
+        self.rows.index_copy_(0, slots.long(), rows.transpose(0, 1))
+        rows.fill_(torch.nan)
+        self._is_stored.fill_(True)
 
     def clear(self) -> None:
-        """Forgets all rows: whoever reads one that was kept before has no verdict."""
+        """Forget all rows; a request that reads an older one gets no verdict."""
         self.rows.fill_(torch.nan)
 
-    def has_kept(self) -> Bool[Tensor, ""]:
+    def is_stored(self) -> Bool[Tensor, ""]:
         """Whether rows were moved since this was asked last; on the device, so nothing waits."""
-        has_kept = self._has_kept.clone()
-        self._has_kept.fill_(False)
-        return has_kept
+        is_stored = self._is_stored.clone()
+        self._is_stored.fill_(False)
+        return is_stored
 
-    def slots(self, readings: Sequence[Reading]) -> Int[Tensor, " token"]:
+    def slots(self, plans: Sequence[GatherPlan]) -> Int[Tensor, " token"]:
         """The columns of the readings' tokens, one reading after the other."""
         slots = np.concatenate(
             [
-                slots_of(r.blocks, np.arange(r.start, r.start + len(r.parts)), self._block_size)
-                for r in readings
+                slots_of(
+                    r.blocks, np.arange(r.start, r.start + len(r.token_roles)), self._block_size
+                )
+                for r in plans
             ]
         )
         index, device = torch.from_numpy(slots), self.rows.device
@@ -289,6 +291,6 @@ class Pages:
             index = index.pin_memory().to(device, non_blocking=True)
         return index
 
-    def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
+    def read(self, plans: Sequence[GatherPlan]) -> Float[Tensor, "token layer projection"]:
         """The columns of the readings' tokens, one reading after the other, with spare ones."""
-        return self.rows[self.slots(readings)]
+        return self.rows[self.slots(plans)]
