@@ -121,7 +121,7 @@ class DeferringServer:
         judge = read_policy(policy).judges["guardian"]
         figure = Estimate(0.5, 0.4, 0.6)
         fit = JudgeFit(
-            judge=judge.revision,
+            judge=judge.digest,
             model=judge.model,
             weight=weight,
             threshold=threshold,

@@ -145,7 +145,7 @@ class EngineContract:
         (event,) = subject.classify([longest])
         assert event.tokens == engine.max_tokens
         subject.require([event], [longest])
-        for work in (engine.judge, engine.tokenize):
+        for work in (engine.classify, engine.tokenize):
             text = user(subject.letter * (room + 1))
             with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
                 subject.run(work(text if work == engine.tokenize else [text]))

@@ -235,7 +235,7 @@ def second_gpu(setting: Setting) -> Result:
 def speed(setting: Setting, *, probes: int) -> Result:
     """Tokens a second of extraction and decoding, and the memory of the GPU."""
     backbone = load_backbone(setting.model_name(), device=setting.device)
-    served = [replace(load_probe(setting.path / "probe"), name=f"probe-{i}") for i in range(probes)]
+    served = [load_probe(setting.path / "probe").changed(name=f"probe-{i}") for i in range(probes)]
     prompts = encode(backbone.encoder, load_examples(_TEST, label=None).items)
     rates: dict[str, float] = {}
     gib: dict[str, float] = {}
