@@ -28,6 +28,9 @@ class Hub(ThreadingHTTPServer):
         self.repositories, self.revisions = repositories, revisions
         self.downloads = []
 
+    def handle_error(self, request, client_address):
+        """A client may close its connection while it is answered."""
+
 
 class Answer(BaseHTTPRequestHandler):
     """What huggingface_hub asks for: the commit of a revision, its list of files, and a file."""

@@ -28,6 +28,7 @@ def download_probe(source: str | Path) -> Path:
     # Imported here, so that commands without such a name start fast.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
 
     match = _NAME.fullmatch(str(source))
     if match is None:
@@ -35,6 +36,8 @@ def download_probe(source: str | Path) -> Path:
             f"Cannot read '{source}' as a probe on the Hugging Face hub. Write "
             f"{PREFIX}OWNER/NAME@REVISION, where REVISION is a commit, a tag or a branch."
         )
+    # A probe takes a second to download. Bars of the hub would stand among those of the command.
+    disable_progress_bars()
     try:
         folder = Path(
             snapshot_download(
