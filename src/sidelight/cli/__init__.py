@@ -63,8 +63,8 @@ class _Commands(click.Group):
 def app() -> None:
     """Text and classification from one forward pass of the LLM you already serve.
 
-    Commands use no more CPU threads than the container's quota gives. OMP_NUM_THREADS sets another
-    number.
+    Commands use at most as many CPU threads as the container's quota allows. Set OMP_NUM_THREADS
+    to use another number.
     """
 
 
@@ -91,10 +91,10 @@ def _serve() -> click.Command:
 @click.option("--keep", is_flag=True, help="Leave the server running until Ctrl-C.")
 @options.free_port
 def demo(keep: bool, port: int) -> None:
-    """Hold five chats with the trained guards of the embedded model, then train a probe.
+    """Run five chats through the guards of the embedded model, then train a probe.
 
-    The chats go through the openai client, under a policy that blocks injections. The probe tells
-    intents apart, and learns it from 240 labelled texts.
+    The chats use the openai client and a policy that blocks injections. The probe is trained on
+    240 labelled texts and classifies intents.
     """
     # If the packages of a server are missing, say so before the model is loaded.
     import_module("sidelight.server.app")

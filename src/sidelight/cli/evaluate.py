@@ -43,7 +43,7 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
     ),
 )
 @options.measured
-@click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
+@click.option("--spans", default="spans", help="Column with the spans, if the probe labels spans.")
 @options.new_folder(
     "--plots",
     help="Folder for precision-recall, reliability and confusion plots of whole texts; with "
@@ -53,7 +53,7 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
     "--judge",
     type=options.PATH,
     metavar="FILE",
-    help="Also ask the judge in this TOML file, and fit how both decide (docs/second-stage.md).",
+    help="Also ask the judge in this TOML file and fit it to the probe (docs/second-stage.md).",
 )
 @click.option(
     "--share",
@@ -72,7 +72,7 @@ _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 @options.new_folder(
     "--save", help="With --judge: folder for the probe with the fit. [default: PROBE-judged]"
 )
-@click.option("--force", is_flag=True, help="Replace the probe that --save holds.")
+@click.option("--force", is_flag=True, help="Replace the probe in the --save folder.")
 @options.json_file
 @options.backbone
 @options.as_json
@@ -96,12 +96,12 @@ def evaluate(
 ) -> None:
     """Measure a probe on labelled data.
 
-    Each metric has a 95 % bootstrap interval. Texts that the probe was trained on are counted, and
-    so is what it flags of the background traffic that training has measured it on.
+    Each metric has a 95 % bootstrap interval. The report also counts the texts that the probe was
+    trained on, and shows its false-positive rate on the background traffic from training.
 
-    With --judge, an LLM judge is asked about the texts that rules would defer to it, and how both
-    decide together is fitted, out of fold. The probe stays, and a copy of it keeps the fit.
-    Answers are kept, so that asking can be resumed.
+    With --judge, an LLM judge is asked about the texts that rules would defer to it. The
+    combination of both is fitted out of fold and saved in a copy of the probe; the original is
+    unchanged. Answers are stored, so an interrupted run can be resumed.
     """
     second = None if judge is None else SecondStageOptions(judge, share, ask, threshold)
     if second is not None:
@@ -190,13 +190,13 @@ def _require_full_texts(card: "ProbeCard") -> None:
     "--explain",
     "explains",
     is_flag=True,
-    help="Also say what each token and each layer adds to the logit; a terminal shows the most.",
+    help="Also print what each token and layer adds to the logit; a terminal shows the largest.",
 )
 @click.option(
     "--spans",
     "prints_spans",
     is_flag=True,
-    help="Print the texts with their labelled words instead, as a terminal shows them anyway.",
+    help="Print the texts with their labelled words, which is the default in a terminal.",
 )
 @options.engine
 @options.backbone
@@ -210,7 +210,7 @@ def predict(
     runtime: Runtime,
     **columns: Any,
 ) -> None:
-    """Print one verdict per text, as JSON lines, in the order of the texts."""
+    """Print one verdict per text as JSON Lines, in input order."""
     _require_texts(texts, data)
     from sidelight.probes.card import read_card
     from sidelight.training.validation import require_side
@@ -366,18 +366,18 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
 @click.option(
     "--engines",
     show_default=False,
-    help="Engines to compare, with commas. [default: those that run the model]",
+    help="Comma-separated engines to compare. [default: all that run the model]",
 )
 @click.option(
     "--quantised",
     metavar="MODEL",
-    help="Compare with this quantised copy too, in the first engine that runs such copies.",
+    help="Also compare with this quantised copy, in the first engine that can run it.",
 )
 @click.option(
     "--gate",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="End with exit code 1 if more than this share of verdicts differs between two engines.",
+    help="Exit with code 1 if more than this share of verdicts differs between two engines.",
 )
 @options.model
 @options.tokenizer
@@ -398,10 +398,10 @@ def parity(
     out: Path | None,
     **model: Any,
 ) -> None:
-    """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
+    """Compare verdicts across engines and batch sizes, on the same texts.
 
-    Compare in float32 to see whether two engines compute the same, and in the dtype that you serve
-    to see what users get. With --quantised, see what quantised weights change.
+    Use float32 to check that two engines compute the same values, and the dtype that you serve to
+    see what users get. Use --quantised to see what quantised weights change.
     """
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card

@@ -31,19 +31,20 @@ _RESULTS, _POLICY = "figures.json", "policy.toml"
     )
 )
 @options.new_folder(
-    "--out", help="Folder for the probes and policy.toml. [default: where guard:NAME finds them]"
+    "--out",
+    help="Folder for the probes and policy.toml. [default: the folder that guard:NAME uses]",
 )
-@click.option("--only", metavar="NAMES", help="Guards to train, with commas. [default: all]")
+@click.option("--only", metavar="NAMES", help="Comma-separated guards to train. [default: all]")
 @click.option(
     "--rows",
     type=click.IntRange(min=20),
     help="Use N packaged texts of each guard, balanced by source and label. [default: all; on a "
     "CPU as many as have 250,000 tokens]",
 )
-@click.option("--data", help="Rows of your own beside those of the guard that --only names.")
+@click.option("--data", help="Your rows, added to those of the guard that --only names.")
 @options.threshold(default="f1")
-@click.option("--force", is_flag=True, help="Replace what the folder holds of other options.")
-@click.option("--list", "lists", is_flag=True, help="Print the cards, and train nothing.")
+@click.option("--force", is_flag=True, help="Replace guards trained with other options.")
+@click.option("--list", "lists", is_flag=True, help="Print the cards without training.")
 @options.backbone
 def guard(
     out: Path | None,
@@ -57,9 +58,9 @@ def guard(
 ) -> None:
     """Train ready guards: injection, harmful requests, toxicity, refusals, personal data.
 
-    The embedded model's are packaged: 'sidelight serve --probe guard:all' needs no training. For
-    another model this trains and measures each, on left-out texts and on public tests beside
-    TF-IDF. After a kill, the same command goes on with what is left.
+    The guards of the embedded model are packaged: 'sidelight serve --probe guard:all' needs no
+    training. For any other model, this command trains each guard and measures it on held-out texts
+    and on public tests, next to TF-IDF. Run the same command again to resume an interrupted run.
     """
     from sidelight.data.guards import find_guard
 

@@ -12,7 +12,7 @@ from sidelight.guards import probe_folder
 @click.argument("probe", type=options.PATH)
 @options.as_json
 def inspect(probe: Path, as_json: bool) -> None:
-    """Show what a probe decides and reads, its backbone, and its figures from training."""
+    """Show a probe's labels and inputs, its backbone, and its training metrics."""
     from sidelight.probes.card import read_card, summary
 
     probe = probe_folder(probe)

@@ -261,7 +261,7 @@ def _gathered(name: str, kind: type[Any], **defaults: Any) -> Callable[[Command]
 _data = partial(
     click.option,
     "--data",
-    help="JSONL, JSON, CSV or TSV file (also .gz), Parquet file, hub data set, or ready guard "
+    help="JSONL, JSON, CSV or TSV file (also .gz), Parquet file, hub data set, or guard "
     "(docs/guards.md).",
 )
 data = _data(required=True)
@@ -270,13 +270,13 @@ optional_data = _data()
 new_file = partial(click.option, type=PATH, callback=checked_file)
 new_folder = partial(click.option, type=PATH, callback=checked_folder)
 out = new_folder("--out", required=True, help="Output folder.")
-json_file = new_file("--out", help="File for the JSON.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for use in programs.")
+json_file = new_file("--out", help="JSON output file.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 text = click.option("--text", default="text", help="Column with the text or the chat messages.")
 label = click.option(
     "--label",
     default="label",
-    help="Column with the label; several columns, separated by commas, make a multi-label task.",
+    help="Column with the label; several comma-separated columns define a multi-label task.",
 )
 response = click.option("--response", help="Column with the assistant's answer.")
 split = click.option("--split", help="Split of a hub data set.")
@@ -289,15 +289,15 @@ missing_label = click.option(
 limit = click.option(
     "--limit",
     type=click.IntRange(min=2),
-    help="Use N rows, drawn at random; each class keeps its share.",
+    help="Use N random rows, stratified by class.",
 )
 threshold = partial(
     click.option,
     "--threshold",
     metavar="RULE",
     help="Objective for choosing thresholds: f1; fpr=0.01 (the highest recall that flags at most "
-    "this share of negative texts); recall=0.95 (the fewest false alarms that flag at least this "
-    "share of positive texts); or cost=10:1 (a miss costs 10 times as much as a false alarm).",
+    "this share of negative texts); recall=0.95 (the fewest false positives at a recall of at "
+    "least this share); or cost=10:1 (a miss costs 10 times as much as a false alarm).",
 )
 positive = click.option("--positive", help="Positive class of a binary task.")
 _model = partial(click.option, "--model")
@@ -332,7 +332,7 @@ free_port = click.option(
     type=click.IntRange(0, 65535),
     default=0,
     show_default=False,
-    help="[default: a free one]",
+    help="Port. [default: a free one]",
 )
 # Where a data file has text, label and response.
 columns = together(text, label, response, split)

@@ -11,7 +11,7 @@ from sidelight.guards import probe_folders
 
 @click.group()
 def policy() -> None:
-    """Work on policy files."""
+    """Check policy files."""
 
 
 @policy.command(
@@ -21,17 +21,15 @@ def policy() -> None:
     )
 )
 @click.argument("path", metavar="POLICY", type=options.PATH)
+@click.option("--probe", type=options.PATH, multiple=True, help="Probe folder; may be repeated.")
 @click.option(
-    "--probe", type=options.PATH, multiple=True, help="Folder of a probe; may be repeated."
-)
-@click.option(
-    "--litellm", is_flag=True, help="Also name rules that block in LiteLLM's guardrail alone."
+    "--litellm", is_flag=True, help="Also list rules that block only in LiteLLM's guardrail."
 )
 def check(path: Path, probe: tuple[Path, ...], litellm: bool) -> None:
-    """Warn of settings in a policy file under which a known evasion passes, or every text counts.
+    """Warn about settings in a policy file that let a known evasion pass or match every text.
 
-    The exit code is 0 without warnings, 1 with some, and 2 if the file is wrong or does not fit the
-    probes. Name all probes that will be served, or none: then only the file is read.
+    The exit code is 0 without warnings, 1 with warnings, and 2 if the file is invalid or does not
+    fit the probes. Name all probes that you will serve; without any, only the file is checked.
     """
     from sidelight.policy.rules import read_policy, require_policy_applies
 

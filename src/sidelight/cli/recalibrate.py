@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 @options.columns
 @options.missing_label
 @options.threshold(show_default="what they were chosen for before")
-@options.new_folder("--out", help="Folder to write. [default: PROBE-recalibrated]")
-@click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
+@options.new_folder("--out", help="Output folder. [default: PROBE-recalibrated]")
+@click.option("--force", is_flag=True, help="Replace the probe in the --out folder.")
 @click.option(
-    "--name", help="Name of the new probe, to serve it beside the old one. [default: the same]"
+    "--name", help="Name of the new probe, to serve it next to the old one. [default: unchanged]"
 )
 @options.backbone
 @options.as_json
@@ -54,9 +54,9 @@ def recalibrate(
 ) -> None:
     """Fit a probe's probabilities and thresholds to new traffic, without training.
 
-    Labelled texts calibrate as in training, and choose the thresholds. Without --data, thresholds
-    move to what --threshold wants, by the curve of left-out texts in the card. The probe stays,
-    and a new one is written, whose card says what it was recalibrated on.
+    Labelled texts set the calibration and the thresholds, as in training. Without --data, the
+    thresholds move to the --threshold objective on the held-out curve in the card. The original
+    probe is unchanged; the card of the new probe records what it was recalibrated on.
     """
     from sidelight.probes.card import read_card, require_free, require_name
     from sidelight.statistics.thresholds import ThresholdRule

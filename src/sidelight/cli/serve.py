@@ -57,9 +57,9 @@ def _end(*_: object) -> NoReturn:
 @options.device
 @click.pass_context
 def serve(context: click.Context, **values: Any) -> None:
-    """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts.
+    """Serve an LLM and its probes over an OpenAI-compatible API, with verdicts in every answer.
 
-    An option wins over its environment variable, and that over the file of --config.
+    Options override environment variables, which override the --config file.
     """
     # Nothing ends process 1, as of a container, by a signal that it does not handle.
     signal.signal(signal.SIGTERM, _end)

@@ -79,10 +79,10 @@ def train(
 ) -> None:
     """Train a probe on a labelled file.
 
-    The backbone runs once over the texts; the probe is trained on its hidden states. Early
-    stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
-    without --validation are cross-fitted: all of them train the probe, and each row is scored by a
-    probe that did not train on it. After a kill, the same command goes on where the backbone was.
+    The backbone runs once over the texts, and the probe is trained on its hidden states. Early
+    stopping, the threshold and calibration use validation rows only. With fewer than 1,000 rows and
+    no --validation, training cross-fits: the probe is trained on all rows, and each row is scored
+    by a probe that was not trained on it. Run the same command again to resume an interrupted run.
     """
     from sidelight.data.guards import guard_of
 

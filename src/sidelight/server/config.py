@@ -64,7 +64,7 @@ class ServerConfig(BaseModel):
 
     config: Path | None = Field(
         default=None,
-        description="TOML file with these options, whose names have underscores there.",
+        description="TOML file with these options; write their names with underscores.",
     )
     probe: tuple[Path, ...] = Field(
         default=(),
@@ -96,8 +96,8 @@ class ServerConfig(BaseModel):
     )
     audit_salt: Annotated[SecretStr | None, BeforeValidator(_as_secret)] = Field(
         default=None,
-        description="Secret salt of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; "
-        "default: a new one]",
+        description="Secret salt for the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; "
+        "default: a random one]",
     )
     trace_events: bool = Field(
         default=False,
@@ -126,20 +126,22 @@ class ServerConfig(BaseModel):
     )
     allowed_host: tuple[str, ...] = Field(
         default=(),
-        description="Host name that a server without keys answers to, besides localhost and IP "
+        description="Host name that a server without keys accepts, besides localhost and IP "
         "addresses; may be repeated.",
     )
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest request body.")
-    max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts per request.")
+    max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1, description="Maximum size of a request body, in bytes."
+    )
+    max_batch_items: int = Field(
+        default=512, ge=1, le=512, description="Maximum number of texts per request."
+    )
     max_request_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens that a request may read and write. [default: 65536, or the "
+        description="Maximum tokens that a request may read and write. [default: 65536, or the "
         "context of one text and its n answers if that is more]",
     )
-    deadline: float = Field(
-        default=600, gt=0, description="Seconds after which a request is cancelled."
-    )
+    deadline: float = Field(default=600, gt=0, description="Seconds before a request is cancelled.")
     # Options that other commands have too.
     engine: str = "auto"
     engine_option: dict[str, Any] = Field(default_factory=dict)

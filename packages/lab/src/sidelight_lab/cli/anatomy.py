@@ -19,16 +19,16 @@ from sidelight.cli.runtime import Runtime
 @options.data
 @options.out
 @options.columns
-@click.option("--spans", default="spans", help="Column of the spans, if the probe labels spans.")
+@click.option("--spans", default="spans", help="Column with the spans, if the probe labels spans.")
 @options.missing_label
 @options.limit
 @options.transformers
 def anatomy(probe: Path, runtime: Runtime, out: Path, **options: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 
-    Writes a picture, anatomy.json and report.md; of a probe of spans instead thresholds.png,
-    precision, recall and F1 of characters over all thresholds, and worst.html, the 50 worst texts
-    with what was found, missed and wrong. Give texts that the probe was not trained on.
+    Writes a picture, anatomy.json and report.md. For a probe that labels spans, writes
+    thresholds.png (character-level precision, recall and F1 by threshold) and worst.html (the 50
+    worst texts with hits, misses and errors). Use texts that the probe was not trained on.
     """
     from sidelight.data.loading import load_examples
     from sidelight_lab.anatomy import examine, write_anatomy

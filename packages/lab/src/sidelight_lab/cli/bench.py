@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.group(epilog=options.examples("sidelight bench everyday probes/mine --data held_out.jsonl"))
 def bench() -> None:
-    """Compare costs side by side in one run; do not compare figures of different runs."""
+    """Compare costs side by side in one run. Costs from different runs are not comparable."""
 
 
 _data = options.together(options.data, options.text, options.label)
@@ -33,7 +33,7 @@ _record = options.together(
         "--out",
         type=options.PATH,
         callback=options.checked_folder,
-        help="Folder for the figures as JSON and as Markdown.",
+        help="Folder for the results, as JSON and Markdown.",
     ),
     options.as_json,
 )
@@ -47,13 +47,19 @@ _record = options.together(
     ),
 )
 @_data
-@click.option("--sizes", callback=split_numbers, default="16,64", help="Texts of each class.")
-@click.option("--texts", callback=split_numbers, help="Texts in all, in the file's shares.")
-@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws of training texts.")
+@click.option("--sizes", callback=split_numbers, default="16,64", help="Training texts per class.")
 @click.option(
-    "--held-out", type=options.AT_LEAST_ONE, default=400, help="Texts to measure on, of any class."
+    "--texts", callback=split_numbers, help="Total training texts, in the file's class balance."
 )
-@click.option("--rivals", callback=names, default="tfidf", help="Trained on the same texts.  ")
+@click.option(
+    "--draws", type=options.AT_LEAST_ONE, default=3, help="Random draws of training texts."
+)
+@click.option(
+    "--held-out", type=options.AT_LEAST_ONE, default=400, help="Test texts, of any class."
+)
+@click.option(
+    "--rivals", callback=names, default="tfidf", help="Baselines to train on the same texts.  "
+)
 @options.transformers
 @options.as_json
 def bench_defaults(
@@ -65,15 +71,14 @@ def bench_defaults(
     rivals: list[str],
     **options: Any,
 ) -> None:
-    """Measure what `sidelight train` makes of a file, on texts that it did not see.
+    """Measure the default probe of `sidelight train` on held-out texts of a file.
 
-    The same of texts alone (--background none), and each rival (tfidf, sentence_embeddings,
-    attention_probe, encoder, means_all_layers, means_and_lasts, last_layer, mean_last_layer)
-    stand beside the default probe, with what it gains: the 95 % interval over draws and texts. The
-    last four, logistic regressions, are trained on texts alone and in the same
-    contexts. The accuracy that training printed stands beside the one that was measured, and so
-    does the share of background conversations that is flagged, of sources that no row was trained
-    on.
+    Compares the default probe with one trained without background (--background none) and with each
+    rival (tfidf, sentence_embeddings, attention_probe, encoder, means_all_layers, means_and_lasts,
+    last_layer, mean_last_layer), with a 95 % interval of its gain over draws and texts. The last
+    four are logistic regressions, trained both without contexts and in the same contexts. Also
+    reports the accuracy that training printed next to the measured one, and the share flagged of
+    background conversations from held-out sources.
     """
     from sidelight.data.loading import load_examples
 
@@ -110,7 +115,7 @@ def bench_defaults(
     help="File of harmless texts instead of ToxicChat's, for the real prompts and the padding; "
     "the probe must not have been trained on them.",
 )
-@click.option("--harmless", help="File of more harmless texts, which get a row.")
+@click.option("--harmless", help="File of additional harmless texts, reported in their own row.")
 @_record
 @options.dtype
 @options.device
@@ -126,12 +131,12 @@ def bench_everyday(
     dtype: "DtypeName",
     device: str,
 ) -> None:
-    """Test whether a probe is right in front of background traffic, and finds attacks in it.
+    """Measure a probe's false positives on background traffic and its recall of embedded attacks.
 
-    Harmless are small talk, conversations of agents with results of their tools, prompts of users,
-    and long texts. Attacks are positive texts that are flagged alone. They stand in padding, before
-    questions, and in turns of four words. The net is recall minus false alarms on
-    the same texts without the attacks.
+    Harmless texts are small talk, agent conversations with tool results, user prompts, and long
+    texts. Attacks are positive texts that the probe flags without context. They are placed in
+    padding, before questions, and in turns of four words. The net score is recall minus the
+    false-positive rate on the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card
@@ -172,14 +177,16 @@ def bench_everyday(
     ),
 )
 @options.training("And every setting of the optimisation of `sidelight train`.")
-@click.option("--test", required=True, help="Texts to measure on.")
-@click.option("--spans", default="spans", help="Column of the spans.")
-@click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="Of the probe of all layers.")
+@click.option("--test", required=True, help="Test texts.")
+@click.option("--spans", default="spans", help="Column with the spans.")
+@click.option(
+    "--seeds", type=options.AT_LEAST_ONE, default=3, help="Seeds for the all-layer probe."
+)
 @click.option(
     "--rivals",
     callback=names,
     default="last layer,mean of layers,lexicon,window,encoder",
-    help="What stands beside it.  ",
+    help="Baselines to compare with.  ",
 )
 @options.as_json
 @options.transformers
@@ -194,11 +201,11 @@ def bench_spans(
     seeds: int,
     rivals: list[str],
 ) -> None:
-    """Compare a probe of spans with rivals that learn from the same texts.
+    """Compare a probe that labels spans with baselines trained on the same texts.
 
-    Rivals are the same probe of the last layer alone and of the mean over layers, the words of
-    labelled spans (lexicon), a logistic regression on TF-IDF of a word and its neighbours (window),
-    and a MiniLM that is fine-tuned to label its tokens (encoder). Differences are paired by text.
+    The baselines are the same probe on the last layer and on the mean over layers, the words of
+    labelled spans (lexicon), a logistic regression on the TF-IDF of a word and its neighbours
+    (window), and a MiniLM fine-tuned to label tokens (encoder). Differences are paired by text.
     """
     from sidelight.data.examples import validation_share
     from sidelight.data.loading import load_examples
@@ -239,31 +246,38 @@ def bench_spans(
         "sidelight bench guards --only injection,harmful --rows 600 --out results/guards",
     ),
 )
-@click.option("--only", callback=names, help="Guards. [default: all that judge whole texts]  ")
-@click.option("--rows", type=AT_LEAST_TWO, help="Train on so many texts of each. [default: all]")
+@click.option(
+    "--only", callback=names, help="Guards to train. [default: all that classify whole texts]  "
+)
+@click.option("--rows", type=AT_LEAST_TWO, help="Training texts per guard. [default: all]")
 @click.option(
     "--rivals",
     callback=names,
     default="pooling,gate,attention,mean_last_layer,means_all_layers,tfidf,encoder",
-    help="What stands beside it.  ",
+    help="Baselines to compare with.  ",
 )
 @click.option(
-    "--draws", type=options.AT_LEAST_ONE, default=1, help="Draw --rows texts so often, and average."
+    "--draws",
+    type=options.AT_LEAST_ONE,
+    default=1,
+    help="Random draws of --rows texts to average over.",
 )
-@click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Of ours and the mechanisms.")
+@click.option(
+    "--seeds", type=options.AT_LEAST_ONE, default=1, help="Seeds for our probe and the mechanisms."
+)
 @options.out
 @options.as_json
 @options.transformers
 def bench_guards(
     runtime: Runtime, only: list[str] | None, out: Path, as_json: bool, **options: Any
 ) -> None:
-    """Measure probes of the ready guards on their public tests, beside rivals.
+    """Measure the ready guards and their baselines on public tests.
 
-    What `sidelight train --data guard:NAME` makes stands beside the paper's mechanisms, linear
-    probes of the last layer and of all layers, TF-IDF and a fine-tuned MiniLM, all trained on the
-    same texts alone. A quarter of the packaged background, by sources, is left out of training, and
-    every row is measured on it. Below each test stand figures that other guards have published. A
-    second run repeats no guard that has finished; hidden states are in --out until the end.
+    Compares the probe of `sidelight train --data guard:NAME` with the paper's mechanisms, linear
+    probes on the last layer and on all layers, TF-IDF and a fine-tuned MiniLM, all trained on the
+    same texts without background. A quarter of the packaged background, split by source, is held
+    out, and every row is measured on it. Each test also lists published results of other guards.
+    A second run skips finished guards; hidden states stay in --out until the end.
     """
     from sidelight.training.background import load_background
     from sidelight_lab.bench.guards import measure_guards
@@ -287,9 +301,14 @@ def bench_guards(
 )
 @_data
 @options.response
-@click.option("--spans", help="Column of labelled spans, in place of --label.")
-@click.option("--texts", type=AT_LEAST_TWO, default=400, help="Texts in each draw.")
-@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws, each with its seed.")
+@click.option("--spans", help="Column with labelled spans; replaces --label.")
+@click.option("--texts", type=AT_LEAST_TWO, default=400, help="Texts per draw.")
+@click.option(
+    "--draws",
+    type=options.AT_LEAST_ONE,
+    default=3,
+    help="Random draws, each with a different seed.",
+)
 @_record
 @options.transformers
 def bench_states(
@@ -306,9 +325,9 @@ def bench_states(
 ) -> None:
     """Measure what a probe loses by training on compressed hidden states.
 
-    The default probe trains on whole states, then on all, a half and a quarter of each layer's
-    principal directions, in 8 and in 16 bits. Each form's AUROC on left-out texts is compared with
-    that of whole states on the same texts.
+    The default probe is trained on uncompressed states, then on all, half and a quarter of each
+    layer's principal directions, in 8 and in 16 bits. The AUROC of each form on held-out texts is
+    compared with that of uncompressed states on the same texts.
     """
     from sidelight.data.loading import load_examples
 
@@ -335,19 +354,24 @@ def bench_states(
         "sidelight bench training --texts 500,2000 --states stream --layers 8",
     ),
 )
-@click.option("--texts", callback=split_numbers, default="1000,5000,20000", help="How many.  ")
+@click.option(
+    "--texts",
+    callback=split_numbers,
+    default="1000,5000,20000",
+    help="Numbers of training texts.  ",
+)
 @click.option(
     "--states",
     type=click.Choice(["disk", "stream"]),
     multiple=True,
     default=["disk", "stream"],
-    help="How hidden states are kept, as in --set states=; may be repeated.",
+    help="How to store hidden states, as in --set states=; may be repeated.",
 )
-@click.option("--words", type=options.AT_LEAST_ONE, default=5, help="Of each text.")
-@click.option("--epochs", type=options.AT_LEAST_ONE, default=1, help="Of each training.")
-@click.option("--layers", type=options.AT_LEAST_ONE, help="Hidden states that are read.")
-@click.option("--memory", type=float, default=0.25, help="GiB of hidden states in memory.")
-@click.option("--threads", type=options.AT_LEAST_ONE, default=1, help="Of each training.")
+@click.option("--words", type=options.AT_LEAST_ONE, default=5, help="Words per text.")
+@click.option("--epochs", type=options.AT_LEAST_ONE, default=1, help="Epochs per training run.")
+@click.option("--layers", type=options.AT_LEAST_ONE, help="Number of hidden states to read.")
+@click.option("--memory", type=float, default=0.25, help="Memory for hidden states, in GiB.")
+@click.option("--threads", type=options.AT_LEAST_ONE, default=1, help="Threads per training run.")
 @options.model
 @_record
 def bench_training(
@@ -358,12 +382,12 @@ def bench_training(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Measure what a training takes: seconds, memory and disk by the number of texts.
+    """Measure the time, memory and disk space of training, by the number of texts.
 
     Texts are runs of words of the packaged background, without contexts. Hidden states are
     kept compressed on disk, or computed again in each epoch. Each training has a process
-    of its own. After a kill, the same command goes on with the next training, if --out names the
-    same folder, where it also draws training.svg.
+    of its own. Run the same command with the same --out to resume an interrupted run;
+    --out also gets training.svg.
     """
     from sidelight_lab.bench.training import Workload, measure_training
 
@@ -378,21 +402,26 @@ def bench_training(
     ),
 )
 @_data
-@click.option("--test", required=True, help="Texts to measure on.")
-@click.option("--positive", required=True, help="The positive label; all others are negative.")
+@click.option("--test", required=True, help="Test texts.")
+@click.option("--positive", required=True, help="Positive label; all others are negative.")
 @click.option("--texts", type=AT_LEAST_TWO, default=400, help="Training texts.")
-@click.option("--tested", type=AT_LEAST_TWO, default=400, help="Texts to measure on, at most.")
-@click.option("--flips", callback=split_numbers, default="5,10,20", help="In percent.  ")
-@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws of the flips.")
+@click.option("--tested", type=AT_LEAST_TWO, default=400, help="Maximum number of test texts.")
+@click.option(
+    "--flips",
+    callback=split_numbers,
+    default="5,10,20",
+    help="Shares of labels to flip, in percent.  ",
+)
+@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Random draws of the flips.")
 @options.out
 @options.as_json
 @options.transformers
 def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **values: Any) -> None:
-    """Measure what wrong labels of a judge cost the probe of `sidelight label --judge`.
+    """Measure how a judge's wrong labels affect the probe of `sidelight label --judge`.
 
-    Some of the true labels are flipped to one side: positives that a judge misses, or negatives
-    that it takes for positives. A second probe learns after the true labels of the texts that the
-    first one doubts are known. Draws that are done are not repeated.
+    Some of the true labels are flipped in one direction: positives that a judge misses, or
+    negatives that it labels as positive. A second probe is trained after the labels that the first
+    one doubts are corrected. Finished draws are not repeated.
     """
     from sidelight_lab.bench.judge_labels import measure_flips
 
@@ -409,19 +438,21 @@ def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **values:
     ),
 )
 @click.argument("subject", type=click.Choice(["toxicchat", "xstest"]))
-@click.option("--texts", type=AT_LEAST_TWO, default=400, help="Training texts of a draw.")
-@click.option("--negatives", type=AT_LEAST_TWO, default=800, help="Negative texts of ToxicChat.")
-@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws of training texts.")
+@click.option("--texts", type=AT_LEAST_TWO, default=400, help="Training texts per draw.")
+@click.option("--negatives", type=AT_LEAST_TWO, default=800, help="Negative texts from ToxicChat.")
+@click.option(
+    "--draws", type=options.AT_LEAST_ONE, default=3, help="Random draws of training texts."
+)
 @options.out
 @options.as_json
 @options.transformers
 def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **values: Any) -> None:
-    """Measure a probe with a judge behind it, by the share of texts that the judge gets.
+    """Measure a probe with a second-stage judge, by the share of texts deferred.
 
     Of toxicchat, the judge is a MiniLM that is fine-tuned on the probe's training texts. Of xstest,
     it is GPT-4, by its recorded answers: a prompt that it refuses is harmful; the probe learns from
-    the texts of the ready guard harmful. Probes are trained without background traffic. Draws that
-    are done are not repeated; hidden states stay in --out.
+    the texts of the ready guard harmful. Probes are trained without background traffic. Finished
+    draws are not repeated; hidden states stay in --out.
     """
     from sidelight_lab.bench.second_stage import measure_second_stage
 
@@ -437,21 +468,21 @@ def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **values: Any
         "sidelight bench load --clients 8 --minutes 0.5 --round 5",
     ),
 )
-@click.option("--model", default="smollm2", help="As `sidelight serve` takes it.")
-@click.option("--clients", type=options.AT_LEAST_ONE, default=64, help="Clients at once.")
-@click.option("--minutes", type=POSITIVE, default=10.0, help="Minutes with probes, in total.")
+@click.option("--model", default="smollm2", help="Backbone, as in `sidelight serve`.")
+@click.option("--clients", type=options.AT_LEAST_ONE, default=64, help="Concurrent clients.")
+@click.option("--minutes", type=POSITIVE, default=10.0, help="Total minutes with probes.")
 @click.option(
-    "--round", "round_s", type=POSITIVE, default=60.0, help="Seconds of each server in a round."
+    "--round", "round_s", type=POSITIVE, default=60.0, help="Seconds per server in each round."
 )
-@click.option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
-@click.option("--spans", is_flag=True, help="Two of the three probes label tokens.")
+@click.option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens per answer.")
+@click.option("--spans", is_flag=True, help="Make two of the three probes label tokens.")
 @_record
 def bench_load(minutes: float, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Let many chat clients ask at once, with blocking policies on prompt and response.
+    """Run many concurrent chat clients, with blocking policies on prompt and response.
 
-    The right verdicts on each prompt are known beforehand, so a verdict that is lost, comes twice
-    or belongs to another request is found: the command then ends with an error. A second server
-    without probes is asked in turn, to compare times.
+    The correct verdicts on each prompt are known in advance. The command fails if a verdict is
+    lost, duplicated, or belongs to another request. A second server without probes is measured in
+    alternation, to compare times.
     """
     from sidelight_lab.bench.load import run_load
 
@@ -483,10 +514,10 @@ def bench_tools(
     dtype: "DtypeName",
     device: str,
 ) -> None:
-    """Count which results of tools a rule flags in an agent's chat.
+    """Count the tool results that a rule flags in an agent's chat.
 
-    The rule has turns = "all" or turns = "tool". A column "subset" of the data names
-    the kind of each result, which gets a row.
+    The rule has turns = "all" or turns = "tool". The data's column "subset" names the kind of each
+    result; each kind gets a row.
     """
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card
@@ -508,17 +539,21 @@ def bench_tools(
         "sidelight bench judge --out judge", "sidelight bench judge --seconds 0.5 --clients 8"
     ),
 )
-@click.option("--model", default="smollm2", help="As `sidelight serve` takes it.")
-@click.option("--seconds", type=POSITIVE, default=0.2, help="That the judge takes.")
-@click.option("--rounds", type=AT_LEAST_TWO, default=20, help="Prompts of one client.")
-@click.option("--clients", type=AT_LEAST_TWO, default=64, help="Clients at once, after that.")
-@click.option("--max-tokens", type=AT_LEAST_TWO, default=8, help="Tokens of an answer.")
+@click.option("--model", default="smollm2", help="Backbone, as in `sidelight serve`.")
+@click.option(
+    "--seconds", type=POSITIVE, default=0.2, help="Seconds that the judge takes to answer."
+)
+@click.option("--rounds", type=AT_LEAST_TWO, default=20, help="Prompts from the single client.")
+@click.option(
+    "--clients", type=AT_LEAST_TWO, default=64, help="Concurrent clients in the second part."
+)
+@click.option("--max-tokens", type=AT_LEAST_TWO, default=8, help="Tokens per answer.")
 @_record
 def bench_judge(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
-    """Time the first token of prompts that are deferred to a judge of a fixed speed.
+    """Time the first token of prompts that are deferred to a fixed-speed judge.
 
-    Each prompt is deferred and passes. It is compared with the slower of both: the first token of a
-    server with the same probe and no rule, and the moment at which the judge has answered.
+    Each prompt is deferred and passes. The time is compared with the slower of two: the first token
+    of a server with the same probe and no rule, and the judge's answer.
     """
     from sidelight.engines.transformers.backbone import load_backbone
     from sidelight_lab.bench.judge import measure_judge
@@ -539,21 +574,23 @@ def bench_judge(model: str, out: Path | None, as_json: bool, **values: Any) -> N
     "--tokens",
     callback=split_numbers,
     default="16,64,256,512,1024,2048",
-    help="Lengths of the prompts.  ",
+    help="Prompt lengths, in tokens.  ",
 )
-@click.option("--batch-sizes", callback=split_numbers, default="1,16", help="Prompts at once.  ")
-@click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds of all rows in turn.")
+@click.option("--batch-sizes", callback=split_numbers, default="1,16", help="Prompts per batch.  ")
+@click.option(
+    "--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds; each times every row once."
+)
 @click.option(
     "--probe",
     "probes",
     multiple=True,
-    help="Time a check by these probes over HTTP instead, as `sidelight serve` takes them; each "
+    help="Time a check by these probes over HTTP instead, named as in `sidelight serve`; each "
     "--probe is a row.",
 )
 @click.option(
     "--layers",
     callback=split_numbers,
-    help="With --probe, also time copies that read the first K hidden states alone.  ",
+    help="With --probe, also time copies that read only the first K hidden states.  ",
 )
 @_record
 @options.transformers
@@ -567,7 +604,7 @@ def bench_latency(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Time one new token with every mechanism, with ten probes, and with what they replace.
+    """Time one new token with each mechanism, with ten probes, and with the systems they replace.
 
     That is each mechanism in its dense form on hidden states that are kept, a small encoder before
     the LLM, and a guard of the LLM's own size before it. Then the CPU time of a token of four
@@ -600,10 +637,16 @@ def bench_latency(
     ),
 )
 @click.argument("models", nargs=-1)
-@click.option("--threads", type=options.AT_LEAST_ONE, default=1, help="Of each engine.")
-@click.option("--tokens", callback=split_numbers, default="256,1024", help="Of prompts.  ")
-@click.option("--written", type=options.AT_LEAST_ONE, default=48, help="Tokens of each text.")
-@click.option("--rounds", type=options.AT_LEAST_ONE, default=5, help="Of all models in turn.")
+@click.option("--threads", type=options.AT_LEAST_ONE, default=1, help="Threads per engine.")
+@click.option(
+    "--tokens", callback=split_numbers, default="256,1024", help="Prompt lengths, in tokens.  "
+)
+@click.option(
+    "--written", type=options.AT_LEAST_ONE, default=48, help="Tokens to generate per text."
+)
+@click.option(
+    "--rounds", type=options.AT_LEAST_ONE, default=5, help="Rounds; each times every model once."
+)
 @options.dtype
 @_record
 def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
@@ -631,10 +674,13 @@ def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **op
 )
 @click.option("--rounds", type=AT_LEAST_TWO, default=30, help="Paired rounds.")
 @click.option(
-    "--tokens", type=click.IntRange(min=8), default=256, help="Tokens of a prompt, roughly."
+    "--tokens",
+    type=click.IntRange(min=8),
+    default=256,
+    help="Approximate prompt length, in tokens.",
 )
-@click.option("--requests", type=AT_LEAST_TWO, default=8, help="Requests that run together.")
-@click.option("--written", type=AT_LEAST_TWO, default=96, help="Tokens that each request writes.")
+@click.option("--requests", type=AT_LEAST_TWO, default=8, help="Concurrent requests.")
+@click.option("--written", type=AT_LEAST_TWO, default=96, help="Tokens generated per request.")
 @options.json_file
 @options.model
 @options.dtype
@@ -642,7 +688,7 @@ def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **op
 def bench_serve(
     out: Path | None, model: str | None, engine_option: dict[str, Any], **options: Any
 ) -> None:
-    """Do the same work with and without probes in one running vLLM, in paired rounds.
+    """Measure vLLM with and without probes on the same work, in paired rounds.
 
     The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, of
     responses a readout and a probe of spans, and those of the five ready guards. What they add is a
@@ -671,16 +717,21 @@ def bench_serve(
     ),
 )
 @options.out
-@click.option("--model", help="Model that is checked, small enough for float32. [default: smollm2]")
-@click.option("--only", multiple=True, metavar="NAME", help="Sections that begin so; repeatable.")
+@click.option("--model", help="Model to check; must fit in float32. [default: smollm2]")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="Run sections whose names begin with this; may be repeated.",
+)
 @options.engine_option
 def bench_gpu(out: Path, **options: Any) -> None:
     """Check this machine's GPU: the transformers engine, then probes inside vLLM; 30 minutes.
 
-    Each section runs in a process of its own, so one that fails loses no other, and is given up
-    after ten minutes. A second run repeats what has not passed. --out gets gpu.json and gpu.md,
-    which can be attached to an issue as they are, and logs. Without a GPU the sections run with
-    tiny sizes, to try out the check. The exit code is 1 if a section did not pass.
+    Each section runs in a separate process with a limit of ten minutes, so a failure does not
+    affect the others. A second run repeats only sections that have not passed. --out gets logs,
+    gpu.json and gpu.md, which you can attach to an issue. Without a GPU, the sections run with tiny
+    sizes, to try out the check. The exit code is 1 if a section did not pass.
     """
     from sidelight_lab.bench.gpu import run_check
 

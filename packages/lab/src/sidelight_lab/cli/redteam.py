@@ -49,9 +49,11 @@ if TYPE_CHECKING:
     "--budget",
     type=options.AT_LEAST_ONE,
     default=50,
-    help="Texts that the search may have scored for each positive.",
+    help="Maximum number of texts that the search scores per positive text.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Draws texts and attacks.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Seed for sampling texts and attacks."
+)
 @click.option(
     "--flag",
     callback=names,
@@ -61,12 +63,12 @@ if TYPE_CHECKING:
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
-    help="Probability from which they do. [default: the probe's]",
+    help="Probability at which a label flags a text. [default: the probe's threshold]",
 )
 @options.json_file
 @click.option(
     "--url",
-    help="Attack the policy of a live server, on each route that writes text; its key is "
+    help="Attack the policy of a live server on each route that generates text; its key is "
     "SIDELIGHT_API_KEY. [default: the probe itself]",
 )
 @options.transformers
@@ -89,8 +91,8 @@ def redteam(
 ) -> None:
     """Attack a probe of prompts as a client could, and count what gets through.
 
-    Each attack is made on positive and on benign texts, since a probe that flags every disguise
-    has found nothing. Use texts that training has not seen.
+    Each attack is applied to positive and to benign texts, because a probe that flags every
+    disguise detects nothing. Use texts that the probe was not trained on.
     """
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card

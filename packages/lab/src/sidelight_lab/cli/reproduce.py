@@ -35,33 +35,33 @@ fewshot, fewshot-sst2, fewshot-emotion; own (every row on your own files)."""
     "--data",
     "root",
     type=options.PATH,
-    help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
+    help="Folder with one subfolder per data set. [default: SIDELIGHT_DATA, then the hub]",
 )
-@click.option("--train", help="File to train on, instead of the recipe's data set.")
-@click.option("--test", help="File to test on; goes with --train.")
-@click.option("--validation", help="[default: held out of --train]")
+@click.option("--train", help="Training file that replaces the recipe's data set.")
+@click.option("--test", help="Test file; required with --train.")
+@click.option("--validation", help="Validation file. [default: held out from --train]")
 @options.text
 @options.label
 @options.positive
-@click.option("--seeds", type=options.AT_LEAST_ONE, help="[default: the recipe's]")
+@click.option("--seeds", type=options.AT_LEAST_ONE, help="Number of seeds. [default: the recipe's]")
 @click.option(
-    "--only", callback=names, metavar="ROW,ROW", help="Make only these rows of the recipe."
+    "--only", callback=names, metavar="ROW,ROW", help="Run only these rows of the recipe."
 )
 @options.limit
 @click.option(
     "--cache",
     type=options.PATH,
-    help="Folder for hidden states; they stay there. [default: the user's cache]",
+    help="Folder where hidden states are stored and kept. [default: the user's cache]",
 )
 @options.transformers
 @options.as_json
 def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **options: Any) -> None:
-    """Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
+    """Reproduce a table. RECIPE is a name (see below) or your own .toml file.
 
-    The backbone runs once over the texts. Probes are stored when all of them are trained, and a
-    baseline when it is fitted. Run the same command again after a kill, and it goes on; a row that
-    changed in the recipe is made anew. Test data is opened once, after every row has its validation
-    results; test_opened.json says when.
+    The backbone runs once over the texts. Probes are stored when all of them are trained, and each
+    baseline when it is fitted. Run the same command again to resume an interrupted run; rows that
+    changed in the recipe are recomputed. Test data is opened once, after every row has validation
+    results; test_opened.json records the time.
     """
     from sidelight_lab.tables.recipes import parse_recipe, recipe_text
 

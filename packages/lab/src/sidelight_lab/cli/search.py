@@ -37,15 +37,15 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
     "mechanisms",
     callback=names,
     default="readout",
-    help="Mechanisms that `sidelight train` knows, with commas between them.",
+    help="Comma-separated mechanisms of `sidelight train`.",
 )
 @click.option(
     "--trials",
     type=options.AT_LEAST_ONE,
     default=100,
-    help="Trials of each mechanism, with those of an earlier run in the same folder.",
+    help="Trials per mechanism, including those of an earlier run in the same folder.",
 )
-@click.option("--seed", type=int, default=0, help="Seed of everything random.")
+@click.option("--seed", type=int, default=0, help="Random seed.")
 @options.transformers
 @options.as_json
 def search(
@@ -61,8 +61,8 @@ def search(
     """Search options and settings of mechanisms on validation data.
 
     The backbone runs once over the texts. Every trial trains from its cached hidden states, and
-    several trials share each read. Fewer than 1,000 rows without --validation are scored by folds,
-    as `sidelight train` does. Run the same command again after a kill, and the search goes on.
+    several trials share each read. With fewer than 1,000 rows and no --validation, trials are
+    cross-fitted, as in `sidelight train`. Run the same command again to resume the search.
     """
     # What is about training is searched.
     options.typed(assigned, {})
