@@ -120,9 +120,9 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
         (Policy(input={"toxic": Rule()}), "Did you mean 'toxicity'"),
         (
             Policy(input={"late": Rule("block")}),
-            r"no probe 'late' judges it. It reads the other side: write \[output.late\]",
+            r"no probe 'late' classifies it. It reads the other side: write \[output.late\]",
         ),
-        (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
+        (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' classifies it"),
         (Policy(input={"intent": Rule("block")}), "flags no label by default"),
         (Policy(input={"toxicity": Rule("flag", labels=("fine",))}), "flags only toxic"),
         (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),

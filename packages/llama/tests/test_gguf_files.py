@@ -197,7 +197,7 @@ def test_the_embedded_models_file_has_a_name():
             "--engine transformers --engine-option a=1",
             "has no option 'a'. It has none",
         ),
-        ("--model {file} --engine transformers", "runs in llama alone, not in transformers"),
+        ("--model {file} --engine transformers", "runs only in llama, not in transformers"),
         ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
         (
             "--model smollm2 --tokenizer t",
@@ -221,7 +221,7 @@ def test_what_does_not_fit_a_gguf_file_is_refused_by_each_command(file, options,
 @pytest.mark.parametrize("command", ["train --data x.jsonl --out x", "serve"])
 def test_vllm_refuses_a_gguf_file(file, command, capsys):
     assert cli(*command.split(), "--model", str(file), "--engine", "vllm") == 2
-    assert "runs in llama alone, not in vllm" in capsys.readouterr().err
+    assert "runs only in llama, not in vllm" in capsys.readouterr().err
 
 
 def test_the_options_of_llama_cpp_are_those_of_its_page():

@@ -107,9 +107,7 @@ def evaluate(
     if second is not None:
         save = second.prepare(probe, save, force=force)
     elif save is not None or threshold is not None:
-        raise SidelightError(
-            "--save and --threshold are about a judge. Name its file with --judge."
-        )
+        raise SidelightError("--save and --threshold need a judge. Name its file with --judge.")
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card
@@ -251,7 +249,7 @@ def _require_texts(texts: Sequence[str], data: str | None) -> None:
     """Refuses a call without texts, or with texts of two kinds; says which file is read."""
     if not texts and data is None:
         raise SidelightError(
-            "There is no text to judge. Write texts after the probe, or name a file with --data."
+            "There is no text to classify. Write texts after the probe, or name a file with --data."
         )
     if texts and data is not None:
         raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")

@@ -297,7 +297,7 @@ threshold = partial(
     metavar="RULE",
     help="Objective for choosing thresholds: f1; fpr=0.01 (the highest recall that flags at most "
     "this share of negative texts); recall=0.95 (the fewest false positives at a recall of at "
-    "least this share); or cost=10:1 (a miss costs 10 times as much as a false alarm).",
+    "least this share); or cost=10:1 (a miss costs 10 times as much as a false positive).",
 )
 positive = click.option("--positive", help="Positive class of a binary task.")
 _model = partial(click.option, "--model")

@@ -90,7 +90,7 @@ class SecondStageOptions:
         if answered.failures:
             warn(
                 f"The judge gave no verdict on {answered.failures.total()} texts "
-                f"({answered.describe_failures()}), which are left out of its figures."
+                f"({answered.describe_failures()}), which are excluded from its metrics."
             )
         return fit_judge(
             probe,

@@ -38,7 +38,7 @@ def encode_spans(
         warn(
             "Left out the spans of labels that training did not know "
             f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
-            "counts as a false alarm."
+            "counts as a false positive."
         )
     spans = tuple(tuple(span for span in row if span.label in task_labels) for row in rows)
     holds = [[any(span.label == label for span in row) for label in task_labels] for row in spans]

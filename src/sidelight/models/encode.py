@@ -226,7 +226,7 @@ class PromptEncoder:
         if not turns:
             raise SidelightError(
                 "The model's chat template marks no turns, so a chat cannot be told from plain "
-                f"text. To judge chats, {_USE_RAW}."
+                f"text. To classify chats, {_USE_RAW}."
             )
         if self.chat_format.markers(ids) != markers:
             raise SidelightError(
@@ -266,7 +266,7 @@ class PromptEncoder:
             if not ends:
                 raise SidelightError(
                     "The chat template rewrites the text, so its tokens cannot be told from those "
-                    f"of the template. To judge such texts, {_USE_RAW}."
+                    f"of the template. To classify such texts, {_USE_RAW}."
                 )
             spans.append((cursor, ends[0]))
             cursor = ends[0] + len(literal)

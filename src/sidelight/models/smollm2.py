@@ -85,7 +85,7 @@ def require_model(name: str) -> None:
     is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if name != EMBEDDED_NAME and is_folder and not (folder / "config.json").is_file():
         raise SidelightError(
-            f"Cannot load '{name}': it is no folder of a model (config.json is missing). {MODELS}"
+            f"Cannot load '{name}': it is not a model folder (config.json is missing). {MODELS}"
         )
 
 

@@ -304,17 +304,19 @@ def _require_passed(event: PromptClassified, decisions: Sequence[Decision]) -> N
     chats_only = [d for d in failed if not d.rule.probe.can_classify(is_plain=event.is_plain)]
     if too_long is not None:
         message = (
-            f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' may judge at most "
-            f"{too_long.rule.max_tokens}, and the policy blocks what is not judged. Shorten it."
+            f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' may classify at "
+            f"most {too_long.rule.max_tokens}, and the policy blocks text without a verdict. "
+            "Shorten it."
         )
     elif chats_only:
         message = (
             f"No verdict from {_names(chats_only)}: probes that were trained on chats alone cannot "
-            "judge plain text, and the policy blocks what is not judged. Use /v1/chat/completions."
+            "classify plain text, and the policy blocks text without a verdict. Use "
+            "/v1/chat/completions."
         )
     else:
         failure = verdict_failure([decision.rule.name for decision in failed])
-        message = f"{failure} The policy blocks what is not judged."
+        message = f"{failure} The policy blocks text without a verdict."
         status = 500
     raise PolicyError(message, code="verdict_failed", decisions=decisions, status=status)
 

@@ -345,8 +345,8 @@ def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
                     else did_you_mean(name, known)
                 )
                 raise SidelightError(
-                    f"The policy has a rule for the {side}, but no probe '{name}' judges it."
-                    f"{remedy}"
+                    f"The policy has a rule for the {side}, but no probe '{name}' "
+                    f"classifies it.{remedy}"
                 )
     for bound in bound_rules(policy, probes):
         require_rule_applies(bound, probes)
@@ -382,15 +382,15 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
         _require_deferrable(bound, bound.rule.defer)
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
-            f"Probe '{bound.name}' judges the output, which is too late for a route. Use another "
-            "mode."
+            f"Probe '{bound.name}' classifies the response, which is too late for a route. Use "
+            "another mode."
         )
     rivals = [p.name for p in probes if side_of(p.card) == bound.side and p.name != bound.name]
     rival = bound.shadow_of
     if rival is not None and (not bound.is_shadow or rival not in rivals):
         raise SidelightError(
             f"Probe '{bound.name}' cannot be the shadow of '{rival}': its mode must be 'shadow', "
-            f"and both must judge the {bound.side}.{did_you_mean(rival, rivals)}"
+            f"and both must classify the {bound.side}.{did_you_mean(rival, rivals)}"
         )
 
 

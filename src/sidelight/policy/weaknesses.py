@@ -100,9 +100,9 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
         return
     if rule.on_failure == "pass":
         yield (
-            f'{place} on_failure = "pass" lets through what the probe cannot judge, such as plain '
-            "text unless it was trained with format=both or raw. Leave it out, so that such a "
-            "text is blocked."
+            f'{place} on_failure = "pass" lets through what the probe cannot classify, such as '
+            "plain text unless it was trained with format=both or raw. Leave it out, so that such "
+            "a text is blocked."
         )
         if rule.max_tokens is not None:
             yield (

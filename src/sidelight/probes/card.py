@@ -137,7 +137,7 @@ class Epochs(_Record):
 
 
 class DepthTrial(_Record):
-    """A depth that a training could read to, on left-out texts.
+    """A depth that a training could read to, on held-out texts.
 
     Attributes:
         layers: How many hidden states of a token it reads, from the embedding up.
@@ -163,7 +163,7 @@ class TrainingRecord(_Record):
         training: The texts that parameters were fitted to.
         training_sha256: Hash of everything that decides the probe.
         contexts: How many contexts of each kind the training texts were also shown in.
-        validation: The left-out texts that calibrated.
+        validation: The held-out texts that calibrated.
         traffic: Figures on background traffic; None: trained without.
         recalibrations: The newest last.
         threshold_rule: What the thresholds were chosen for, as ``--threshold`` takes it.
@@ -173,7 +173,7 @@ class TrainingRecord(_Record):
         settings: How it was optimised.
         epochs: How well.
         parameters: How many were trained.
-        spans: How well spans of left-out texts were found.
+        spans: How well spans of held-out texts were found.
         lookaheads: The character F1 of each lookahead that was tried.
         depths: The depths that were tried, the deepest first; the last accepted one is the
             probe's. None of them: the depth was given.

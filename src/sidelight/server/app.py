@@ -171,7 +171,7 @@ def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
         place = (config.host, listener.getsockname()[1])
         rules = app.state.context.registry.rules
         served = ", ".join(f"{bound.name} ({bound.mode})" for bound in rules)
-        _log.info("Probes: %s", served or "none, so no text is judged")
+        _log.info("Probes: %s", served or "none, so no text is classified")
         _log.info("Listening on http://%s:%d (Ctrl-C stops)", *place)
         if config.playground:
             _log.info("The playground is at http://%s:%d/playground", *place)

@@ -152,8 +152,8 @@ def _require_verdicts(
     for decision in decisions:
         if decision.is_too_long:
             raise RequestError(
-                f"{which} has {tokens} tokens, but probe '{decision.rule.name}' may judge at most "
-                f"{decision.rule.rule.max_tokens}. Shorten it, or choose other probes.",
+                f"{which} has {tokens} tokens, but probe '{decision.rule.name}' may classify at "
+                f"most {decision.rule.rule.max_tokens}. Shorten it, or choose other probes.",
                 code="verdict_failed",
             )
     silent = [decision.rule.name for decision in decisions if decision.verdict is None]

@@ -210,7 +210,7 @@ def _refuse(context: RequestContext, side: Side) -> None:
     if side == "input":
         require_prompt_probe(context)
     raise RequestError(
-        "No chosen probe reads a response, so none can judge this one. Load such a probe, or use "
+        "No chosen probe reads responses, so none can classify this one. Load such a probe, or use "
         "this guardrail in mode pre_call only.",
         code="no_response_probe",
     )

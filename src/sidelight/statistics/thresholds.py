@@ -28,8 +28,8 @@ PRIOR_TEXTS = 100.0
 
 _FORMS = (
     "f1, fpr=0.01 (the most recall with at most this share of negative texts flagged), "
-    "recall=0.95 (the fewest false alarms with at least this share of positive texts flagged), or "
-    "cost=10:1 (a miss costs 10 times as much as a false alarm)"
+    "recall=0.95 (the fewest false positives with at least this share of positive texts flagged), "
+    "or cost=10:1 (a miss costs 10 times as much as a false positive)"
 )
 _NUMBER = r"\d*\.?\d+(?:[eE]-?\d+)?"
 
@@ -39,9 +39,9 @@ class ThresholdRule:
     """The aim of a threshold.
 
     Attributes:
-        kind: ``f1``: the highest F1. ``fpr``: the most recall at a bounded rate of false alarms.
-            ``recall``: the fewest false alarms at a recall. ``cost``: the lowest cost.
-        value: The rate of false alarms, the recall, or what a miss costs if a false alarm costs 1.
+        kind: ``f1``: the highest F1. ``fpr``: the most recall at a bounded false-positive rate.
+            ``recall``: the fewest false positives at a recall. ``cost``: the lowest cost.
+        value: The false-positive rate, the recall, or the cost of a miss in false positives.
     """
 
     kind: Literal["f1", "fpr", "recall", "cost"] = "f1"
@@ -163,7 +163,7 @@ class OperatingCurve:
     def threshold(self, rule: ThresholdRule = F1, *, prior_texts: float = PRIOR_TEXTS) -> float:
         """The threshold that follows the rule best; of several equally good ones the middle one.
 
-        Without a positive text it is 0.5. Where no threshold keeps the rate of false alarms or
+        Without a positive text it is 0.5. Where no threshold keeps the false-positive rate or
         reaches the recall, it is the highest or the lowest.
 
         Each text counts as positive by a mean of its label and its probability. The probability
@@ -226,7 +226,7 @@ def _spread(
     """At most so many points, the ends among them.
 
     They are evenly spaced by the arcsine of the rates' roots, whose sampling error is the same for
-    all rates, so that small rates of false alarms and high recalls keep their detail.
+    all rates, so that small rates of false positives and high recalls keep their detail.
     """
     if len(recall) <= points:
         return np.arange(len(recall))
@@ -312,7 +312,7 @@ def warn_of_few_texts(
     wanted = math.ceil(3 / rule.value) if rule.kind == "fpr" else 0
     if negatives < wanted:
         warn(
-            f"A rate of false alarms of {rule.value:g} cannot be told from {negatives} negative "
+            f"A false-positive rate of {rule.value:g} cannot be told from {negatives} negative "
             f"texts: {wanted} are wanted. Add negative texts, or choose a higher rate."
         )
     return bool(few) or negatives < wanted

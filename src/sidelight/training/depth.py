@@ -1,4 +1,4 @@
-"""How many layers a probe reads: the fewest that are as good on left-out texts.
+"""How many layers a probe reads: the fewest that are as good on held-out texts.
 
 A pass that writes nothing stops after the deepest layer that a loaded probe reads, so a check of a
 probe that reads two thirds of the layers takes two thirds of the time.

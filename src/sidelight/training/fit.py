@@ -123,7 +123,7 @@ def fit(
     Args:
         reader: The frozen LLM, in any engine.
         training: Labelled texts. Of labelled spans, the probe labels spans; they are shown alone,
-            and if the options name no mechanism, left-out texts choose how far it looks ahead.
+            and if the options name no mechanism, held-out texts choose how far it looks ahead.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
             part of ``training``, or cross-fits it if it is small.
         name: How verdicts will name it.
@@ -201,7 +201,7 @@ def calibrate_probe(
 ) -> Fit:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold.
 
-    Of several trainings, left-out texts choose one: of spans by lookahead at full depth, then by
+    Of several trainings, held-out texts choose one: of spans by lookahead at full depth, then by
     depth.
     """
     measured, lookaheads = dataset.measured, dict[str, float]()

@@ -123,7 +123,7 @@ def prepare(
             limit = min(options.max_tokens, max(map(len, cut)))
             warn(
                 f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
-                "(--set max_tokens=N); judging never cuts."
+                "(--set max_tokens=N); prediction never truncates."
             )
     return ProbeDataset(reader, fitted, measured, folds, input_sha256)
 

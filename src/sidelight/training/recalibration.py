@@ -131,7 +131,7 @@ def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
     if is_training_file or trained_texts(card.training, examples) == texts:
         raise SidelightError(
             f"Probe '{card.name}' was trained on these texts, and scores them too well. "
-            "Training has calibrated it by left-out texts already; give texts of the new traffic."
+            "Training has calibrated it by held-out texts already; give texts of the new traffic."
         )
 
 

@@ -5,7 +5,7 @@ weight, which sets how fast its parameters learn: AdamW's steps do not depend on
 gradient is.
 
 A layer's mean and its last token are two *poolings* of a text. A pooling scores the R^2, on
-left-out texts, of a kernel ridge regression on it alone. A layer scores as its better pooling; its
+held-out texts, of a kernel ridge regression on it alone. A layer scores as its better pooling; its
 weight is that score, relative to the best layer's, to the eighth power. The leave-one-out error of
 a ridge regression has a closed form (Allen 1974), so this costs a few eigendecompositions and no
 validation text.

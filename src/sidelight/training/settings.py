@@ -55,7 +55,7 @@ class TrainingSettings:
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
             validation chooses handles imbalance either way.
         standardise: Whether hidden states are standardised per layer.
-        layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
+        layer_weights: ``predictive`` weighs layers by how well each predicts held-out training
             texts (see ``training/scaling.py``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
             outweighs others by its norm; see ``Standardisation``. None: unless there are several
@@ -150,7 +150,7 @@ class FitOptions:
     """What to train, and from what.
 
     Attributes:
-        mechanism: None is a readout; of spans, left-out texts choose how far a probe looks ahead.
+        mechanism: None is a readout; of spans, held-out texts choose how far a probe looks ahead.
         settings: How it is optimised; None takes ``suggested_settings``.
         reads: The tokens that the probe reads; see ``reads_of``.
         background: Background traffic, which texts are also shown in; see ``contexts.py``. Without
@@ -169,7 +169,7 @@ class FitOptions:
             mechanism allows; ``stream`` computes them in each epoch and writes none; ``complete``
             writes them as they are. ``auto`` keeps up to 10 GiB whole, and chooses
             for more by size and device: see ``training/keeping.py``.
-        early_exit: Whether training chooses the smallest depth that is as good on left-out texts as
+        early_exit: Whether training chooses the smallest depth that is as good on held-out texts as
             the ``layers`` of the settings; see ``training/depth.py``.
         memory_bytes: The most that hidden states may take in memory while training; more are read
             from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in

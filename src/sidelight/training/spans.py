@@ -1,7 +1,7 @@
 """How a probe of spans is chosen and calibrated.
 
 Every token of a text is an example. Candidates that look ahead by different numbers of tokens train
-side by side, and left-out texts decide among them.
+side by side, and held-out texts decide among them.
 """
 
 from collections.abc import Sequence
@@ -61,14 +61,14 @@ def calibrate_spans(
     rule: ThresholdRule,
     bootstrap: int = 1000,
 ) -> tuple[SpanRule, SpanReport]:
-    """Calibrates the tokens of left-out texts, chooses thresholds, and measures fold by fold.
+    """Calibrates the tokens of held-out texts, chooses thresholds, and measures fold by fold.
 
     Args:
         examples: The texts.
         places: The characters of each text's tokens.
         logits: Of these tokens.
         rule: What thresholds are chosen for: ``f1`` is that of characters; the rates of the others
-            are of words, so ``fpr=0.005`` are 5 false alarms in 1,000 words.
+            are of words, so ``fpr=0.005`` are 5 false positives in 1,000 words.
         bootstrap: As for ``evaluate_spans``.
     """
     task, labels = examples.task, examples.task.output_labels

@@ -124,7 +124,7 @@ def warn_of_better_words(
     """Warn if TF-IDF's loss is clearly below that of the probe.
 
     Args:
-        losses: Log loss of each left-out text by the probe.
+        losses: Log loss of each held-out text by the probe.
         of_words: The same by TF-IDF.
         examples: The texts; with few of a label, chance could decide.
     """
@@ -133,7 +133,7 @@ def warn_of_better_words(
     if not is_clear or examples.label_counts.min() < _ENOUGH_TEXTS:
         return
     warn(
-        "The words alone (TF-IDF) predict left-out texts better than the probe: a log loss of "
+        "The words alone (TF-IDF) predict held-out texts better than the probe: a log loss of "
         f"{of_words.mean():.3f} against {losses.mean():.3f}. Add texts, or try another model "
         "(--model)."
     )

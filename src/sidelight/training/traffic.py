@@ -113,7 +113,7 @@ def warn_of_traffic(
         rule: What they were chosen for.
     """
     remedy = (
-        "Give your own traffic (--background FILE), name the rate of false alarms that "
+        "Give your own traffic (--background FILE), name the false-positive rate that "
         "you accept (--threshold fpr=0.05), or train without it if no other texts will come "
         "(--background none)."
     )

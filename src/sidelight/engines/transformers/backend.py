@@ -23,7 +23,7 @@ def require_safetensors(model: str, engine: str, tokenizer: str | None) -> None:
     """
     if (owner := owner_of(model)) is not None:
         raise SidelightError(
-            f"'{model}' runs in {owner} alone, not in {engine}. Leave --engine out, or name a "
+            f"'{model}' runs only in {owner}, not in {engine}. Leave --engine out, or name a "
             "folder saved by save_pretrained or a hub id here."
         )
     if tokenizer is not None:
