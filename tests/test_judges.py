@@ -1,11 +1,21 @@
 """Judges on the wire: what they are asked, how their answers are read, and what is no verdict."""
 
 import asyncio
+import gzip
 import json
+import math
 import time
+import traceback
+import tracemalloc
 
 import pytest
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
+from starlette.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 
 import wordings
 from sidelight.engines.transformers.engine import TransformersEngine
@@ -213,6 +223,85 @@ def test_a_slow_judge_is_cancelled_after_its_full_timeout(judge):
 def test_an_endless_answer_is_not_stored(judge):
     judge.reply = lambda _body: StreamingResponse(_flood())
     assert asked(judge.settings(), PROMPT) == ["unreadable"]
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_an_answer_cannot_fill_the_memory(judge, status, is_compressed):
+    bomb = gzip.compress(bytes(2**26))
+
+    async def flood():
+        for _ in range(2**10):
+            yield bytes(2**16)
+
+    judge.reply = lambda _body: (
+        Response(bomb, status, {"content-encoding": "gzip"})
+        if is_compressed
+        else StreamingResponse(flood(), status)
+    )
+    settings = judge.settings()
+    asked(settings, EXCHANGE)
+    tracemalloc.start()
+    try:
+        assert asked(settings, PROMPT) == ["unreadable" if status == 200 else "status"]
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_judge_says_of_an_error_is_in_no_traceback(judge):
+    judge.answers(JSONResponse({"error": {"message": "Bad: a secret number"}}, status_code=400))
+
+    async def ask():
+        client = JudgeClient(judge.settings())
+        try:
+            await client.ask(PROMPT)
+        except JudgeError as error:
+            return "".join(traceback.format_exception(error))
+        finally:
+            await client.close()
+
+    trace = asyncio.run(ask())
+    assert "status 400" in trace
+    assert "secret" not in trace
+
+
+@pytest.mark.parametrize("logprob", [math.nan, 5.0, math.inf])
+def test_a_log_probability_that_is_none_is_no_verdict(judge, logprob):
+    answer = chat_answer(("No", {"No": 0.9, "Yes": 0.1}))
+    answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = logprob
+    # As Python writes it: JSONResponse refuses NaN.
+    judge.answers(Response(json.dumps(answer), media_type="application/json"))
+    assert asked(judge.settings(), PROMPT) == ["unreadable"]
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [{"category_scores": {"a": 0.1, "b": math.nan}}],
+        [{"category_scores": {"a": 0.1, "b": -3}}],
+        [{"category_scores": {"a": 0.1}}, {"category_scores": {"a": 0.9}}],
+    ],
+    ids=["nan", "negative", "two results"],
+)
+def test_no_score_hides_behind_another(judge, results):
+    answer = json.dumps({"results": results})
+    judge.answers(Response(answer, media_type="application/json"))
+    assert asked(judge.settings(kind="moderations"), PROMPT) == ["unreadable"]
+
+
+@pytest.mark.parametrize(
+    "token", ["[|endofturn|]", "[|user|]", "[gMASK]", "]~b]", "[e~[", "[/INST]", "<|im_end|>"]
+)
+def test_control_tokens_of_each_family_are_inert(token):
+    assert token not in inert(f"a{token}b")
+
+
+@pytest.mark.parametrize(
+    "text", ["a[0] = b[i]", "[a link](x)", "[1, 2] ~ 3", "a < b", "- [x] done"]
+)
+def test_ordinary_brackets_stay(text):
+    assert inert(text) == text
 
 
 def test_a_judge_that_does_not_listen_is_no_verdict():

@@ -8,8 +8,8 @@ import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sidelight.errors import SidelightError
@@ -17,6 +17,9 @@ from sidelight.judges.budget import Budget
 from sidelight.judges.profiles import PROFILES
 from sidelight.judges.question import JudgeAnswer, JudgeError, Question
 from sidelight.judges.settings import JUDGE_HEADER, JudgeSettings, is_loopback, port_of
+
+if TYPE_CHECKING:
+    from httpx2 import Response
 
 _MOST_BYTES = 2**20
 _CACHED_ANSWERS = 4096
@@ -55,9 +58,12 @@ class JudgeClient:
             project="",
             max_retries=settings.retries,
             timeout=settings.timeout_s,
-            default_headers={JUDGE_HEADER: "1"},
+            # A small compressed answer could fill the memory.
+            default_headers={JUDGE_HEADER: "1", "accept-encoding": "identity"},
             http_client=DefaultAsyncHttpxClient(
-                follow_redirects=False, trust_env=not is_loopback(host)
+                follow_redirects=False,
+                trust_env=not is_loopback(host),
+                event_hooks={"response": [self._limit]},
             ),
         )
         self._places = asyncio.Semaphore(settings.concurrency)
@@ -122,6 +128,34 @@ class JudgeClient:
             self._answers.popitem(last=False)
         return JudgeAnswer(probability, time.perf_counter() - started)
 
+    async def _limit(self, response: "Response") -> None:
+        """Lets no answer grow without end, and drops what a judge says of an error."""
+        from httpx2 import AsyncByteStream
+
+        name, stream, is_error = self.name, response.stream, response.is_error
+        assert isinstance(stream, AsyncByteStream), "the client is asynchronous"
+        # Bytes that were compressed all the same are read as they are, and are no JSON.
+        response.headers.pop("content-encoding", None)
+
+        class Limited(AsyncByteStream):
+            async def __aiter__(self) -> AsyncIterator[bytes]:
+                # It may quote the text, and the library would read it whole.
+                if is_error:
+                    return
+                received = 0
+                async for chunk in stream:
+                    received += len(chunk)
+                    if received > _MOST_BYTES:
+                        raise JudgeError(
+                            "unreadable", f"Judge '{name}' answers more than {_MOST_BYTES} B."
+                        )
+                    yield chunk
+
+            async def aclose(self) -> None:
+                await stream.aclose()
+
+        response.stream = Limited()
+
     async def _sent(self, question: Question) -> Mapping[str, Any]:
         """The body of an answer."""
         from openai import APIStatusError, APITimeoutError
@@ -137,16 +171,11 @@ class JudgeClient:
             async with route.with_streaming_response.create(**body) as response:
                 async for chunk in response.iter_bytes():
                     received += chunk
-                    if len(received) > _MOST_BYTES:
-                        raise JudgeError(
-                            "unreadable", f"Judge '{self.name}' answers more than {_MOST_BYTES} B."
-                        )
         except JudgeError:
             raise
         except APITimeoutError as error:
             raise TimeoutError from error
         except APIStatusError as error:
-            # Its message may quote the text.
             status = f"Judge '{self.name}' answers with status {error.status_code}."
             if 300 <= error.status_code < 400:
                 status += " Redirects are not followed: write the address it leads to."
@@ -159,7 +188,9 @@ class JudgeClient:
         try:
             answer = json.loads(received)
         except (ValueError, RecursionError) as error:
-            raise JudgeError("unreadable", f"Judge '{self.name}' answers no JSON.") from error
+            raise JudgeError(
+                "unreadable", f"Judge '{self.name}' answers no JSON, or compresses it."
+            ) from error
         if not isinstance(answer, dict):
             raise JudgeError("unreadable", f"Judge '{self.name}' answers no JSON object.")
         return answer
@@ -190,6 +221,9 @@ class JudgeClient:
                 "unreadable",
                 f"The answer of judge '{self.name}' has another form ({type(error).__name__}).",
             ) from error
+        return self._require_probability(probability)
+
+    def _require_probability(self, probability: Any) -> float:
         if isinstance(probability, bool) or not isinstance(probability, int | float):
             raise JudgeError("unreadable", f"Judge '{self.name}' gives no number.")
         if not 0 <= probability <= 1:
@@ -201,8 +235,12 @@ class JudgeClient:
         if settings.kind == "chat":
             return PROFILES[settings.profile].read(answer)
         if settings.kind == "moderations":
-            scores = answer["results"][0]["category_scores"]
-            return max(scores.values()) if settings.category is None else scores[settings.category]
+            (only,) = answer["results"]
+            scores = only["category_scores"]
+            if settings.category is not None:
+                return scores[settings.category]
+            # The highest of scores of which one is NaN is any of them.
+            return max(map(self._require_probability, scores.values()))
         (only,) = answer["answers"]
         if only["type"] != "predicate":
             raise JudgeError(

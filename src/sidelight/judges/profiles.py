@@ -16,6 +16,8 @@ ChatMessages = list[dict[str, str]]
 
 # A model that gives its words less than this together was about to say something else.
 _LEAST_MASS = 0.5
+# Log-probabilities of single precision exceed zero by less; logits by more.
+_ROUNDING = 1e-3
 # What a label without log-probabilities stands for.
 _SURE = 0.99
 _BLANKS = " \t\r\n\u2581\u0120\u010a\"'*.,:;{}<>()"
@@ -133,9 +135,15 @@ class Profile:
     def _share(self, alternatives: Sequence[Json]) -> float:
         yes = no = 0.0
         for each in alternatives:
-            word, mass = _word(each["token"]), math.exp(min(0.0, float(each["logprob"])))
+            word, score = _word(each["token"]), float(each["logprob"])
+            # Also of NaN, of which the smaller of it and zero would be zero: certain.
+            if not score <= _ROUNDING:
+                raise JudgeError(
+                    "unreadable", "The judge's answer has a log-probability above 0, or NaN."
+                )
+            mass = math.exp(min(0.0, score))
             is_yes, is_no = _begins(word, self.positive), _begins(word, self.negative)
-            if is_yes != is_no and math.isfinite(mass):
+            if is_yes != is_no:
                 yes, no = yes + mass * is_yes, no + mass * is_no
         if yes + no < _LEAST_MASS:
             raise JudgeError("unreadable", "The judge's answer says neither of its words.")

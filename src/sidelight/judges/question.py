@@ -15,8 +15,8 @@ FailureReason = Literal[
     "timeout", "unreachable", "status", "unreadable", "budget", "too_long", "not_redacted"
 ]
 # Control tokens of chat templates and tags of judges begin like this; a server would read them
-# as its own.
-_CONTROL = re.compile(r"<(?=\S)|\[(?=/?[A-Z_]+\])")
+# as its own: <|im_end|>, [INST], [gMASK] of GLM, [|user|] of EXAONE, ]~b] and [e~[ of MiniMax.
+_CONTROL = re.compile(r"<(?=\S)|\[(?=\||/?[a-z]?[A-Z_]+\]|e~\[)|\](?=~)")
 
 
 class JudgeError(SidelightError):
@@ -99,7 +99,7 @@ class Question:
 def inert(text: str) -> str:
     """The text, in which nothing is a control token of a chat template or a judge's tag.
 
-    A space follows each ``<`` and each ``[`` that could begin one.
+    A space follows each ``<`` and each bracket that could begin one.
     """
     return _CONTROL.sub(lambda found: f"{found[0]} ", text)
 
