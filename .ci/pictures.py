@@ -27,8 +27,7 @@ from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 from sidelight_lab.bench.server_process import ServerProcess
 from sidelight_label.app import create_app
-from sidelight_label.file import LabelFile
-from sidelight_label.judging import AnswerFile, Criterion
+from sidelight_label.file import Criterion, LabelFile, ReviewFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue, shuffled
 from sidelight_label.review import Review
@@ -103,7 +102,7 @@ def draw_criterion(browser: Browser, folder: Path) -> None:
     with scripted_judge() as judge:
         judge.reply = answers
         settings = judge.settings(model="scripted", criterion=criterion.text)
-        retained = AnswerFile(folder / "answers.jsonl")
+        retained = ReviewFile(folder / "answers.jsonl")
         review = Review(pool, settings, criterion, retained, shuffled=shuffled(pool.examples))
         queue = LabelQueue(
             pool,

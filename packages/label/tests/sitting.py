@@ -10,8 +10,7 @@ from sidelight.data.annotators import JudgeLabel
 from sidelight.data.loading import load_examples
 from sidelight.models.conversation import Reads
 from sidelight.training.settings import FitOptions
-from sidelight_label.file import LabelFile
-from sidelight_label.judging import AnswerFile, Criterion
+from sidelight_label.file import Criterion, LabelFile, ReviewFile
 from sidelight_label.pool import Pool, merged
 from sidelight_label.queue import LabelQueue, shuffled
 from sidelight_label.review import Review
@@ -117,7 +116,7 @@ class ReviewSitting(Sitting):
                 for row in labelled.rows
                 if not is_classified(row)
             }
-        self.answers = AnswerFile(self.folder / "labels-judge.jsonl")
+        self.answers = ReviewFile(self.folder / "labels-judge.jsonl")
         self.file = LabelFile(self.out, is_classified)
         self.review = Review(
             self.pool,

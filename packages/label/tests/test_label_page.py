@@ -11,7 +11,7 @@ from sitting import TOKEN, Sitting, saved_labels
 
 from sidelight_label import app as labelling_app
 from sidelight_label.app import create_app
-from sidelight_label.judging import Criterion
+from sidelight_label.file import Criterion
 from worlds.servers import listening
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}

@@ -1,5 +1,6 @@
 """``sidelight eval --judge``: a judge is asked about labelled texts, and fitted to a probe."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from sidelight.errors import SidelightError, warn
 from sidelight.guards import is_guard
 from sidelight.judges.settings import JudgeSettings, read_judge
 from sidelight.probes.hub import is_on_hub
+from sidelight.progress import progress
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
@@ -69,35 +71,42 @@ class SecondStageOptions:
         Raises:
             SidelightError: It does not answer, or too few texts are deferred.
         """
-        from sidelight.judges.answers import StoredAnswers, answers_file, ask_all, cost_sentence
+        from sidelight.judges.answers import ask_all, cached_answers, cost_of, sent_characters
         from sidelight.judges.fitting import defer_thresholds, fit_judge
-        from sidelight.judges.question import Question
+        from sidelight.judges.question import JudgeError, Question
         from sidelight.statistics.thresholds import ThresholdRule
 
-        probe, examples = assessment.probe, assessment.examples
+        probe, examples, judge = assessment.probe, assessment.examples, self.judge
         scores = assessment.probabilities[:, 0]
         thresholds = defer_thresholds(probe, self.share, self.ask)
-        asked = np.flatnonzero(scores >= min(thresholds.values()))
+        rows = np.flatnonzero(scores >= min(thresholds.values()))
         questions = [
             Question.about(examples.items[row].conversation, examples.items[row].response)
-            for row in asked
+            for row in rows
         ]
-        stored = StoredAnswers.read(answers_file(self.judge))
-        options.announce(cost_sentence(self.judge, questions, stored))
-        answered = ask_all(self.judge, questions, stored, name=self.judge.model)
+        stored = cached_answers(judge)
+        unanswered = stored.unanswered(judge, questions)
+        cost = cost_of(judge, [sent_characters(judge, question) for question in unanswered])
+        options.announce(
+            f"Asking {judge.model} at {judge.url} about {cost}; answers are kept in {stored.path}"
+        )
+        with progress(f"Asking {judge.model}", len(questions), unit="texts") as advance:
+            found = ask_all(judge, questions, stored, heard=lambda _row, _answer: advance(1))
         answers = np.full(len(scores), np.nan)
-        answers[asked] = [np.nan if each is None else each for each in answered.probabilities]
-        if answered.failures:
+        answers[rows] = [np.nan if isinstance(each, JudgeError) else each for each in found]
+        failures = Counter(each.reason for each in found if isinstance(each, JudgeError))
+        if failures:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in failures.most_common())
             warn(
-                f"The judge gave no verdict on {answered.failures.total()} texts "
-                f"({answered.describe_failures()}), which are excluded from its metrics."
+                f"The judge gave no verdict on {failures.total()} texts ({reasons}), which are "
+                "excluded from its metrics. The same command asks about them again."
             )
         return fit_judge(
             probe,
             examples,
             scores,
             answers,
-            judge=self.judge,
+            judge=judge,
             thresholds=thresholds,
             share=self.share,
             rule=None if self.threshold is None else ThresholdRule.parse(self.threshold),

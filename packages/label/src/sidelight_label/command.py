@@ -136,7 +136,7 @@ def label(
     from sidelight.data.annotators import LABELLED, JudgeLabel
     from sidelight.data.loading import load_examples
     from sidelight.judges.settings import read_judge
-    from sidelight_label.judging import AnswerFile, Criterion
+    from sidelight_label.file import Criterion, ReviewFile
 
     rule = Criterion(criterion) if criterion is not None else None
     settings = read_judge(judge, rule.text if rule else None) if judge is not None else None
@@ -211,7 +211,7 @@ def label(
         pool = Pool(backbone, pool_examples, task, fit_options, loaded)
         review = None
         if settings is not None:
-            answers = AnswerFile(path.with_name(f"{path.stem}-judge.jsonl"))
+            answers = ReviewFile(path.with_name(f"{path.stem}-judge.jsonl"))
             review = Review(
                 pool,
                 settings,

@@ -1,4 +1,7 @@
-"""The file of labels: rows as ``sidelight train`` reads them, each on disk before it counts."""
+"""The files of a sitting: labels, the criterion, and what a judge answered.
+
+Labels are rows as ``sidelight train`` reads them, each on disk before it counts.
+"""
 
 import json
 import shutil
@@ -7,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sidelight.errors import SidelightError
-from sidelight.storage import replacing, sync
+from sidelight.judges.answers import AnswerFile
+from sidelight.judges.settings import read_criterion
+from sidelight.storage import replacing, sync, write_text
 
 
 class LabelFile:
@@ -104,6 +109,76 @@ class LabelFile:
         except FileNotFoundError:
             return None
         return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+class Criterion:
+    """The rule in English, in its file.
+
+    Attributes:
+        path: The file.
+        text: What it says.
+
+    Raises:
+        SidelightError: It cannot be read, or is empty.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.text = read_criterion(path)
+
+    def change(self, text: str, *, seen: str) -> None:
+        """Writes another text to the file.
+
+        Args:
+            text: The new one.
+            seen: The one that was edited.
+
+        Raises:
+            SidelightError: It is empty, or has been changed meanwhile, or cannot be written.
+        """
+        if not text.strip():
+            raise SidelightError("The criterion is empty. Write what a text must do to meet it.")
+        if seen.strip() != self.text:
+            raise SidelightError(
+                "Another tab has changed the criterion. Copy your text, load the page again, and "
+                "edit the new one."
+            )
+        if read_criterion(self.path) != self.text:
+            raise SidelightError(
+                f"Another program has changed {self.path}, so nothing is written to it. Stop "
+                "'sidelight label' and start it again: it reads the file as it is now."
+            )
+        try:
+            write_text(self.path, text.strip() + "\n")
+        except OSError as error:
+            raise SidelightError(
+                f"The criterion was not saved to {self.path} ({error.strerror})."
+            ) from error
+        self.text = text.strip()
+
+
+class ReviewFile(AnswerFile):
+    """A judge's answers, and the blind samples of them, as digests of texts."""
+
+    def __init__(self, path: Path):
+        self._samples: dict[str, list[list[str]]] = {}
+        super().__init__(path)
+
+    def sample(self, judge: str) -> list[list[str]] | None:
+        """The strata of the blind sample of the judge with this digest; None: it has none."""
+        return self._samples.get(judge)
+
+    def keep_sample(self, judge: str, strata: list[list[str]]) -> None:
+        """Adds a sample, which survives a power cut."""
+        self._append({"judge": judge, "sample": strata})
+        self.sync()
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        if "sample" in record:
+            strata = [[str(text) for text in each] for each in record["sample"]]
+            self._samples[str(record["judge"])] = strata
+        else:
+            super()._take(record)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

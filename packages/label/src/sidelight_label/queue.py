@@ -26,8 +26,7 @@ from sidelight.probes.card import holds_probe, read_card
 from sidelight.statistics.metrics import decide
 from sidelight.training.validation import FOLDS
 from sidelight.types import Task
-from sidelight_label.file import LabelFile
-from sidelight_label.judging import Criterion
+from sidelight_label.file import Criterion, LabelFile
 from sidelight_label.pool import Labels, Pool, ScoredProbe
 from sidelight_label.review import Review
 

@@ -5,6 +5,8 @@ well enough, the judge labels the rest, the most informative first. Texts withou
 those whose label the probe is sure is wrong, go to the person.
 """
 
+import hashlib
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,23 +17,15 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.data.annotators import JUDGE_SAYS_YES, JudgeLabel
+from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
-from sidelight.judges.question import JudgeError
+from sidelight.judges.answers import Cost, ask_all, cost_of, sent_characters
+from sidelight.judges.question import JudgeError, Question
 from sidelight.judges.settings import JudgeSettings
 from sidelight.progress import progress
 from sidelight.statistics.agreement import Agreement, measure_agreement
 from sidelight_label.agreement import LEAST_AGREEMENT, BlindSample, Gate, decide_gate, doubtful
-from sidelight_label.judging import (
-    AnswerFile,
-    Cost,
-    Criterion,
-    ask_all,
-    cost_of,
-    no_answer,
-    question_about,
-    sent_characters,
-    text_digest,
-)
+from sidelight_label.file import Criterion, ReviewFile
 from sidelight_label.pool import Pool
 
 # Texts at random that the judge labels before a person has checked it.
@@ -73,7 +67,7 @@ class Review:
         pool: Pool,
         settings: JudgeSettings,
         criterion: Criterion | None,
-        answers: AnswerFile,
+        answers: ReviewFile,
         *,
         shuffled: Sequence[int],
         limit: int | None = None,
@@ -89,7 +83,10 @@ class Review:
         self._limit = limit
         self._price = price
         self._pace: float | None = None
-        self._digests = [text_digest(item) for item in pool.examples.items]
+        self._questions = [
+            Question.about(item.conversation, item.response) for item in pool.examples.items
+        ]
+        self._digests = [_text_digest(item) for item in pool.examples.items]
         self._rows = {digest: row for row, digest in enumerate(self._digests)}
         self._lock = RLock()
         self._failures: dict[int, JudgeError] = {}
@@ -164,10 +161,6 @@ class Review:
             if self._sample is not None:
                 return
             labels = self.labels()
-            if not labels and self._failures:
-                *_, last = self._failures.values()
-                self._failures = {}
-                raise no_answer("any text", last)
         scores = self.pool.score({row: int(each) for row, each in labels.items()})
         with self._lock:
             if self.labels().keys() != labels.keys():
@@ -236,8 +229,7 @@ class Review:
         with self._lock:
             for row in rows:
                 if row not in self._sizes:
-                    question = question_about(self.pool.examples.items[row])
-                    self._sizes[row] = sent_characters(self.settings, question)
+                    self._sizes[row] = sent_characters(self.settings, self._questions[row])
             sizes = [self._sizes[row] for row in rows]
         return cost_of(self.settings, sizes, pace=self._pace, price=self._price)
 
@@ -293,8 +285,8 @@ class Review:
         """What is known of the judge under its present criterion."""
         revision = self.settings.digest
         retained = {
-            row: self._answers.probability(revision, digest)
-            for row, digest in enumerate(self._digests)
+            row: self._answers.probability(self.settings, question)
+            for row, question in enumerate(self._questions)
         }
         self._probabilities = {row: each for row, each in retained.items() if each is not None}
         self._sizes: dict[int, int] = {}
@@ -329,27 +321,35 @@ class Review:
         finally:
             with self._lock:
                 self.progress = None
-            self._answers.sync()
 
     def _ask(self, rows: Sequence[int], advance: Callable[[], None]) -> None:
-        settings = self.settings
-        questions = {row: question_about(self.pool.examples.items[row]) for row in rows}
         failures: dict[int, JudgeError] = {}
 
-        def heard(row: int, answer: float | JudgeError) -> None:
+        def heard(number: int, answer: float | JudgeError) -> None:
             with self._lock:
                 if isinstance(answer, JudgeError):
-                    failures[row] = answer
+                    failures[rows[number]] = answer
                 else:
-                    self._answers.keep(settings.digest, self._digests[row], answer)
-                    self._probabilities[row] = answer
+                    self._probabilities[rows[number]] = answer
             advance()
 
-        if rows:
-            # Where this fails, nothing is wrong with the texts: they are asked about again.
-            self._pace = ask_all(settings, questions, heard)
-            with self._lock:
-                self._failures |= failures
+        if not rows:
+            return
+        with self._lock:
+            control = next((self._questions[row] for row in self._probabilities), None)
+        questions = [self._questions[row] for row in rows]
+        started = time.monotonic()
+        # Where this fails, nothing is wrong with the texts: they are asked about again.
+        ask_all(self.settings, questions, self._answers, heard=heard, control=control)
+        self._pace = (time.monotonic() - started) / len(rows)
+        with self._lock:
+            self._failures |= failures
+
+
+def _text_digest(item: Example) -> str:
+    """Tells texts apart in files without them."""
+    turns = repr((item.messages, item.response))
+    return hashlib.sha256(turns.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _truth(people: People) -> dict[int, bool]:
