@@ -44,8 +44,8 @@ PACKAGES = ("vllm", "llama")
 CASES = {
     "spans": r"spans|of_spans|of_tokens|labels_tokens|SpanRule|SpanReport|\w*OfTokens|\w*OfSpans",
     "plain text": r"is_plain|prompt_format|PlainText|'raw'|'chat'|'both'|is_raw|is_chat",
-    "task kind": r"task\.kind|'binary'|'multiclass'|'multilabel'|abstains|is_binary|is_multi\w+"
-    r"|Binary\w*|MultiClass\w*|MultiLabel\w*",
+    "task kind": r"task\.kind|flaggable|'binary'|'multiclass'|'multilabel'|abstains|is_binary"
+    r"|is_multi\w+|Binary\w*|MultiClass\w*|MultiLabel\w*",
 }
 # The names that hand on an answer.
 FLAGS = {

@@ -97,9 +97,33 @@ class Task:
         return is_enough and len({*self.labels}) == count and all(map(is_label, self.labels))
 
     @property
-    def thresholds(self) -> int:
-        """The number of thresholds: none where the most probable of several classes wins."""
-        return 0 if self.kind == "multiclass" else self.outputs
+    def flaggable(self) -> tuple[str, ...]:
+        """The labels that have a threshold: none where the most probable class wins."""
+        return () if self.kind == "multiclass" else self.output_labels
+
+    def holds(self, labels: AnyArray) -> Flags:
+        """Whether each label holds, ``[text, label]``.
+
+        Args:
+            labels: As in ``LabelledExamples.labels``, or decisions of that form.
+        """
+        if self.kind == "multilabel":
+            return labels.astype(np.bool_)
+        return labels.reshape(-1, 1) == np.arange(len(self.labels))
+
+    def targets(self, labels: AnyArray) -> Flags:
+        """Whether the label of each logit holds, ``[text, output]``; arguments as of ``holds``."""
+        return self.holds(labels)[:, -self.outputs :]
+
+    def labels_of(self, targets: AnyArray) -> Numbers:
+        """The inverse of ``targets``, for a binary or multi-label task."""
+        return (targets[:, 0] if self.kind == "binary" else targets).astype(np.int64)
+
+    def label_probabilities(self, probabilities: Values) -> Values:
+        """Probability of each label, ``[text, label]``, from that of each output."""
+        if self.kind == "binary":
+            return np.hstack([1 - probabilities, probabilities])
+        return probabilities
 
     @property
     def output_labels(self) -> tuple[str, ...]:

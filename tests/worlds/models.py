@@ -177,7 +177,7 @@ def untrained_probe(
         reads=reads or Reads(),
         prompt_format=backbone.encoder.prompt_format,
         calibration=Calibration("none", task.kind, (1.0,) * task.outputs, (0.0,) * task.outputs),
-        thresholds=(threshold,) * task.thresholds,
+        thresholds=(threshold,) * len(task.flaggable),
         backbone=who,
     )
     return Probe(card, built, Standardisation.identity(geometry))

@@ -318,9 +318,7 @@ class LabelledExamples(Examples):
     @property
     def label_counts(self) -> Int[Numbers, " label"]:
         """The number of texts with each label of the task."""
-        if self.labels.ndim == 2:
-            return self.labels.sum(0)
-        return np.bincount(self.labels, minlength=len(self.task.labels))
+        return self.task.holds(self.labels).sum(0)
 
     @property
     def count_by_label(self) -> dict[str, int]:
@@ -339,9 +337,8 @@ class LabelledExamples(Examples):
 
     def label_names(self) -> list[list[str]]:
         names = self.task.labels
-        if self.task.kind == "multilabel":
-            return [sorted(names[index] for index in np.flatnonzero(row)) for row in self.labels]
-        return [[names[index]] for index in self.labels]
+        holds = self.task.holds(self.labels)
+        return [sorted(names[index] for index in np.flatnonzero(row)) for row in holds]
 
     def _label_facts(self) -> list[list[object]]:
         facts = super()._label_facts()
@@ -352,10 +349,8 @@ class LabelledExamples(Examples):
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
         """One stratum per label; if multi-label, one more for the rows where no label holds."""
-        if self.labels.ndim == 1:
-            return self.labels[:, None] == np.arange(len(self.task.labels))
-        holds = self.labels.astype(np.bool_)
-        return np.column_stack([holds, ~holds.any(axis=1)])
+        holds = self.task.holds(self.labels)
+        return holds if self.labels.ndim == 1 else np.column_stack([holds, ~holds.any(axis=1)])
 
 
 def balanced_order(

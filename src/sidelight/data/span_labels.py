@@ -42,8 +42,7 @@ def encode_spans(
         )
     spans = tuple(tuple(span for span in row if span.label in task_labels) for row in rows)
     holds = [[any(span.label == label for span in row) for label in task_labels] for row in spans]
-    labels = np.array(holds, dtype=np.int64)
-    return task, labels[:, 0] if task.kind == "binary" else labels, spans
+    return task, task.labels_of(np.array(holds)), spans
 
 
 def _task(names: Sequence[str], column: str) -> Task:

@@ -306,17 +306,15 @@ class ProbeCard(_Record):
     @model_validator(mode="after")
     def _makes_sense(self) -> "ProbeCard":
         task, traffic = self.task, self.training.traffic
-        counted = len(self.thresholds)
         checks = {
             "task.labels": task.is_sound,
-            "thresholds": counted == task.thresholds
+            "thresholds": len(self.thresholds) == len(task.flaggable)
             and all(0 <= threshold <= 1 for threshold in self.thresholds),
             "calibration": self.calibration.task == task.kind
             and len(self.calibration.scale) == task.outputs,
             "spans": self.spans is None or self.spans.fits(task),
             "judge_fit": self.judge_fit is None or (task.kind == "binary" and self.spans is None),
-            "curves": not self.training.curves
-            or tuple(self.training.curves) == task.labels[len(task.labels) - counted :],
+            "curves": not self.training.curves or tuple(self.training.curves) == task.flaggable,
             "traffic.background": traffic is None
             or not len(traffic.background)
             or traffic.background.logits.shape[1] == task.outputs,
@@ -345,8 +343,7 @@ class ProbeCard(_Record):
     @property
     def label_thresholds(self) -> dict[str, float]:
         """``thresholds`` by label; empty for a multi-class task."""
-        labels = self.task.labels[len(self.task.labels) - len(self.thresholds) :]
-        return dict(zip(labels, self.thresholds, strict=True))
+        return dict(zip(self.task.flaggable, self.thresholds, strict=True))
 
     def to_json(self) -> str:
         """The text of the card."""

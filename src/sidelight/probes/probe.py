@@ -121,11 +121,8 @@ class Probe:
             VerdictError: A logit is not finite. There is no verdict then, not even a harmless one.
         """
         self.require_finite(logits)
-        probabilities = self.calibration.apply(logits[None])[0].tolist()
-        if self.task.kind == "binary":
-            (positive,) = probabilities
-            probabilities = [1 - positive, positive]
-        by_label = dict(zip(self.task.labels, probabilities, strict=True))
+        probabilities = self.task.label_probabilities(self.calibration.apply(logits[None]))
+        by_label = dict(zip(self.task.labels, probabilities[0].tolist(), strict=True))
         return self.task.decide(
             self.name, by_label, self.card.label_thresholds, turn=turn, version=self.version
         )
@@ -164,7 +161,7 @@ class Probe:
     @property
     def classifies_turns(self) -> bool:
         """Whether each turn of a prompt is judged; several classes say nothing of a part."""
-        return self.reads.scope == "each_turn" and self.task.kind != "multiclass"
+        return self.reads.scope == "each_turn" and bool(self.task.flaggable)
 
     def highest(
         self,

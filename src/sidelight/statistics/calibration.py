@@ -136,8 +136,7 @@ def fit_calibration(
         return Calibration("none", task.kind, ones, zeros)
     logits = logits.astype(np.float64)
     is_multiclass = task.kind == "multiclass"
-    targets = np.arange(task.outputs) if is_multiclass else 1
-    holds = integers.reshape(len(logits), -1) == targets
+    holds = task.targets(integers)
     if task.kind != "multilabel" and (holds.all(axis=0) | ~holds.any(axis=0)).all():
         raise SidelightError(
             f"Cannot fit a {kind} calibration on {len(holds)} rows of one class; rows of both "

@@ -77,7 +77,7 @@ class Predictions:
     @property
     def headline(self) -> slice:
         """The columns that the metrics are about: the positive class if binary, else all."""
-        return slice(1, 2) if self.task.kind == "binary" else slice(None)
+        return slice(-self.task.outputs, None)
 
     @property
     def once(self) -> Float[Values, "row 1"]:
@@ -135,19 +135,11 @@ def decide(
     """
     integers = checked_labels(task, probabilities, labels)
     assert 0 <= probabilities.min() <= probabilities.max() <= 1, "logits are no probabilities"
-    assert len(thresholds) == (0 if task.kind == "multiclass" else task.outputs), thresholds
+    assert len(thresholds) == len(task.flaggable), thresholds
     applied = thresholds if row_thresholds is None else row_thresholds
-    if task.kind == "multilabel":
-        decisions = probabilities >= applied
-        return Predictions(task, thresholds, probabilities, integers == 1, decisions)
-    classes = np.arange(len(task.labels))
-    targets = integers[:, None] == classes
-    if task.kind == "multiclass":
-        decisions = probabilities.argmax(axis=1)[:, None] == classes
-        return Predictions(task, thresholds, probabilities, targets, decisions)
-    flagged = probabilities >= applied  # (row, 1)
-    scores = np.hstack([1 - probabilities, probabilities])
-    return Predictions(task, thresholds, scores, targets, np.hstack([~flagged, flagged]))
+    decided = probabilities >= applied if task.flaggable else probabilities.argmax(axis=1)
+    scores = task.label_probabilities(probabilities)
+    return Predictions(task, thresholds, scores, task.holds(integers), task.holds(decided))
 
 
 def checked_labels(

@@ -249,13 +249,10 @@ def operating_curves(
     Raises:
         SidelightError: As `checked_labels`.
     """
-    integers = checked_labels(task, probabilities, labels)
-    if task.kind == "multiclass":
-        return {}
-    holds = integers.reshape(probabilities.shape) == 1
+    holds = task.targets(checked_labels(task, probabilities, labels))
     outputs = zip(probabilities.T.astype(np.float64), holds.T, strict=True)
-    curves = [OperatingCurve.of(*output) for output in outputs]
-    return dict(zip(task.output_labels, curves, strict=True))
+    by_label = dict(zip(task.output_labels, outputs, strict=True))
+    return {label: OperatingCurve.of(*by_label[label]) for label in task.flaggable}
 
 
 def choose_thresholds(
@@ -279,7 +276,7 @@ def require_thresholds(task: Task, rule: ThresholdRule) -> None:
     Raises:
         SidelightError: The task has no thresholds.
     """
-    if task.kind == "multiclass" and rule != F1:
+    if not task.flaggable and rule != F1:
         raise SidelightError(
             f"Got the threshold '{rule}', but with {len(task.labels)} classes the most probable "
             "one wins, without a threshold. Leave --threshold out."
@@ -297,9 +294,9 @@ def warn_of_few_texts(
         texts: All texts that thresholds are chosen on.
         rule: What they are chosen for.
     """
-    if task.kind == "multiclass":
+    if not task.flaggable:
         return False
-    classified = {label: positives[label] for label in task.output_labels}
+    classified = {label: positives[label] for label in task.flaggable}
     few = {label: count for label, count in classified.items() if count < ENOUGH_POSITIVES}
     if few:
         named = ", ".join(f"'{label}' rests on {count}" for label, count in few.items())

@@ -110,8 +110,7 @@ def text_losses(
 
 def _token_losses(run: TrainingRun, measured: Split) -> Float[np.ndarray, " text"]:
     task: Task = measured.task
-    labels = measured.targets.labels.values.numpy()
-    labels = labels[:, 0] if task.kind == "binary" else labels
+    labels = task.labels_of(measured.targets.labels.values.numpy())
     logits = np.concatenate(run.token_logits)
     calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
     losses = log_losses(task, calibration.apply(logits), labels)

@@ -94,7 +94,7 @@ def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_te
             "Train it again, with your recent texts or another --threshold."
         )
     require_thresholds(card.task, rule or F1)
-    if not by_texts and card.task.kind == "multiclass":
+    if not by_texts and not card.task.flaggable:
         raise SidelightError(
             f"Probe '{card.name}' has several classes, of which the most probable one wins, "
             "without a threshold. Name texts to recalibrate it on (--data)."
@@ -114,10 +114,11 @@ def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
     """
     texts = len(examples)
     counts = examples.count_by_label
-    flaggable = () if card.task.kind == "multiclass" else card.task.output_labels
     most = texts - LEAST_PER_SIDE
     short = {
-        label: counts[label] for label in flaggable if not LEAST_PER_SIDE <= counts[label] <= most
+        label: counts[label]
+        for label in card.task.flaggable
+        if not LEAST_PER_SIDE <= counts[label] <= most
     }
     if texts < LEAST_LABELLED or short:
         counted = "".join(f", {count} of them '{label}'" for label, count in short.items())

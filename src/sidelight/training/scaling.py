@@ -168,10 +168,7 @@ def relative_weights(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]
 
 def _centred_targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
     """1 if a text has the label, else -1, centred; 0 for a label too rare to tell layers by."""
-    if task.kind == "multiclass":
-        signs = torch.nn.functional.one_hot(torch.from_numpy(labels), task.outputs).double() * 2 - 1
-    else:
-        signs = torch.from_numpy(labels).reshape(len(labels), -1).double() * 2 - 1
+    signs = torch.from_numpy(task.targets(labels)).double() * 2 - 1
     rarer = torch.minimum((signs > 0).sum(0), (signs < 0).sum(0))
     return (signs - signs.mean(0)) * (rarer >= _LEAST_OF_A_CLASS)
 

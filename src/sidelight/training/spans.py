@@ -77,9 +77,8 @@ def calibrate_spans(
     holds = np.concatenate(
         [token_labels(text, ranges, spans, labels) for text, ranges, spans, _ in rows]
     )
-    numbers = holds.astype(np.int64).reshape(len(holds), *([] if task.kind == "binary" else [-1]))
     calibration = fit_calibration(
-        suggested_calibration(task), np.concatenate(logits), numbers, task
+        suggested_calibration(task), np.concatenate(logits), task.labels_of(holds), task
     )
     scores = [character_scores(text, ranges, calibration.apply(z)) for text, ranges, _, z in rows]
     actual = [labelled_characters(text, spans, labels) for text, _, spans, _ in rows]
