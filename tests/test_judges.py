@@ -300,7 +300,7 @@ def test_control_tokens_of_each_family_are_inert(token):
 @pytest.mark.parametrize(
     "text", ["a[0] = b[i]", "[a link](x)", "[1, 2] ~ 3", "a < b", "- [x] done"]
 )
-def test_ordinary_brackets_stay(text):
+def test_other_brackets_stay(text):
     assert inert(text) == text
 
 
