@@ -135,7 +135,9 @@ class ProbeEndpoint:
         return partial(self._answer, app)
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.guard is None or scope["type"] != "http":
+        if scope["type"] == "lifespan":
+            await app(scope, receive, partial(self._closing, send))
+        elif self.guard is None or scope["type"] != "http":
             await app(scope, receive, send)
         elif (ours := self.application(scope)) is not None:
             # As the outermost application of its own.
@@ -145,6 +147,12 @@ class ProbeEndpoint:
             await app(scope, receive, send)
         else:
             await self._guarded(self.guard, app, scope, receive, send)
+
+    async def _closing(self, send: Send, event: Event) -> None:
+        """Closes the judges' connections before the server may end."""
+        if self.guard is not None and event["type"].startswith("lifespan.shutdown."):
+            await self.guard.context.registry.judges.close()
+        await send(event)
 
     async def _guarded(
         self, guard: EngineGuard, app: ASGIApp, scope: Scope, receive: Receive, send: Send

@@ -19,11 +19,13 @@ from prometheus_client import REGISTRY
 import wordings
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import Reads
+from sidelight.judges.question import JudgeError, Question
+from sidelight.models.conversation import PlainText, Reads
 from sidelight.models.encode import PromptEncoder
 from sidelight.policy.decisions import PolicyError
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import read_card
+from sidelight.server.config import ServerConfig
 from sidelight.server.keys import Caller
 from sidelight.types import Verdict
 from sidelight_vllm import KEY
@@ -32,6 +34,7 @@ from sidelight_vllm.guard import EngineGuard, RefusedError
 from sidelight_vllm.recogniser import PromptRecogniser
 from sidelight_vllm.requests import Report, report_params
 from sidelight_vllm.settings import Served, revision_of, server_config
+from worlds.judges import chat_answer, scripted_judge
 from worlds.models import (
     CHAT_FAMILIES,
     CHATML,
@@ -721,6 +724,47 @@ def test_where_a_rule_hides_scores_the_keys_of_vllm_open_no_metrics(
     assert statuses["admin"] == 200
 
 
+def test_the_connections_of_judges_are_closed_when_the_server_ends(guarded):
+    with scripted_judge() as judge:
+        policy = f'''[judges.guardian]
+        url = "{judge.address}"
+        model = "m"
+        profile = "llama-guard"
+        [input.early]
+        mode = "block"
+        defer = {{ judge = "guardian", share = 0 }}
+        '''
+        judge.answers(chat_answer(("safe", {"safe": 0.9, "unsafe": 0.1})))
+        app, endpoint = FastAPI(), ProbeEndpoint()
+        app.state.args = SimpleNamespace(api_key=None, host=None)
+        endpoint.attach_router(app)
+        endpoint.guard = guarded([FINE], policy).sidelight_guard
+        registry = endpoint.guard.context.registry
+        judges = registry.judges.of(registry.policy, None)
+
+        def question(text):
+            return judges.ask("guardian", Question.about(PlainText(text)))
+
+        async def live():
+            events = asyncio.Queue()
+
+            async def send(event):
+                """To a server that listens to none."""
+
+            serving = asyncio.create_task(app({"type": "lifespan"}, events.get, send))
+            await events.put({"type": "lifespan.startup"})
+            answer = await question("a")
+            await events.put({"type": "lifespan.shutdown"})
+            await serving
+            # A closed client opens no new connection.
+            with pytest.raises(JudgeError) as failure:
+                await question("b")
+            return answer.probability, failure.value.reason
+
+        assert asyncio.run(live()) == (pytest.approx(0.1), "unreachable")
+        assert len(judge.asked) == 1
+
+
 @pytest.fixture
 def doors(guarded, monkeypatch):
     """Makes a client of vLLM's application with a key of its own, our routes, and a prefix."""
@@ -780,6 +824,18 @@ def test_the_keys_of_vllm_hold_on_our_routes_however_a_path_is_written(doors, ro
                 for prefix in {"", root_path}:
                     answer = http.post(f"{prefix}{path}", json=body, headers=headers)
                     assert answer.status_code == 200, (prefix, path, answer.text)
+
+
+def test_a_body_beyond_the_limit_is_refused_on_our_routes(doors):
+    """Also one whose length is not declared."""
+    http, headers = doors(), {"Authorization": "Bearer theirs"}
+    text = "x" * ServerConfig().max_body_bytes
+    for path, body in DOORS.items():
+        content = json.dumps({**body, "padding": text}).encode()
+        for sent in (content, iter([content])):
+            answer = http.post(path, content=sent, headers=headers)
+            assert answer.status_code == 413, path
+            assert "4,194,304" in answer.text, path
 
 
 def test_a_change_without_a_policy_reads_the_served_file_again(guarded, tmp_path, monkeypatch):
