@@ -56,7 +56,7 @@ _TABLES = (
 )
 STAYS = (
     ("judge judges judging", r".*", f"{_LLM_JUDGES} tests .ci", "LLM judges"),
-    ("judge judges", r"Judge\w+|judge|_?judges", "packages", "LLM judges"),
+    ("judge judges", r"Judge\w+|(scripted_)?judge|_?judges|test_\w+", "packages", "LLM judges"),
     ("judge judges", r".*", f"{_LABS} src/sidelight/data/annotators.py", "LLM judges"),
     ("judge judges", r"judges?|\w*judge_fit|JudgeFit", _JUDGE_FITS, "fits of LLM judges"),
     ("late", r"late", "tests/test_redaction.py", "the name of a probe"),

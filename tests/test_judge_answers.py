@@ -110,7 +110,7 @@ def test_a_judge_that_never_answers_is_asked_little_and_its_failure_is_told(judg
     assert not path.exists()
 
 
-def test_a_text_that_is_too_long_is_a_failure_of_its_own(judge, path):
+def test_a_text_that_is_too_long_is_one_failure(judge, path):
     questions = [*(Question.about(PlainText("x" * (200 + n))) for n in range(30)), *numbered(3)]
     found = ask_all(judge.settings(max_characters=100), questions, AnswerFile(path))
     assert [each.reason for each in found[:30]] == ["too_long"] * 30
