@@ -285,7 +285,7 @@ def test_a_turn_without_a_role_or_invented_by_a_tool_counts_by_its_sender(server
 
 
 def test_a_client_that_leaves_frees_its_place_and_disturbs_no_other(server, subjects):
-    harmless = min(subjects.quiet, key=lambda text: subjects.answers[text][1][1:].max())
+    harmless = min(subjects.unflagged, key=lambda text: subjects.answers[text][1][1:].max())
     full = server.post(chat(harmless))
     endless = {"model": "tiny", "max_tokens": 800, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", CHATS, json={**chat(harmless)[1], **endless}) as leaving:
