@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import math
+import re
 import time
 import traceback
 import tracemalloc
@@ -25,6 +26,7 @@ from sidelight.judges.client import JudgeClient, require_another_server
 from sidelight.judges.profiles import PROFILES
 from sidelight.judges.question import JudgeError, Question, inert
 from sidelight.judges.settings import JudgeSettings, judges_from, read_judge
+from sidelight.judges.slots import FairSlots
 from sidelight.models.conversation import Message, PlainText
 from worlds.judges import CRITERION, chat_answer, scripted_judge, yes_no
 from worlds.models import untrained_probe
@@ -325,6 +327,46 @@ def test_questions_wait_for_a_place_and_equal_ones_are_asked_once():
         questions = [*numbered(6), *numbered(6)]
         assert asked(judge.settings(concurrency=2), *questions) == [pytest.approx(0.7)] * 12
         assert (len(judge.asked), judge.most_at_once) == (6, 2)
+
+
+def test_a_key_with_many_questions_delays_no_other_key():
+    with scripted_judge() as judge:
+        judge.says(0.7, after_s=0.05)
+        keys = ["many"] * 12 + ["few", None]
+        answers = asked(judge.settings(concurrency=2), *numbered(14), keys=keys)
+        assert answers == [pytest.approx(0.7)] * 14
+        order = [int(re.findall(r"text (\d+)", str(each["messages"]))[-1]) for each in judge.asked]
+    # Two are asked at once, and then each key has its turn.
+    assert {12, 13} <= {*order[:6]}
+
+
+def test_slots_go_to_keys_in_turn_and_none_is_lost_to_those_that_leave():
+    async def hold():
+        slots, order = FairSlots(1), []
+
+        async def use(key_id, n):
+            async with slots.slot(key_id):
+                order.append((key_id, n))
+
+        def queued(*jobs):
+            return [asyncio.create_task(use(*job)) for job in jobs]
+
+        async with slots.slot("a"):
+            jobs = queued(("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2), (None, 1))
+            await asyncio.sleep(0)
+            jobs[0].cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        async with slots.slot("a"):
+            jobs = queued(("c", 1))
+            await asyncio.sleep(0)
+        # Its turn has come, and it has not run.
+        jobs[0].cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        async with asyncio.timeout(1), slots.slot("d"):
+            return order
+
+    order = asyncio.run(hold())
+    assert order == [("a", 2), ("b", 1), (None, 1), ("a", 3), ("b", 2)]
 
 
 def test_an_answer_is_cached_and_a_failure_is_not(judge):

@@ -17,6 +17,7 @@ from sidelight.judges.budget import Budget
 from sidelight.judges.profiles import PROFILES
 from sidelight.judges.question import JudgeAnswer, JudgeError, Question
 from sidelight.judges.settings import JUDGE_HEADER, JudgeSettings, is_loopback, port_of
+from sidelight.judges.slots import FairSlots
 
 if TYPE_CHECKING:
     from httpx2 import Response
@@ -66,7 +67,7 @@ class JudgeClient:
                 event_hooks={"response": [self._limit]},
             ),
         )
-        self._places = asyncio.Semaphore(settings.concurrency)
+        self._slots = FairSlots(settings.concurrency)
         self._budget = Budget(settings.budget_per_minute, settings.budget_per_key)
         self._asking: dict[str, tuple[asyncio.Task[JudgeAnswer], set[object]]] = {}
         self._answers: OrderedDict[str, float] = OrderedDict()
@@ -94,7 +95,8 @@ class JudgeClient:
                 )
             if not self._budget.take(key_id):
                 raise JudgeError("budget", f"The budget of judge '{self.name}' is used up.")
-            self._asking[digest] = asyncio.ensure_future(self._timed(question)), set()
+            asking = asyncio.ensure_future(self._timed(question, key_id))
+            self._asking[digest] = asking, set()
         asking, waiting = self._asking[digest]
         me = object()
         waiting.add(me)
@@ -112,11 +114,11 @@ class JudgeClient:
         """Closes its connections."""
         await self._client.close()
 
-    async def _timed(self, question: Question) -> JudgeAnswer:
+    async def _timed(self, question: Question, key_id: str | None) -> JudgeAnswer:
         started, name = time.perf_counter(), self.name
         # The library's own limits are for each read, and this one for all of them.
         try:
-            async with asyncio.timeout(self.settings.timeout_s), self._places:
+            async with asyncio.timeout(self.settings.timeout_s), self._slots.slot(key_id):
                 answer = await self._sent(question)
         except TimeoutError as error:
             raise JudgeError(

@@ -49,7 +49,7 @@ class JudgeSettings(BaseModel):
         key_env: The environment variable that holds the API key; None: no key is sent.
         timeout_s: Seconds for an answer, retries and the wait for a free place included.
         retries: How often a failed request is sent again.
-        concurrency: Most questions at once.
+        concurrency: Most questions at once; API keys take turns.
         budget_per_minute: Most questions a minute.
         budget_per_key: Most questions a minute for each API key of our server.
         max_characters: Longest text that is sent; a longer one is a failure, never a cut.
