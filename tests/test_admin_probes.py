@@ -167,7 +167,11 @@ def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path)
     wrong = (
         (untrained_probe(another_model, "toxicity"), "was trained on", 400),
         (broken(plain), "gives no verdict", 400),
-        (untrained_probe(tiny, "toxicity", reads=Reads("both")), "no probe 'toxicity' judges", 400),
+        (
+            untrained_probe(tiny, "toxicity", reads=Reads("both")),
+            "no probe 'toxicity' classifies",
+            400,
+        ),
         (plain.changed(prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
         (untrained_probe(tiny, "toxicity", task=INTENT), "would never apply", 400),
         (

@@ -296,7 +296,7 @@ def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, c
     report.confusion_matrix[1, 3] = 4
     warn_of_none(replace(fitted_probe, report=report))
     (told,) = warned()
-    assert "Of 31 labelled texts 4" in told
+    assert "4 of 31 labelled texts" in told
     assert f"'{fitted_probe.probe.task.labels[1]}' (4)" in told
     assert "none=false" in told
 

@@ -277,11 +277,11 @@ def test_user_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
 
 
 def test_labels_of_spans_that_only_user_rows_have_are_reported(tmp_path, warned):
-    for label, told in (("NUMBER", []), ("number", ["Only rows of your own have spans of number"])):
+    for label, told in (("NUMBER", []), ("number", ["Only your rows have spans labelled number"])):
         spans = [{"start": 0, "end": 2, "label": label}]
         user_file = write(tmp_path / f"{label}s.jsonl", [{"text": "12", "spans": spans}])
         load_examples(f"guard:letters,{user_file}", spans="spans")
-        assert [warning.partition(":")[0] for warning in warned()] == told
+        assert [warning.partition(".")[0] for warning in warned()] == told
 
 
 def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):

@@ -108,7 +108,8 @@ class Task:
             labels: As in ``LabelledExamples.labels``, or decisions of that form.
         """
         if self.kind == "multilabel":
-            return labels.astype(np.bool_)
+            # Also of no texts, whose array has one axis.
+            return labels.reshape(len(labels), len(self.labels)).astype(np.bool_)
         return labels.reshape(-1, 1) == np.arange(len(self.labels))
 
     def targets(self, labels: AnyArray) -> Flags:

@@ -210,9 +210,9 @@ def _warn_of_new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) ->
         (each if row.is_beside_guard else packaged).update(span.label for span in annotated)
     if new := each.keys() - packaged.keys():
         warn(
-            f"Only rows of your own have spans of {', '.join(sorted(new))}: where packaged texts "
-            f"hold some, nothing says so. Known: {', '.join(sorted(packaged))}. If one of these is "
-            "meant, write it so."
+            f"Only your rows have spans labelled {', '.join(sorted(new))}. Packaged texts may "
+            "contain such spans without a label. If you mean one of the packaged labels, use it: "
+            f"{', '.join(sorted(packaged))}."
         )
 
 

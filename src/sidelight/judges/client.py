@@ -9,7 +9,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from sidelight.errors import SidelightError
@@ -18,9 +18,6 @@ from sidelight.judges.profiles import PROFILES
 from sidelight.judges.question import JudgeAnswer, JudgeError, Question
 from sidelight.judges.settings import JUDGE_HEADER, JudgeSettings, is_loopback, port_of
 from sidelight.judges.slots import FairSlots
-
-if TYPE_CHECKING:
-    from httpx2 import Response
 
 _MOST_BYTES = 2**20
 _CACHED_ANSWERS = 4096
@@ -130,16 +127,15 @@ class JudgeClient:
             self._answers.popitem(last=False)
         return JudgeAnswer(probability, time.perf_counter() - started)
 
-    async def _limit(self, response: "Response") -> None:
+    async def _limit(self, response: Any) -> None:
         """Lets no answer grow without end, and drops what a judge says of an error."""
-        from httpx2 import AsyncByteStream
-
         name, stream, is_error = self.name, response.stream, response.is_error
-        assert isinstance(stream, AsyncByteStream), "the client is asynchronous"
+        # Of httpx or httpx2, by the version of openai.
+        base: Any = next(t for t in type(stream).__mro__ if t.__name__ == "AsyncByteStream")
         # Bytes that were compressed all the same are read as they are, and are no JSON.
         response.headers.pop("content-encoding", None)
 
-        class Limited(AsyncByteStream):
+        class Limited(base):
             async def __aiter__(self) -> AsyncIterator[bytes]:
                 # It may quote the text, and the library would read it whole.
                 if is_error:

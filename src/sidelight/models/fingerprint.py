@@ -85,12 +85,12 @@ class Fingerprint:
         digest = hash_of(self.digest, served.digest)
         if digest != accepted:
             raise FingerprintMismatchError(
-                f"{both}, and {ACCEPTED} is {accepted or 'not set'}. If both are of the same "
-                f"weights, quantised or not, {ACCEPTED}={digest} accepts the model's probes on the "
-                "copy: set it to measure all that you serve, 'sidelight parity PROBE ... --data "
-                f"FILE --quantised {served.name} --gate 0.01', with each --engine-option that you "
-                "serve with, and to serve and judge by them if that ends with 0. Otherwise train "
-                "the probe on this model, or serve the other."
+                f"{both}, and {ACCEPTED} is {accepted or 'not set'}. If one is a quantised copy of "
+                f"the other, {ACCEPTED}={digest} accepts the model's probes on the copy. Set it, "
+                "and run 'sidelight parity PROBE ... --data FILE --quantised "
+                f"{served.name} --gate 0.01' with every --engine-option that you serve with. Serve "
+                "the probes only if it exits with 0. Otherwise train the probe on this model, or "
+                "serve the other."
             )
 
     def differences(self, served: "Fingerprint") -> list[str]:

@@ -28,7 +28,7 @@ def download_probe(source: str | Path) -> Path:
     # Imported here, so that commands without such a name start fast.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     match = _NAME.fullmatch(str(source))
     if match is None:
@@ -36,8 +36,9 @@ def download_probe(source: str | Path) -> Path:
             f"Cannot read '{source}' as a probe on the Hugging Face hub. Write "
             f"{PREFIX}OWNER/NAME@REVISION, where REVISION is a commit, a tag or a branch."
         )
-    # A probe takes a second to download. Bars of the hub would stand among those of the command.
+    # A probe takes a second to download, and an error of ours is one line.
     disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         folder = Path(
             snapshot_download(

@@ -134,8 +134,8 @@ def require_prompt_probe(context: RequestContext) -> None:
     if any(bound.side == "input" for bound in context.chosen):
         return
     message = (
-        "No chosen probe reads a prompt alone, so none can judge a text by itself. Load such a "
-        "probe, or use /v1/chat/completions."
+        "None of the chosen probes reads prompts only, so none can classify a single text. Load "
+        "such a probe, or use /v1/chat/completions."
     )
     if (prompt_rules := context.on("input")) and all(bound.is_shadow for bound in prompt_rules):
         message = (

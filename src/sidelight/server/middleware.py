@@ -207,8 +207,8 @@ class Gatekeeper:
             return
         if (foreign := self._foreign_name(headers)) is not None:
             raise RequestError(
-                f"The server does not answer to '{foreign[:100]}'. Ask localhost, or start it with "
-                "--allowed-host.",
+                f"Host '{foreign[:100]}' is not allowed. Connect to localhost, or start the server "
+                "with --allowed-host.",
                 status=403,
                 code="host_not_allowed",
             )

@@ -301,7 +301,7 @@ def warn_of_none(result: Fit) -> None:
         return
     label = task.labels[int(taken.argmax())]
     warn(
-        f"Of {counts.sum()} labelled texts {taken.sum()} are said to be '{NONE}', most of them of "
-        f"'{label}' ({taken.max()}). If that class is for what is of no other, train without "
-        "'none' (--set none=false)."
+        f"{taken.sum()} of {counts.sum()} labelled texts are classified as '{NONE}', most of them "
+        f"labelled '{label}' ({taken.max()}). If '{label}' already means none of the others, train "
+        "without 'none' (--set none=false)."
     )
