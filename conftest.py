@@ -14,6 +14,7 @@ from openai import OpenAI
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightWarning
 from sidelight.models.conversation import EncodedPrompt
+from worlds.judges import ScriptedJudge, scripted_judge
 from worlds.models import FAMILIES, family_backbone, saved, tiny_backbone
 from worlds.servers import http_client, openai_client
 
@@ -53,6 +54,20 @@ def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) 
 def family(request: pytest.FixtureRequest) -> TransformersBackbone:
     """A tiny backbone of each family, with a chat template."""
     return family_backbone(request.param)
+
+
+@pytest.fixture(scope="module")
+def judge_server() -> Iterator[ScriptedJudge]:
+    """A server that answers as an LLM judge, for all tests of a module."""
+    with scripted_judge() as judge:
+        yield judge
+
+
+@pytest.fixture
+def judge(judge_server: ScriptedJudge) -> ScriptedJudge:
+    """The module's judge, as if no test had asked it yet."""
+    judge_server.reset()
+    return judge_server
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ _TABLES = (
     "packages/lab packages/guards examples .ci"
 )
 STAYS = (
-    ("judge judges judging", r".*", f"{_LLM_JUDGES} tests .ci", "LLM judges"),
+    ("judge judges judging", r".*", f"{_LLM_JUDGES} tests .ci conftest.py", "LLM judges"),
     ("judge judges", r"Judge\w+|(scripted_)?judge|_?judges|test_\w+", "packages", "LLM judges"),
     ("judge judges", r".*", f"{_LABS} src/sidelight/data/annotators.py", "LLM judges"),
     ("judge judges", r"judges?|\w*judge_fit|JudgeFit", _JUDGE_FITS, "fits of LLM judges"),

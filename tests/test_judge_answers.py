@@ -10,23 +10,9 @@ from sidelight.errors import SidelightError
 from sidelight.judges.answers import AnswerFile, ask_all, cost_of, sent_characters
 from sidelight.judges.question import JudgeError, Question
 from sidelight.models.conversation import PlainText
-from worlds.judges import chat_answer, scripted_judge, yes_no
+from worlds.judges import chat_answer, yes_no
 
 PROSE = chat_answer(("Well", {"Well": 0.99}), (" then", {" then": 0.9}))
-
-
-@pytest.fixture(scope="module")
-def live():
-    with scripted_judge() as judge:
-        yield judge
-
-
-@pytest.fixture
-def judge(live):
-    live.asked.clear()
-    live.most_at_once = 0
-    live.says(0.2)
-    return live
 
 
 @pytest.fixture

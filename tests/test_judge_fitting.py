@@ -30,27 +30,13 @@ from sidelight.statistics.combination import combined_log_odds, fit_combination
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.training.measuring import text_hashes
 from worlds.data import planted, write
-from worlds.judges import scripted_judge, yes_no
+from worlds.judges import yes_no
 from worlds.models import INTENT, TOXICITY, untrained_probe
 from worlds.servers import cli
 
 # Of a weight fitted to 4,000 texts.
 FITTED = 0.05
 ROWS = 600
-
-
-@pytest.fixture(scope="module")
-def live():
-    with scripted_judge() as judge:
-        yield judge
-
-
-@pytest.fixture
-def judge(live):
-    live.asked.clear()
-    live.most_at_once = 0
-    live.says(0.2)
-    return live
 
 
 @pytest.fixture(scope="module")

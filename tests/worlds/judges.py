@@ -76,6 +76,13 @@ class ScriptedJudge:
     headers: list[Mapping[str, str]] = field(default_factory=list)
     most_at_once: int = 0
 
+    def reset(self) -> None:
+        """Forgets every question, and answers with a probability of 0.2."""
+        self.asked.clear()
+        self.headers.clear()
+        self.most_at_once = 0
+        self.says(0.2)
+
     def answers(self, answer: Mapping[str, Any] | Response, *, after_s: float = 0.0) -> None:
         """Answers every question so from now on."""
 
