@@ -544,7 +544,7 @@ def test_an_incomplete_report_is_no_verdict(report):
 def test_an_output_before_the_verdict_says_so():
     tracking, prompt = Tracking(reads_responses=False), prompt_of(range(5, 15))
     tracking.enter("r", request_params(prompt), prompt.token_ids)
-    assert read_report(tracking.report("r")).error == "The request was not judged."
+    assert read_report(tracking.report("r")).error == "The request was not classified."
     tracking.leave("r")
     assert tracking.report("r") is None
 

@@ -308,8 +308,8 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
     """The error that stands in for the verdicts of these probes."""
     return VerdictError(
         f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has no "
-        "token that the probe reads, or it is plain text and the probe was trained on chats alone. "
-        "Treat the text as not judged."
+        "token that the probe reads, or it is plain text and the probe was trained only on chats. "
+        "Treat the text as unclassified."
     )
 
 

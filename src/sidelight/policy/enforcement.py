@@ -310,7 +310,7 @@ def _require_passed(event: PromptClassified, decisions: Sequence[Decision]) -> N
         )
     elif chats_only:
         message = (
-            f"No verdict from {_names(chats_only)}: probes that were trained on chats alone cannot "
+            f"No verdict from {_names(chats_only)}: probes that were trained on chats only cannot "
             "classify plain text, and the policy blocks text without a verdict. Use "
             "/v1/chat/completions."
         )

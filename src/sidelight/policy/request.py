@@ -415,8 +415,8 @@ def _failure(failed: Sequence[VisibleVerdict]) -> str:
     reasons = [str(verdict_failure(failures))] if failures else []
     if too_long:
         reasons.append(
-            f"No verdict from {', '.join(too_long)}: the text is longer than the policy lets it "
-            "judge. Treat the text as not judged."
+            f"No verdict from {', '.join(too_long)}: the text is longer than the policy allows. "
+            "Treat the text as unclassified."
         )
     return " ".join(reasons)
 

@@ -147,8 +147,8 @@ def _of_probe(rule: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
         return
     if probe.card.prompt_format != "raw" and probe.reads.scope == "last_turn":
         yield (
-            f"Probe '{probe.name}' has several classes and judges the user's last turn alone, so "
-            "an attack in an earlier turn is not judged. Train it again on one label."
+            f"Probe '{probe.name}' has several classes and classifies the user's last turn alone, "
+            "so it misses an attack in an earlier turn. Train it again on one label."
         )
     # The largest logit of a token is that of its text, whatever stands around it.
     is_diluted = probe.spans is None

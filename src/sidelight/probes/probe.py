@@ -155,7 +155,7 @@ class Probe:
         return self.spans.token_labels(text.tokens, self.task.output_labels)
 
     def can_classify(self, *, is_plain: bool) -> bool:
-        """Whether it judges plain text, or chats: a probe of chats alone fails on plain text."""
+        """Whether it classifies plain text, or chats; one of chats only fails on plain text."""
         return not (is_plain and self.card.prompt_format == "chat")
 
     @property

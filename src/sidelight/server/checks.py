@@ -178,7 +178,7 @@ def as_answer(text: str) -> list[Message]:
 
 
 def is_answered(turns: Sequence[Message]) -> bool:
-    """Whether it has a response that says something; an empty one cannot be judged."""
+    """Whether it has a response with content; an empty one cannot be classified."""
     return has_response(turns) and bool(turns[-1].content)
 
 

@@ -52,7 +52,7 @@ class GuardrailParameters(StrictBody):
 class GuardrailRequest(StrictBody):
     """Texts and tool calls of a request or of its response.
 
-    Images cannot be judged, so they are refused. Other fields are not read. LiteLLM sends the
+    Images cannot be classified, so they are refused. Other fields are not read. LiteLLM sends the
     messages of a request, and never those before a response.
     """
 

@@ -154,7 +154,7 @@ class RequestTextObserver:
     """The ``policy.enforcement.TextObserver`` of one text, whose clock starts when it is made.
 
     Where the audit log cannot be written, ``prompt``, ``check`` and ``end`` raise ``RequestError``
-    if one of their rules blocks what cannot be judged; otherwise the failure is only logged and
+    if one of their rules blocks what cannot be classified; otherwise the failure is only logged and
     counted. A text that is only checked has a ``check`` and nothing else.
 
     Args:

@@ -202,7 +202,7 @@ class CalledFunction(StrictBody):
 
 
 class ToolCall(StrictBody):
-    """A function that the model calls; calls of another kind cannot be judged."""
+    """A function that the model calls; calls of another kind cannot be classified."""
 
     id: str | None = None
     index: int | None = None

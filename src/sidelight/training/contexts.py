@@ -55,7 +55,7 @@ class Context:
         kind: ``without_context``; ``inside`` other text; a ``turn`` of a conversation; as ``plain``
             text. Or ``background`` by itself.
         example: The conversation that is run.
-        prompt: The same, encoded; what is not judged is not read.
+        prompt: The same, encoded, without what is not classified.
         words: How many words stand around the text, or in the background.
         text: The labelled text, by its place in its data set; None for background.
         group: The group of texts that it was drawn for.

@@ -120,7 +120,7 @@ class EngineGuard:
                 client.decided.set()
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        """As vLLM's; refused where a rule blocks, since what it reads is not judged."""
+        """As vLLM's; refused where a rule blocks, since no probe reads it."""
         self.require_unblocked("Poolings of a prompt")
         async with aclosing(self._encode(*args, **kwargs)) as outputs:
             async for output in outputs:
@@ -139,7 +139,7 @@ class EngineGuard:
         rules = self.context.registry.rules if client is None else client.context.rules
         if any(bound.is_enforced for bound in rules):
             error = PolicyError(
-                f"{what} cannot be judged, and the policy blocks what is not judged. Use "
+                f"{what} cannot be classified, and the policy blocks text without a verdict. Use "
                 "/v1/chat/completions, /v1/completions or /v1/responses.",
                 code="not_classified",
             )

@@ -18,7 +18,7 @@ class TextReports:
     """What vLLM's outputs report of one text: at first of its prompt, then step by step.
 
     Args:
-        revision: That of the probes which the request began with; verdicts of others are none.
+        revision: Revision of the probes at the start of the request; later ones do not count.
         keeps_steps: Whether the steps are wanted, and not only the newest report.
 
     Attributes:
@@ -103,12 +103,12 @@ class OutputListener:
         fields: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Report:
-        """Has a text read; the last step's report.
+        """Reads a text, and returns the last step's report.
 
         Args:
             prompt: The token ids, and what they belong to.
             request_id: Unique.
-            revision: That of the probes which are to judge it.
+            revision: Revision of the probes that must classify it.
             fields: What else vLLM's form of the prompt has.
             options: As ``AsyncLLM.generate`` takes them.
         """

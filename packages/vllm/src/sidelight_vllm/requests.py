@@ -44,11 +44,11 @@ class PromptDescription:
 
 @dataclass(frozen=True)
 class Report(Verdicts):
-    """What an output says of its text so far: verdicts, from which probes, and how long they took.
+    """The verdicts in one of vLLM's outputs, for the text so far.
 
     Attributes:
-        seconds: What the workers spent on it.
-        revision: That of the probes which gave the latest verdict.
+        seconds: Time that the workers spent on it, in seconds.
+        revision: Revision of the probes that gave the latest verdict.
         adapter: The LoRA adapter that writes the text; "" for none.
         error: Why there are no verdicts; "" if there are.
     """
@@ -56,7 +56,7 @@ class Report(Verdicts):
     seconds: float = 0.0
     revision: str = ""
     adapter: str = ""
-    error: str = "The request was not judged."
+    error: str = "The request was not classified."
 
     def require_verdicts(self) -> None:
         """Refuses to take the text for judged if it is not.
@@ -66,7 +66,7 @@ class Report(Verdicts):
         """
         if self.error:
             raise GenerationError(
-                f"vLLM sent no verdict ({self.error}). Treat the text as not judged."
+                f"vLLM sent no verdict ({self.error}). Treat the text as unclassified."
             )
 
 
@@ -148,7 +148,7 @@ class _Tracked:
 
     Attributes:
         report: What its next output says.
-        token_roles: The ``TokenRole`` of every token of its prompt; None: it cannot be judged.
+        token_roles: The ``TokenRole`` of every token of its prompt; None: it cannot be classified.
         path: Where ``offline`` wants its states; "" if it wants none.
         blocks: Its block table so far.
         read: How many of its tokens have been planned to be read.

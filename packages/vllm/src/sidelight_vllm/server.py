@@ -61,8 +61,8 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
 
     Raises:
         KeyboardInterrupt: SIGINT has stopped it.
-        SidelightError: An option has no place in vLLM's server, clients beyond this machine would
-            be served, the address cannot be listened on, vLLM cannot serve the probes, or has died.
+        SidelightError: vLLM's server does not support an option, other machines could connect
+            without a key, the address is not available, or vLLM cannot serve the probes or exits.
     """
     _require_places(config)
     require_keys(config)

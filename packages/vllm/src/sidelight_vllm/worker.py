@@ -53,10 +53,10 @@ class StepVerdicts:
     """A worker's verdicts for a step.
 
     Attributes:
-        by_request: By request, if the worker has all layers.
-        projections: Those of its layers, if it has some of them.
-        seconds: What the worker spent on them.
-        probes: Those that it has.
+        by_request: Verdicts by request, if the worker has all layers.
+        projections: Projections of the worker's layers, if it has only some of them.
+        seconds: Time spent on this step, in seconds.
+        probes: The worker's probes.
     """
 
     by_request: dict[str, Verdicts] = field(default_factory=dict[str, Verdicts])

@@ -74,7 +74,7 @@ def says(prompt_score=0.1, response_score=0.1):
 FINE, INJECTED, LEAKING = says(), says(prompt_score=0.9), says(response_score=0.9)
 FOREIGN = {KEY: {**FINE[KEY], "revision": "that of other probes"}}
 FOREIGN_ERROR = {KEY: {**FOREIGN[KEY], "error": "A step failed."}}
-MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN, FOREIGN_ERROR]
+MISSING = [None, {}, {KEY: {"error": "The request was not classified."}}, FOREIGN, FOREIGN_ERROR]
 
 
 @dataclass

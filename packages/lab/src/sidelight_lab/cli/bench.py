@@ -385,9 +385,9 @@ def bench_training(
     """Measure the time, memory and disk space of training, by the number of texts.
 
     Texts are runs of words of the packaged background, without contexts. Hidden states are
-    kept compressed on disk, or computed again in each epoch. Each training has a process
-    of its own. Run the same command with the same --out to resume an interrupted run;
-    --out also gets training.svg.
+    kept compressed on disk, or computed again in each epoch. Each training runs in a
+    separate process. To resume an interrupted run, repeat the command with the same --out,
+    which also gets training.svg.
     """
     from sidelight_lab.bench.training import Workload, measure_training
 

@@ -43,7 +43,7 @@ _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
     "--trials",
     type=options.AT_LEAST_ONE,
     default=100,
-    help="Trials per mechanism, including those of an earlier run in the same folder.",
+    help="Number of trials per mechanism, counting trials from an earlier run in the same folder.",
 )
 @click.option("--seed", type=int, default=0, help="Random seed.")
 @options.transformers

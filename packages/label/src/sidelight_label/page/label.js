@@ -77,7 +77,7 @@ function showCriterion(criterion) {
   find("#criterion").hidden = !criterion;
   if (!criterion) return;
   const place = find("#criterion-text");
-  // What a person is writing stays, whatever arrives meanwhile.
+  // An update from the server must not overwrite unsaved edits.
   if (!isEdited()) {
     place.value = criterion.text;
     edited = criterion.text;
