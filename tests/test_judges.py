@@ -8,6 +8,7 @@ import re
 import time
 import traceback
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from starlette.responses import (
@@ -562,6 +563,22 @@ def test_a_file_describes_one_judge(tmp_path):
     # Where and how fast it answers is no part of what it says.
     moved = settings.model_copy(update={"url": "http://localhost:9/v1", "timeout_s": 3.0})
     assert settings.digest == moved.digest
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_that_asks_in_other_words_is_another_judge(monkeypatch, profile):
+    criterion = {} if PROFILES[profile].criterion == "unused" else {"criterion": CRITERION}
+    settings = JudgeSettings(url=LOCAL["url"], model="m", profile=profile, **criterion)
+    before, ask = settings.digest, PROFILES[profile].ask
+
+    def reworded(question, criterion):
+        *turns, last = ask(question, criterion)
+        # Of a response alone.
+        end = " Now." if question.is_exchange else ""
+        return [*turns, {**last, "content": last["content"] + end}]
+
+    monkeypatch.setitem(PROFILES, profile, replace(PROFILES[profile], ask=reworded))
+    assert settings.digest != before
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, m
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.judges.profiles import PROFILES
+from sidelight.judges.question import Question
+from sidelight.models.conversation import PlainText
 from sidelight.types import visible
 
 JudgeKind = Literal["chat", "decisions", "moderations"]
@@ -30,6 +32,8 @@ JUDGE_HEADER = "x-sidelight-judge"
 _FIXED = frozenset(
     {"model", "messages", "input", "questions", "max_tokens", "logprobs", "top_logprobs", "stream"}
 )
+# Questions whose wording stands for that of all.
+_SAMPLES = (Question.about(PlainText("prompt")), Question.about(PlainText("prompt"), "response"))
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PerMinute = Annotated[int, Field(ge=1, strict=True)]
 _Text = Annotated[StrictStr, Field(min_length=1)]
@@ -104,7 +108,12 @@ class JudgeSettings(BaseModel):
     def digest(self) -> str:
         """Twelve hexadecimal digits of all that decides an answer: what a fit is bound to."""
         fields = self.model_dump(include={"model", "kind", "profile", "criterion", "category"})
-        text = json.dumps(fields | {"extra": self.extra}, sort_keys=True, ensure_ascii=False)
+        # A release may change how a profile asks.
+        asked = [
+            PROFILES[self.profile].request(question, self.criterion or "") for question in _SAMPLES
+        ]
+        fields |= {"extra": self.extra, "asked": asked if self.kind == "chat" else None}
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def key(self) -> str | None:
