@@ -236,10 +236,12 @@ def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny, warned):
     few = load_examples(rows[12:24], task=training.task)
     fit(tiny, training, few, name="p", options=options_of("gate"))
     warnings = warned()
-    (cut,) = (warning for warning in warnings if "cut" in warning)
-    assert cut.startswith("7 of 40 texts were cut to 256 tokens")
-    assert any("positive validation texts, and 30 are wanted" in warning for warning in warnings)
-    assert "12 validation texts are also training texts." in warnings
+    (truncated,) = (warning for warning in warnings if "truncated" in warning)
+    assert truncated.startswith("7 of 40 texts were truncated to 256 tokens")
+    assert any("(recommended: 30)" in warning for warning in warnings)
+    assert any(
+        w.startswith("12 validation texts also occur in the training data") for w in warnings
+    )
 
 
 def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits):

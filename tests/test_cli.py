@@ -105,7 +105,7 @@ def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path,
     arguments = ["train", "--model", model, "--data", data, "--label", "toxic", *QUICKLY]
     with only_writer(out):
         assert cli(*arguments, "--out", str(out)) == 2
-    assert f"Another run writes to {out}. Wait for it" in capsys.readouterr().err
+    assert f"Another run is writing to {out}. Wait" in capsys.readouterr().err
 
 
 def test_a_rationale_is_refused_where_nothing_would_learn_from_it(capsys):
@@ -225,11 +225,11 @@ def test_a_probe_is_recalibrated_on_labelled_texts_or_by_a_rule(model, tmp_path,
     assert re.search(r"Before: Finds \d+ of .* After: Finds \d+ of \d+ '1' texts", output)
     assert cli("predict", str(tmp_path / "labelled"), "tabX cde") == 0
     assert cli("recalibrate", str(hesitant), "--threshold", "fpr=0.01") == 0
-    assert "cannot be told from" in capsys.readouterr().err
+    assert "too few to estimate a false-positive rate" in capsys.readouterr().err
     by_rule = ["recalibrate", str(hesitant), "--threshold", "recall=0.99", "--out", str(hesitant)]
     # No probe is replaced unless it is told to.
     assert cli(*by_rule) == 2
-    assert "holds a probe" in capsys.readouterr().err
+    assert "contains a probe" in capsys.readouterr().err
     assert (hesitant / PROBE).read_bytes() == before
     assert cli(*by_rule, "--name", "strict", "--force") == 0
     assert re.search(r"finds \d+ of \d+ '1' texts \(\d+ before\)", capsys.readouterr().out)
@@ -411,7 +411,7 @@ def test_background_is_refused_for_a_probe_of_answers(arguments, tmp_path, capsy
     rows = labelled_rows(tmp_path / "rows.jsonl", ["yes", "no"] * 4)
     ours = ["train", "--data", rows, *arguments, "--background", rows, "--out", tmp_path / "out"]
     assert cli(*ours) == 2
-    assert "--background has prompts alone" in capsys.readouterr().err
+    assert "--background contains only prompts" in capsys.readouterr().err
 
 
 def test_groups_are_refused_where_there_are_no_folds(tmp_path, capsys):
@@ -435,7 +435,7 @@ TRAIN = "train --data {data} --out o --label toxic "
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
-        ("train --data nowhere --out o --label toxic --name a/b", "1 to 64 of A-Z"),
+        ("train --data nowhere --out o --label toxic --name a/b", "1 to 64 of the characters A-Z"),
         (TRAIN + "--set gate.x=1", "--mechanism gate"),
         (TRAIN + "--set epochs", "NAME=VALUE"),
         ("train --data nowhere --out o --set epoch=3", "Did you mean 'epochs'"),
@@ -447,8 +447,8 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("recalibrate nowhere", "--threshold"),
         ("eval nowhere --data {data}", "sidelight train --out"),
         ("predict {probe} --data {empty}", "empty.jsonl, line 2"),
-        ("predict {probe}", "Write texts after the probe, or name a file with --data"),
-        ("predict {probe} x --data {empty}", "Leave one of them out"),
+        ("predict {probe}", "Pass texts after the probe, or name a file with --data"),
+        ("predict {probe} x --data {empty}", "Pass only one of the two"),
         ("predict {probe} x --engine vllm", "vLLM serves, and reads texts for training"),
         (TRAIN + "--engine vllm --device cpu", "vLLM chooses its device"),
         # Which is not installed here.
@@ -513,7 +513,7 @@ def test_a_probe_without_verdicts_is_refused_by_every_command(
         ("--set cache={folder}/few.jsonl", "Name another folder"),
         ("--background {folder}/nowhere.jsonl", "No file"),
         ("--background {folder}/empty.jsonl", "has no rows"),
-        ("--data {folder}/few.jsonl", "Give 5 or more of each label"),
+        ("--data {folder}/few.jsonl", "Give at least 5 of each label"),
         ("--data {folder}/six.jsonl", "got 6 (3 of 'no', 3 of 'yes')"),
         ("--data {folder}/named_none.jsonl", "none=false"),
         ("--data {folder}/classes.jsonl --threshold recall=0.9", "Leave --threshold out"),
@@ -538,18 +538,18 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
-        ("eval {answers} --data {data}", "column of answers with --response"),
-        ("predict {answers} x", "column of answers with --response"),
-        ("recalibrate {answers} --data {data}", "column of answers with --response"),
-        ("parity {answers} --data {data} --engines transformers", "answers with --response"),
+        ("eval {answers} --data {data}", "column of responses with --response"),
+        ("predict {answers} x", "column of responses with --response"),
+        ("recalibrate {answers} --data {data}", "column of responses with --response"),
+        ("parity {answers} --data {data} --engines transformers", "Name it with --response"),
         ("predict {finder} --data {data} --response label", "Leave --response out"),
         # Of spans, before the file is read.
         ("recalibrate {finder} --data nowhere.jsonl", "labels spans"),
         ("recalibrate {finder} --threshold f1", "labels spans"),
-        ("recalibrate {known} --threshold f1", "keeps no curve"),
-        ("recalibrate {known} --data {data}", "texts of the new traffic"),
+        ("recalibrate {known} --threshold f1", "no stored operating curve"),
+        ("recalibrate {known} --data {data}", "texts from the new traffic"),
         ("recalibrate {known} --data {few}", "Label more texts"),
-        ("recalibrate {known} --data {data} --name a/b", "1 to 64 of A-Z"),
+        ("recalibrate {known} --data {data} --name a/b", "1 to 64 of the characters A-Z"),
     ],
 )
 def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
@@ -626,10 +626,10 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         assert errors.count(words) == len(readers), words
     assert errors.count("holds no probe") == 4
     for words in (
-        "Name texts of",
+        "Name labelled texts",
         "Got the threshold",
         "'lable'",
-        "Name a TOML file",
+        "Name an existing TOML file",
     ):
         assert errors.count(words) == 1, words
     assert len(helps) > 20

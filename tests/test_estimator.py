@@ -140,11 +140,11 @@ def test_with_keep_cache_a_text_is_read_once_to_train_however_many_fits_train_on
 @pytest.mark.parametrize(
     ("texts", "labels", "says"),
     [
-        ([["a"], ["b"]], ["a", "b"], r"shape \(2, 1\), wanted a list"),
-        (["a", 5], ["a", "b"], "Text 2 is 5, wanted a string"),
-        (["a", "b"], ["a", None], r"^Label 2 is None, wanted .* leave it out of X and y\.$"),
+        ([["a"], ["b"]], ["a", "b"], r"shape \(2, 1\), expected a list"),
+        (["a", 5], ["a", "b"], "Text 2 is 5, expected a string"),
+        (["a", "b"], ["a", None], r"^Label 2 is None, expected .* remove it from X and y\.$"),
         (["a", "b"], [float("nan"), 1.0], "Label 1 is nan"),
-        (["a", "b"], ["a", "a"], r"Got one class \(a\), wanted two"),
+        (["a", "b"], ["a", "a"], r"Got one class \(a\), expected two"),
         (["a", "b"], ["a"], "inconsistent numbers of samples"),
         (["a", "b"], [0.5, 1.5], "Unknown label type"),
     ],

@@ -276,7 +276,7 @@ def test_two_processes_that_write_the_same_states_at_once_both_have_them_intact(
 
 def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
-    cache.directory.write_text("no folder")
+    cache.directory.write_text("not a folder")
     with pytest.raises(
         SidelightError,
         match=wordings.CANNOT_WRITE.format(what="/.*safetensors") + ".*SIDELIGHT_CACHE",

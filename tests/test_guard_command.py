@@ -262,7 +262,7 @@ def test_a_wrong_policy_is_refused_before_training(model, tmp_path, capsys, ran)
 def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
     with only_writer(Path(words[-1])):
         assert cli(*words) == 2
-    assert f"Another run writes to {words[-1]}. Wait for it" in capsys.readouterr().err
+    assert f"Another run is writing to {words[-1]}. Wait" in capsys.readouterr().err
     assert cli(*words) == 0
 
 
@@ -343,7 +343,10 @@ def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
         (("--only", "shouts", "--data", "", "--out", "g"), "Cannot read 'guard:shouts,'"),
         (("--only", "shout", "--out", "g"), "no guard 'shout'. Did you mean 'shouts'?"),
         (("--only", "shouts", "--rows", "40"), "Name a folder for them with --out"),
-        (("--data", "mine.jsonl", "--out", "g"), "--data adapts one guard. Name it: --only"),
+        (
+            ("--data", "mine.jsonl", "--out", "g"),
+            "--data adapts a single guard. Name it with --only",
+        ),
         (("--only", "shouts,letters", "--data", "m.jsonl", "--out", "g"), "--only shouts or lett"),
         (("--only", "shouts", "--data", "absent.jsonl", "--out", "g"), "No file 'absent.jsonl'"),
         (("--out", "/proc/guards"), "Cannot write to /proc/guards"),

@@ -249,13 +249,13 @@ def test_a_damaged_packaged_probe_says_to_install_its_package_again(damage, pack
     finally:
         path.write_bytes(sound)
     assert str(path.parent) in error
-    assert error.endswith("packaged probe of the guard 'shouts': install its package again.")
+    assert error.endswith("packaged probe of the guard 'shouts'; reinstall its package.")
 
 
 def test_data_is_of_one_guard(model, tmp_path, capsys):
     for named in ("guard:shouts,guard:letters", "guard:shouts, guard:letters"):
         words = ("--data", named, "--model", model, "--out", str(tmp_path / "out"))
-        assert "names two guards, and data is of one" in refused(capsys, "train", *words)
+        assert "names two guards, but data belongs to one" in refused(capsys, "train", *words)
         with pytest.raises(SidelightError, match=wordings.TWO_GUARDS):
             guard_of(named)
 

@@ -122,7 +122,7 @@ def test_user_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
         match=wordings.FILE_LINE.format(file="open.jsonl", line=1)
         + ": "
         + wordings.NO_COLUMN.format(name="response")
-        + r"\. Rows",
+        + r"\. Your rows",
     ):
         load_examples(f"guard:replies,{unanswered}")
 
@@ -206,8 +206,8 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
         ("title = ", r"shouts.toml \(Invalid value"),
         pytest.param("title = " + "[" * 3_000, r"shouts.toml \(maximum recursion", id="nested"),
         ('title = "Shouts"\nreads = "both"', r"shouts.toml \(Cannot overwrite"),
-        ('title = "Shouts"\nlabels = ["a", "a"]', r"labels: .*two names that differ"),
-        ('title = "Shouts"\nlabels = ["a", "b\\n"]', r"labels: .*two names that differ"),
+        ('title = "Shouts"\nlabels = ["a", "a"]', r"labels: .*two different names"),
+        ('title = "Shouts"\nlabels = ["a", "b\\n"]', r"labels: .*two different names"),
     ],
 )
 def test_a_wrong_card_is_refused_by_its_key(letters, line, message):
@@ -234,7 +234,7 @@ def test_a_wrong_card_is_refused_by_its_key(letters, line, message):
         ("guard:shouts", {"response": "answer"}, r"--response answer contradicts .*has none"),
         ("guard:shouts", {"spans": "spans"}, r"--spans spans contradicts .*has none"),
         ("guard:shouts", {"split": "test"}, r"--split test contradicts .*has none"),
-        ("guard:letters", {}, r"labels spans, not whole texts\. Name their column with --spans"),
+        ("guard:letters", {}, r"labels spans, not whole texts\. Read them with --spans"),
     ],
 )
 def test_what_contradicts_the_card_is_refused(source, columns, message):
@@ -250,7 +250,7 @@ def test_user_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
         match=wordings.FILE_LINE.format(file="mine.jsonl", line=1)
         + ": "
         + wordings.NO_COLUMN.format(name="spans")
-        + r"\. Rows",
+        + r"\. Your rows",
     ):
         load_examples(f"guard:letters,{user_file}", spans="spans")
     turns = [{"role": "user", "content": "Ann"}] * 2
@@ -315,4 +315,4 @@ def test_a_guard_of_spans_trains_a_probe_that_finds_them(model, tmp_path, capsys
     assert cli("eval", str(out), "--data", "guard:letters:unseen") == 0
     assert "24 texts" in capsys.readouterr().out
     assert cli("train", "--data", "guard:letters", "--positive", "SHOUT", *words) == 2
-    assert "--positive are for labels of whole texts" in capsys.readouterr().err
+    assert "--positive apply only to labels of whole texts" in capsys.readouterr().err

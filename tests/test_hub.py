@@ -143,7 +143,7 @@ def test_a_recalibrated_probe_of_the_hub_needs_a_folder(hub, capsys):
         ("hf:not a name@v1", r"'hf:not a name@v1' \(HFValidationError.*hf auth login"),
         ("hf:me/typo@v1", r"'hf:me/typo@v1' \(RepositoryNotFoundError.*hf auth login"),
         ("hf:me/mine@v3", r"'hf:me/mine@v3' \(RevisionNotFoundError.*hf auth login"),
-        ("hf:me/empty@v1", r"'hf:me/empty@v1' holds no probe\.safetensors"),
+        ("hf:me/empty@v1", r"'hf:me/empty@v1' contains no probe\.safetensors"),
     ],
 )
 def test_a_wrong_name_is_one_line_with_its_remedy(hub, named, says, capsys):

@@ -100,8 +100,8 @@ def test_a_file_of_words_lies_beside_the_policy(tmp_path):
     ("ignore", "told"),
     [
         ('file = "absent.txt"', "Cannot read .*absent.txt"),
-        ('patterns = ["("]', "is not a pattern of RE2: missing"),
-        ('patterns = ["(?=a)a"]', "no look-around"),
+        ('patterns = ["("]', "is not a valid RE2 pattern: missing"),
+        ('patterns = ["(?=a)a"]', "neither look-around"),
         ('patterns = [".*"]', "also matches an empty text"),
         ('word = ["a"]', "unknown key: input.pii.ignore.word"),
         ("words = [1]", r"input.pii.ignore.words.0"),

@@ -193,7 +193,7 @@ def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
     monkeypatch.setattr(keeping, "directions_of_width", lambda width: 1)
     fitted_probe = fitted(tiny, tmp_path, examples, states="disk")
     assert fitted_probe.probe.card.training.states.form == "whole"
-    (told,) = [line for line in warned() if "kept whole" in line]
+    (told,) = [line for line in warned() if "stored uncompressed" in line]
     assert "differ by" in told
 
 

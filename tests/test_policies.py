@@ -178,7 +178,7 @@ def test_a_text_longer_than_its_rule_allows_is_refused_in_a_check_and_told_in_an
             assert answer.status_code == 400, (path, answer.text)
             error = answer.json()["error"]
             assert error["code"] == "verdict_failed"
-            assert "probe 'toxicity' may classify at most 40" in error["message"]
+            assert "the limit of probe 'toxicity' is 40" in error["message"]
             assert f"Text {0 if path == '/v1/decisions' else 1} (" in error["message"]
         without_long = {"input": LONG[1:], "probes": ["topics"]}
         assert http.post("/v1/moderations", json=without_long).status_code == 200

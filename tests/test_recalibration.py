@@ -105,7 +105,7 @@ def test_texts_that_trained_a_probe_are_counted(warned):
     with pytest.raises(SidelightError, match=wordings.TRAINED_ON_THESE):
         recalibrate(probe, seen.select(order), logits[order])
     some = np.arange(350, 600)
-    warning = "150 of 250 texts were trained on: the figures flatter the probe. Leave them out."
+    warning = "150 of 250 texts were used in training, so the metrics are too optimistic. Leave these texts out."
     warn_of_trained_texts(probe.card.training, seen.select(some))
     assert warned() == [warning]
     recalibrate(probe, seen.select(some), logits[some])
@@ -199,11 +199,14 @@ def test_too_few_texts_are_refused(warned):
         recalibrate(trained(), texts_of(TOXICITY, labels), logits)
     labels[9:20] = 1
     recalibrate(trained(), texts_of(TOXICITY, labels), logits)
-    assert any("rests on 20 positive" in warning for warning in warned())
+    assert any(
+        "positive validation texts for a reliable threshold: 20 of" in warning
+        for warning in warned()
+    )
 
 
 def test_several_classes_have_no_thresholds_to_move():
-    with pytest.raises(SidelightError, match=wordings.MOST_PROBABLE_WINS):
+    with pytest.raises(SidelightError, match=wordings.PREDICTS_MOST_PROBABLE):
         recalibrate(trained(INTENT))
     with pytest.raises(SidelightError, match=wordings.NO_THRESHOLD):
         recalibrate(trained(INTENT), rule=ThresholdRule("fpr", 0.01))

@@ -65,7 +65,7 @@ SERVED = 1e-4
         ([{**NAME, "start": -1}], "-1 to 12 is not within"),
         ([{**NAME, "start": 12}], "12 to 12 is not within"),
         ([{**NAME, "end": 8.0}], "5 to 8.0 is not within"),
-        ([{**NAME, "start": 4, "end": 5}], "from 4 to 5 has only blanks"),
+        ([{**NAME, "start": 4, "end": 5}], "from 4 to 5 contains only whitespace"),
         ([{**NAME, "text": "Ann"}], r"keys start, end, label, got .*\(unknown: text\)"),
         ([{"start": 5, "end": 12}], "expected a span with the keys"),
         ([[5, 12, "NAME"]], "expected a span with the keys"),
@@ -533,11 +533,11 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write("\n" + json.dumps(unknown))
     assert cli("eval", probe, *texts, "--spans", "pii") == 0
-    assert "Left out the spans of labels" in capsys.readouterr().err
+    assert "Left out 1 spans with labels" in capsys.readouterr().err
     texts = write("test.jsonl", 30, 1)
     measure = ["eval", probe, *texts, "--spans", "pii", "--json"]
     assert cli(*measure, "--plots", str(tmp_path)) == 2
-    assert "by the laboratory: sidelight anatomy" in capsys.readouterr().err
+    assert "run `sidelight anatomy" in capsys.readouterr().err
     assert cli(*measure) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["character_f1"]["value"] > 0.9
@@ -545,7 +545,7 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     assert report["full_texts"]["f1"]["value"] > 0.9
     assert {*report["per_label"]} == {"NUMBER", "SHOUT"}
     assert cli("recalibrate", probe, "--threshold", "fpr=0.01") == 2
-    assert "Train it again" in capsys.readouterr().err
+    assert "Retrain the probe" in capsys.readouterr().err
     assert cli("predict", probe, *texts) == 0
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found_rows = [

@@ -162,7 +162,7 @@ def hub(hub_at, monkeypatch):
 def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, load):
     for answer, says in (
         ({}, "the Hugging Face hub cannot be reached"),
-        ({"status": 404, "x_error_code": "RepoNotFound"}, "neither a folder here nor a model"),
+        ({"status": 404, "x_error_code": "RepoNotFound"}, "neither a local folder nor a model"),
         ({"status": 503}, "the Hugging Face hub cannot be reached"),
     ):
         hub(**answer)
@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_written_or_has_no_place_is_one_line(tmp_path, mo
     # Installed or not: what is unpacked is never looked at.
     monkeypatch.setattr("sidelight.models.smollm2.packaged_gguf", lambda: tmp_path / "model.gguf")
     assert cli("serve", "--port", "0") == 2
-    assert "SIDELIGHT_CACHE to a folder that can be written" in capsys.readouterr().err
+    assert "SIDELIGHT_CACHE to a writable folder" in capsys.readouterr().err
     # Nor has every user a home.
     monkeypatch.delenv("SIDELIGHT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -130,7 +130,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         classes, numbers = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(
-                f"Got one class ({classes[0]}), wanted two or more. Add texts of another."
+                f"Got one class ({classes[0]}), expected two or more. Add texts of another class."
             )
         task = Task(
             "binary" if len(classes) == 2 else "multiclass",
@@ -224,11 +224,11 @@ def _texts(values: Any) -> Sequence[str]:
     texts = np.asarray(values, dtype=object)
     if texts.ndim != 1 or not len(texts):
         raise ValueError(
-            f"Got texts of the shape {texts.shape}, wanted a list of one or more strings."
+            f"Got texts of shape {texts.shape}, expected a list of one or more strings."
         )
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"Text {number + 1} is {text!r:.80}, wanted a string.")
+            raise ValueError(f"Text {number + 1} is {text!r:.80}, expected a string.")
     return texts.tolist()
 
 
@@ -238,6 +238,6 @@ def _require_labels(labels: np.ndarray) -> None:
         # NaN differs from itself.
         if not isinstance(label, str | Real) or label != label:
             raise ValueError(
-                f"Label {number + 1} is {label!r:.80}, wanted a string or a number. Label the "
-                "text, or leave it out of X and y."
+                f"Label {number + 1} is {label!r:.80}, expected a string or a number. Label the "
+                "text, or remove it from X and y."
             )

@@ -30,8 +30,8 @@ def find_extension(group: str, name: str) -> EntryPoint | None:
     found = {entry.value: entry for entry in entry_points(group=group, name=name)}
     if len(found) > 1:
         raise SidelightError(
-            f"Several packages have '{name}' in '{group}': {', '.join(sorted(found))}. Uninstall "
-            "all but one."
+            f"Several packages provide '{name}' in '{group}': {', '.join(sorted(found))}. "
+            "Uninstall all but one."
         )
     for entry in found.values():
         if entry.dist is not None:
@@ -76,6 +76,7 @@ def _require_fit(package: Distribution) -> None:
         if wanted.specifier.contains(ours, prereleases=True):
             continue
         raise SidelightError(
-            f"{package.name} {package.version} needs {_OURS}{wanted.specifier}, and {_OURS} {ours} "
-            "is installed. Install both from the same clone, or compatible versions."
+            f"{package.name} {package.version} needs {_OURS}{wanted.specifier}, but {_OURS} "
+            f"{ours} is installed. Install both from the same clone, or install compatible "
+            "versions."
         )

@@ -153,7 +153,7 @@ def _guards(source: str | Path) -> list[tuple[Guard, int]]:
         if not os.path.exists(source):
             raise
         raise SidelightError(
-            f"{error} To name the folder '{source}', write {Path(source).absolute()}."
+            f"{error} If you mean the folder '{source}', write {Path(source).absolute()}."
         ) from error
 
 
@@ -202,8 +202,7 @@ def _packaged_digest(guard: Guard, folder: Path) -> str:
         return read_card(folder).backbone.digest
     except SidelightError as error:
         raise SidelightError(
-            f"{error} It is the packaged probe of the guard '{guard.name}': install its package "
-            "again."
+            f"{error} It is the packaged probe of the guard '{guard.name}'; reinstall its package."
         ) from error
 
 

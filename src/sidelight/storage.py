@@ -82,7 +82,8 @@ def only_writer(directory: Path) -> Generator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SidelightError(
-                    f"Another run writes to {directory}. Wait for it, or name another folder."
+                    f"Another run is writing to {directory}. Wait until it has finished, or name "
+                    "another folder."
                 ) from error
         yield
     finally:

@@ -32,7 +32,7 @@ def as_json(dtype: type[np.generic], *, axes: int | None = None) -> tuple[Any, .
         if not array.size and axes is not None:
             array = array.reshape(len(array), *[0] * (axes - 1))
         if axes not in (None, array.ndim):
-            raise ValueError(f"lists in {axes} levels are expected")
+            raise ValueError(f"expected lists nested {axes} levels deep")
         return array
 
     return PlainValidator(read), PlainSerializer(AnyArray.tolist, return_type=list[Any])

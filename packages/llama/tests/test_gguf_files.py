@@ -184,7 +184,7 @@ def test_the_embedded_models_file_has_a_name():
             "threads=...: Input should be a",
         ),
         ("--model {file} --engine-option texts=256", "texts=256: Input should be less than 256."),
-        ("--model {file} --engine-option texts=2,tokens=9", "options take an --engine-option each"),
+        ("--model {file} --engine-option texts=2,tokens=9", "Repeat --engine-option for each option"),
         (
             "--model {file} --engine-option tokens=-1",
             "tokens=-1: Input should be greater",

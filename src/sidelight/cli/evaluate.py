@@ -162,9 +162,8 @@ def _require_full_texts(card: "ProbeCard") -> None:
     """Refuses plots of a probe that labels spans."""
     if card.spans is not None:
         raise SidelightError(
-            f"--plots draws verdicts on whole texts, but '{card.name}' labels spans. Leave it "
-            "out, or draw spans and the worst texts by the laboratory: sidelight anatomy PROBE "
-            "--data FILE --out FOLDER."
+            f"--plots draws verdicts on whole texts, but '{card.name}' labels spans. Leave "
+            "--plots out. To draw spans, run `sidelight anatomy PROBE --data FILE --out FOLDER`."
         )
 
 
@@ -249,10 +248,12 @@ def _require_texts(texts: Sequence[str], data: str | None) -> None:
     """Refuses a call without texts, or with texts of two kinds; says which file is read."""
     if not texts and data is None:
         raise SidelightError(
-            "There is no text to classify. Write texts after the probe, or name a file with --data."
+            "There is no text to classify. Pass texts after the probe, or name a file with --data."
         )
     if texts and data is not None:
-        raise SidelightError("Got texts and a file of texts (--data). Leave one of them out.")
+        raise SidelightError(
+            "Got both texts and a file of texts (--data). Pass only one of the two."
+        )
     if data is not None:
         options.announce(f"Reading {data}")
 
@@ -412,8 +413,8 @@ def parity(
     readers = [m.name for m in cards if m.reads.includes_response]
     if readers and response is None:
         raise SidelightError(
-            f"{', '.join(readers)} reads responses, so there would be nothing to compare. Name the "
-            "column of the answers with --response."
+            f"{', '.join(readers)} reads responses, but no column of responses is named. Name it "
+            "with --response."
         )
     examples = load_examples(data, text=text, label=None, response=response)
     from sidelight.engines.parity import compare_engines
@@ -451,8 +452,8 @@ def _runtimes(
         taking = [n for n in engines_of(quantised) if find_backend(n).quantising is not None]
         if not taking:
             raise SidelightError(
-                f"No installed engine runs the quantised copy '{quantised}'. Install the one that "
-                "you serve it with."
+                f"No installed engine runs the quantised copy '{quantised}'. Install the engine "
+                "that you serve it with."
             )
         runtimes["quantised"] = runtime(taking[0], engine_option, model=quantised)
     return runtimes

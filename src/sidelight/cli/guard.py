@@ -70,11 +70,13 @@ def guard(
         _list_cards(cards)
         return
     if data is not None and (only is None or len(names) > 1):
-        raise SidelightError(f"--data adapts one guard. Name it: --only {' or '.join(names)}.")
+        raise SidelightError(
+            f"--data adapts a single guard. Name it with --only: {' or '.join(names)}."
+        )
     if out is None and (data, rows, threshold) != (None, None, "f1"):
         raise SidelightError(
-            "--data, --rows and --threshold make other guards than guard:NAME. Name a folder for "
-            "them with --out."
+            "With --data, --rows or --threshold, the trained guards differ from guard:NAME. Name "
+            "a folder for them with --out."
         )
     from sidelight.policy.rules import read_policy
     from sidelight.probes.card import require_name
@@ -85,8 +87,8 @@ def guard(
         require_name(name)
         if name.lower() == _POLICY:
             raise SidelightError(
-                f"A guard called '{name}' has no room beside the file of that name. Leave it out "
-                f"(--only), or train it by `sidelight train --data guard:{name}`."
+                f"The guard '{name}' would need a folder with the name of the policy file. Leave "
+                f"it out with --only, or train it with `sidelight train --data guard:{name}`."
             )
         if out is not None:
             check_folder(out / name)
@@ -256,8 +258,9 @@ def _write_policy(path: Path, home: Path) -> None:
     click.echo(f"\n{path} exists and was left unchanged.")
     if lacking:
         warn(
-            f"{path} has no rule for {', '.join(lacking)}: clients see their verdicts. Add a table "
-            'for each, as [input.NAME] or, for answers, [output.NAME], with mode = "shadow".'
+            f"{path} has no rule for {', '.join(lacking)}, so clients see the verdicts. Add a "
+            'table for each guard with mode = "shadow": [input.NAME], or [output.NAME] for '
+            "guards of responses."
         )
 
 

@@ -67,7 +67,9 @@ def checked_file(_context: click.Context, option: Any, path: Path | None) -> Pat
     if path is None:
         return None
     if path.is_dir():
-        raise SidelightError(f"{path} is a folder. Name a file in it with {option.opts[0]}.")
+        raise SidelightError(
+            f"{path} is a folder. Name a file in this folder with {option.opts[0]}."
+        )
     check_folder(path.parent)
     return path
 
@@ -200,12 +202,13 @@ class TrainingInputs:
         )
         if self.validation is None and self.validation_split is not None:
             raise SidelightError(
-                "--set validation_split needs --validation. Name the data set, or leave it out."
+                "--set validation_split needs --validation. Name the validation data set, or "
+                "leave validation_split out."
             )
         if self.validation is not None and self.groups is not None:
             raise SidelightError(
-                "--set groups= keeps rows in one fold, and with --validation there are no folds. "
-                "Leave one of them out."
+                "--set groups= keeps related rows in one fold, but there are no folds with "
+                "--validation. Leave one of the two out."
             )
         if self.cache is not None:
             check_folder(self.cache)

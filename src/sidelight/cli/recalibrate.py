@@ -89,9 +89,9 @@ def recalibrate(
         trained_on, copy = loaded.card.backbone, classifier.backbone.fingerprint
         if trained_on.differences(copy):
             raise FingerprintMismatchError(
-                f"'{loaded.name}' is accepted on {copy.name}, but not recalibrated on it: the new "
-                f"probe would be that of {trained_on.name}. Recalibrate it on that model, or train "
-                "a probe on the copy."
+                f"'{loaded.name}' is accepted on {copy.name}, but cannot be recalibrated on it, "
+                f"because the new probe would belong to {trained_on.name}. Recalibrate it on "
+                f"{trained_on.name}, or train a probe on the copy."
             )
         recalibrated = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
     save_probe(
@@ -103,8 +103,8 @@ def recalibrate(
 def _require_aim(data: str | None, rule: "ThresholdRule | None") -> None:
     if data is None and rule is None:
         raise SidelightError(
-            "Name texts of the new traffic with --data, or what the thresholds are for with "
-            "--threshold."
+            "There is nothing to recalibrate by. Name labelled texts with --data, or a rule for "
+            "the thresholds with --threshold."
         )
 
 

@@ -98,8 +98,8 @@ class SecondStageOptions:
         if failures:
             reasons = ", ".join(f"{reason} {count}" for reason, count in failures.most_common())
             warn(
-                f"The judge gave no verdict on {failures.total()} texts ({reasons}), which are "
-                "excluded from its metrics. The same command asks about them again."
+                f"The judge gave no verdict on {failures.total()} texts ({reasons}); they are "
+                "excluded from its metrics. Run the command again to retry them."
             )
         return fit_judge(
             probe,

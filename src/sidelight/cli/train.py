@@ -99,7 +99,8 @@ def train(
     fit_options = replace(fit_options, threshold=ThresholdRule.parse(threshold))
     if background not in (None, "none") and fit_options.reads.includes_response:
         raise SidelightError(
-            "--background has prompts alone, and the probe would read answers. Leave it out."
+            "--background contains only prompts, but the probe would read responses. Leave "
+            "--background out."
         )
     name = name or out.resolve().name
     require_name(name)
@@ -145,12 +146,12 @@ def _require_agreement(
         if not learns_rationales(mechanism):
             raise SidelightError(
                 "--set rationale= needs a mechanism that learns where to look, such as readout "
-                f"(got: {mechanism}). Leave one of them out."
+                f"(got: {mechanism}). Choose such a mechanism, or leave rationale= out."
             )
     if spans is not None and any((background, inputs.positive, inputs.rationale)):
         raise SidelightError(
-            "--background, --set rationale= and --positive are for labels of whole texts. Leave "
-            "them out, or --spans."
+            "--background, --set rationale= and --positive apply only to labels of whole texts. "
+            "Leave them out, or leave --spans out."
         )
 
 
@@ -165,7 +166,9 @@ def _fit_options(
     spec = None if mechanism == _AUTO else _spec(mechanism, assigned)
     side = chosen.pop("reads", "response" if inputs.response else "prompt")
     if side != "prompt" and inputs.response is None:
-        raise SidelightError(f"--set reads={side} needs the column of answers: --response COLUMN.")
+        raise SidelightError(
+            f"--set reads={side} needs a column of responses. Name it with --response COLUMN."
+        )
     prompt_format = chosen.pop("format", None)
     layers = chosen.pop("layers", "all")
     fit_options = inputs.fit_options()

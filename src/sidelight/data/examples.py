@@ -59,9 +59,9 @@ class Example:
             return self.response
         if len(self.messages) > 1:
             raise SidelightError(
-                f"The text has {len(self.messages)} messages, and spans count the characters of "
-                "one. Give a single text, or name the column of answers with --response "
-                "(response= in Python)."
+                f"The text has {len(self.messages)} messages, but spans index the characters of "
+                "a single one. Give a single text, or name the column of responses with "
+                "--response (response= in Python)."
             )
         return self.text
 
@@ -178,8 +178,8 @@ class Examples:
         """
         if self.distinct < 2:
             raise SidelightError(
-                "Cannot split: all examples have the same text and the same response (if any). "
-                "Add more texts."
+                "The examples cannot be split: all of them have the same text and the same "
+                "response, if any. Add more texts."
             )
         held_out = _hold_out(self._grouping[0], self._strata(), fraction=fraction, seed=seed)
         self.warn_of_near_duplicates()
@@ -197,7 +197,8 @@ class Examples:
         rarest = np.where(strata, strata.sum(axis=0), len(self) + 1).argmin(axis=1)
         if len(np.unique(rarest)) > count:
             raise SidelightError(
-                f"{count} examples cannot show {len(np.unique(rarest))} labels. Use more (limit)."
+                f"{count} examples are too few to contain all {len(np.unique(rarest))} labels. "
+                "Raise the limit."
             )
         shuffled = np.random.default_rng(seed).permutation(len(self))
         rank = np.empty(len(self))
@@ -211,7 +212,8 @@ class Examples:
         """Row numbers of two or more parts, each drawn like the part that `split` holds out."""
         if self.distinct < count:
             raise SidelightError(
-                f"Cannot make {count} parts of {self.distinct} distinct texts. Add more texts."
+                f"{self.distinct} distinct texts cannot be split into {count} folds. Add more "
+                "texts."
             )
         groups, strata = self._grouping[0], self._strata()
         left = np.arange(len(self))

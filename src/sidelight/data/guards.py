@@ -40,7 +40,7 @@ class Origin(BaseModel, extra="forbid", frozen=True):
 
 def _require_classes(labels: tuple[str, str]) -> tuple[str, str]:
     if labels[0] == labels[1] or not all(map(is_label, labels)):
-        raise ValueError("wanted two names that differ, each of one line")
+        raise ValueError("expected two different names, each on one line")
     return labels
 
 
@@ -137,7 +137,7 @@ class Guard:
             if value not in (None, wanted):
                 raise SidelightError(
                     f"--{option} {value} contradicts the card of the guard '{self.name}', which "
-                    f"has {wanted or 'none'}. Leave it out ({option}= in Python)."
+                    f"has {wanted or 'none'}. Leave --{option} out ({option}= in Python)."
                 )
 
     def _adapted(self, row: Row) -> Row:
@@ -153,14 +153,15 @@ class Guard:
             cells |= {"text": turns[:-1], "response": last.get("content")}
         elif columns["spans"] and reads is None and is_list(turns) and len(turns) > 1:
             raise SidelightError(
-                f"{row.place}: {len(turns)} messages, and spans count the characters of one. Give "
-                "each a row."
+                f"{row.place}: {len(turns)} messages, but spans index the characters of a single "
+                "one. Give each message a row of its own."
             )
         wanted = [name for name in ("text", reads, columns["spans"] or "label") if name]
         if missing := [name for name in wanted if name not in cells or cells["text"] is None]:
             raise SidelightError(
-                f"{row.place}: no column '{missing[0]}'. Rows beside the guard '{self.name}' have "
-                f"{', '.join(wanted)}; messages may stand for the text, and end with the response."
+                f"{row.place}: no column '{missing[0]}'. Your rows for the guard '{self.name}' "
+                f"need {', '.join(wanted)}. A list of messages can replace the text; its last "
+                "message can be the response."
             )
         return replace(row, cells=cells)
 
@@ -194,8 +195,8 @@ def find_guard(name: str) -> Guard:
         path = Path(str(files(package.value) / f"{name}.toml"))
     except Exception as error:  # Whatever the code of others raises.
         raise SidelightError(
-            f"Cannot read the package '{package.value}' of the guard '{name}' ({error}). Correct "
-            "or uninstall it."
+            f"Cannot read the package '{package.value}' of the guard '{name}' ({error}). Fix the "
+            "package or uninstall it."
         ) from error
     try:
         card = Card.model_validate(tomllib.loads(path.read_text("utf-8")))
@@ -220,13 +221,13 @@ def guard_of(source: object) -> Guard | None:
     name, colon, test = head.partition(":")
     if user_file.strip().startswith(PREFIX):
         raise SidelightError(
-            f"'{source}' names two guards, and data is of one. Train each by itself: sidelight "
-            "guard --only NAME,NAME."
+            f"'{source}' names two guards, but data belongs to one guard. Train each separately "
+            "with `sidelight guard --only NAME,NAME`."
         )
     guard = find_guard(name)
     if comma and (colon or not user_file):
         raise SidelightError(
-            f"Cannot read '{source}'. Write guard:NAME, guard:NAME,FILE to add rows of your own to "
+            f"Cannot read '{source}'. Write guard:NAME, guard:NAME,FILE to add your own rows to "
             "the training texts, or guard:NAME:TEST for a test."
         )
     if colon and test not in guard.card.tests:

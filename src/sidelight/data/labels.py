@@ -55,14 +55,15 @@ def encode_labels(
     is_single = len(columns) == 1 and not is_list(rows[0].cells[columns[0]])
     if positive is not None and (task is not None or not is_single):
         raise SidelightError(
-            f"A positive class ('{positive}') is for two classes that are inferred from one "
-            "column. Leave --positive out (positive= in Python)."
+            f"A positive class ('{positive}') can be chosen only if two classes are inferred "
+            "from one column. Leave --positive out (positive= in Python)."
         )
     if task is not None and (task.kind == "multilabel") == is_single:
         raise SidelightError(
-            f"The task is {task.kind} ({', '.join(task.labels)}), but '{', '.join(columns)}' holds "
-            f"{'one label' if is_single else 'several labels'} of a text. Give lists of labels or "
-            "one column of 0/1 per label to a multi-label task, and one label to any other."
+            f"The task is {task.kind} ({', '.join(task.labels)}), but '{', '.join(columns)}' "
+            f"holds {'one label' if is_single else 'several labels'} per text. A multi-label "
+            "task needs lists of labels, or one 0/1 column per label; any other task needs one "
+            "label per text."
         )
     if not is_single:
         encoded_task, labels = _encode_sets(rows, columns, task)
@@ -87,8 +88,8 @@ def label_name(cell: object, place: str) -> str:
     if not isinstance(cell, str | Real | Decimal):
         raise SidelightError(
             f"{place}: expected one label (a text, a number or a truth value), got "
-            f"{str(cell)[:60]}. Write one label, or a list of labels in every row; a column of "
-            "spans is for `sidelight train --spans`."
+            f"{str(cell)[:60]}. Write one label in every row, or a list of labels in every row. "
+            "For a column of spans, use `sidelight train --spans`."
         )
     name = str(cell).strip()
     require_valid_unicode(name, place=f"{place}: the label")
@@ -113,8 +114,8 @@ def _infer_classes(
     if len(labels) > 2:
         if positive is not None:
             raise SidelightError(
-                f"A positive class ('{positive}') is for two classes, but column '{column}' has "
-                f"{len(labels)}: {', '.join(labels)}. "
+                f"A positive class ('{positive}') can be chosen only between two classes, but "
+                f"column '{column}' has {len(labels)}: {', '.join(labels)}. "
                 f"{' '.join(misspelt) or 'Leave --positive out (positive= in Python).'}"
             )
         _warn_of_all(misspelt)
@@ -134,9 +135,9 @@ def _infer_classes(
     # The sort is stable and labels are in order: of two equal counts the last one is positive.
     major, chosen = sorted(labels, key=lambda name: -counts[name])
     warn(
-        f"No positive class was named, so '{chosen}' is taken (the rarer label, or the last in the "
-        f"alphabet if both are equally frequent). --positive {major} (positive= in Python) chooses "
-        "the other."
+        f"No positive class was named, so '{chosen}' is used: the rarer label, or the last one "
+        f"alphabetically in a tie. Use --positive {major} (positive= in Python) for the other "
+        "one."
     )
     _warn_of_all(misspelt)
     return Task("binary", (major, chosen))
@@ -154,8 +155,9 @@ def _require_classes(counts: Mapping[str, int], column: str) -> None:
         sample = ", ".join(repr(name[:20]) for name in list(counts)[:3])
         raise SidelightError(
             f"Column '{column}' holds {len(counts)} distinct values in {rows} rows ({sample}, "
-            "...): that looks like free text or a measurement, not classes. Name the column of "
-            f"labels, and give at least two examples of each and at most {_MOST_LABELS} labels."
+            "...), which look like free text or measurements rather than classes. Name the "
+            f"column of labels. There can be at most {_MOST_LABELS} labels, and each needs at "
+            "least two examples."
         )
 
 
@@ -189,8 +191,8 @@ def _warn_of_alike(labels: Sequence[str]) -> None:
     ]
     if pairs:
         warn(
-            f"Labels that read alike are different classes: {', '.join(pairs[:3])}. If they are "
-            "one, spell them alike."
+            f"Labels that look alike are treated as different classes: {', '.join(pairs[:3])}. "
+            "If they mean the same class, use one spelling."
         )
 
 
@@ -249,7 +251,7 @@ def _encode_sets(
         names = tuple(columns) if len(columns) > 1 else _ordered(set[str]().union(*sets))
         if not 2 <= len(names) <= _MOST_LABELS:
             raise SidelightError(
-                f"Got {len(names)} distinct labels where a text may have several, wanted 2 to "
+                f"Got {len(names)} distinct labels, but a multi-label task needs 2 to "
                 f"{_MOST_LABELS}. For a single label, use one column of 0/1."
             )
         task = Task("multilabel", names)
@@ -260,8 +262,8 @@ def _encode_sets(
     for name, count in zip(task.labels, labels.sum(axis=0), strict=True):
         if count in (0, len(rows)):
             warn(
-                f"Label '{name}' holds in {count} of {len(rows)} rows: nothing can be learned from "
-                "it."
+                f"{count} of {len(rows)} rows have the label '{name}', so nothing can be learned "
+                "from it."
             )
     return task, labels
 

@@ -103,8 +103,8 @@ def load_examples(
         )
         if guard.card.labels is None and spans is None and label is not None:
             raise SidelightError(
-                f"The guard '{guard.name}' labels spans, not whole texts. Name their column with "
-                "--spans spans (spans= in Python), or a probe that labels spans."
+                f"The guard '{guard.name}' labels spans, not whole texts. Read them with --spans "
+                "spans (spans= in Python), or name a probe that labels spans."
             )
         rows, positive, response = guard.rows(task), None, guard.card.columns["response"]
         if task is None and guard.card.labels is not None:
@@ -132,7 +132,10 @@ def load_examples(
         }
         counts = Counter((messages, answer) for messages, answer, _ in labellings)
         if conflicts := sum(count > 1 for count in counts.values()):
-            warn(f"{conflicts} texts appear more than once, with different labels.")
+            warn(
+                f"{conflicts} texts appear more than once with different labels. Correct the "
+                "labels."
+            )
     weights = np.array([row.weight for row in usable])
     return LabelledExamples(
         items,
@@ -172,8 +175,8 @@ def _usable(
     users = sum(row.is_beside_guard for row in rows)
     if users and users == sum(row.is_beside_guard for row in empty):
         raise SidelightError(
-            f"None of the {users} rows beside the guard has a text"
-            f"{'' if response is None else ' and an answer'}. Fill in what is missing."
+            f"None of your {users} rows for the guard has a "
+            f"text{'' if response is None else ' and a response'}. Fill in what is missing."
         )
     if len(empty) == len(rows):
         answers = "" if response is None else f" and an answer in column '{response}' (--response)"
@@ -226,8 +229,8 @@ def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> t
             rationale_text in text for text in (answer, *(m.content for m in item.messages))
         ):
             raise SidelightError(
-                f"{row.place}: the words in column '{column}' do not stand in the text. Copy them "
-                "from it as they are, or leave the cell empty."
+                f"{row.place}: the words in column '{column}' do not occur in the text. Copy "
+                "them verbatim from the text, or leave the cell empty."
             )
     return words
 
@@ -284,12 +287,12 @@ def _parse_message(turn: object, place: str) -> Message:
         )
     if fields.get("function_call"):
         raise SidelightError(
-            f"{place}: 'function_call' is not read. Write it as 'tool_calls': [{{'function': "
-            "{'name': ..., 'arguments': ...}}], its present name."
+            f"{place}: 'function_call' is deprecated and not read. Write 'tool_calls': "
+            "[{'function': {'name': ..., 'arguments': ...}}] instead."
         )
     if calls and role != "assistant":
         raise SidelightError(
-            f"{place}: only the assistant calls tools, but a message of the role '{role}' has "
+            f"{place}: only the assistant calls tools, but a message with the role '{role}' has "
             "'tool_calls'. Correct the role, or remove the calls."
         )
     if is_list(content):
@@ -333,7 +336,7 @@ def _parse_text(cell: object, place: str) -> str:
     if not isinstance(cell, str):
         raise SidelightError(
             f"{place}: expected a text (a string, or a list of messages), got {repr(cell)[:80]}. "
-            "Put quotes around it, or name the right column."
+            "Put quotes around the text, or name the right column."
         )
     require_valid_unicode(cell, place=f"{place}: the text")
     return cell

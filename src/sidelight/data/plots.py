@@ -21,7 +21,7 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise SidelightError(
-        f"Plots need the package matplotlib. {how_to_install('.[plots]')}"
+        f"Plots need the matplotlib package. {how_to_install('.[plots]')}"
     ) from error
 
 # matplotlib and scikit-learn leave the types of **kwargs open.

@@ -66,8 +66,8 @@ def read_rows(
         source = path.expanduser()
     if split is not None:
         raise SidelightError(
-            f"split='{split}' chooses a part of a Hugging Face data set, but the source is a file "
-            "or rows in memory. Leave split out, and give only the rows of that split."
+            f"split='{split}' selects a split of a Hugging Face data set, but the source is a "
+            "file or rows in memory. Leave split out, and pass only the rows of that split."
         )
     return read_file(source) if isinstance(source, Path) else _read_memory(source, text, label)
 
@@ -83,8 +83,9 @@ def read_file(path: Path) -> list[Row]:
         raise SidelightError(_absence(path))
     if not is_readable(path):
         raise SidelightError(
-            f"Cannot read '{path.name}': its name must end in {', '.join(_READERS)} (or, except "
-            "for .parquet, in one of these and .gz). Convert the file, or correct its name."
+            f"Cannot read '{path.name}': its name must end in {', '.join(_READERS)}, followed by "
+            ".gz if the file is compressed (except for .parquet). Convert the file, or correct "
+            "its name."
         )
     try:
         rows = _READERS[_format_suffix(path)](path)
@@ -92,8 +93,8 @@ def read_file(path: Path) -> list[Row]:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         raise SidelightError(
-            f"{path.name}, line {line}: not UTF-8 (byte 0x{byte:02x}). Save it as UTF-8; from "
-            f"Latin-1, `iconv -f latin1 -t utf-8 {path.name} > NEW_FILE` does it."
+            f"{path.name}, line {line}: not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8. "
+            f"To convert from Latin-1, run `iconv -f latin1 -t utf-8 {path.name} > NEW_FILE`."
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SidelightError(f"Cannot read {path.name}: {error}. Copy it again.") from error
@@ -121,12 +122,12 @@ def _absence(path: Path) -> str:
     names = [file.name for file in folder.glob("*") if is_readable(file) and file.is_file()]
     nearest = get_close_matches(path.name, names, n=10, cutoff=0.0)
     if path.is_dir():
-        return f"{path} is a folder. Name a file in it.{did_you_mean('', nearest)}"
+        return f"{path} is a folder. Name a file in this folder.{did_you_mean('', nearest)}"
     if path.exists():
-        return f"{path} is a pipe or a device. Write its rows to a file first, and name that."
+        return f"{path} is a pipe or a device. Write its rows to a file first, and name that file."
     if not nearest:
         place = folder.resolve()
-        why = f"{place} holds no data" if folder.is_dir() else f"{place} is no folder"
+        why = f"{place} contains no data files" if folder.is_dir() else f"{place} is not a folder"
         return f"No file '{path}': {why}. Check the path."
     return f"No file '{path}'.{did_you_mean(path.name, nearest)}"
 
@@ -140,7 +141,7 @@ def _read_text(path: Path) -> str:
             f"{path.name} is not compressed, although its name ends in .gz. Rename it to "
             f"{path.stem}."
             if is_named_gzip
-            else f"{path.name} is compressed by gzip. Rename it to {path.name}.gz."
+            else f"{path.name} is compressed with gzip. Rename it to {path.name}.gz."
         )
     return (gzip.decompress(content) if is_named_gzip else content).decode("utf-8-sig")
 
@@ -154,8 +155,8 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
     found = next((character for character in ";|\t," if character in header), None)
     if found is not None and delimiter not in header:
         raise SidelightError(
-            f"{path.name}, line 1: the columns are separated by {found!r}, wanted {delimiter!r}. "
-            "Save it as .csv with commas, or as .tsv with tabs."
+            f"{path.name}, line 1: the columns are separated by {found!r} instead of "
+            f"{delimiter!r}. Save the file as .csv with commas, or as .tsv with tabs."
         )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
@@ -179,7 +180,7 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
             line = reader.line_num + 1  # a record may span several lines
     except csv.Error as error:
         raise SidelightError(
-            f"{path.name}, line {line}: {error}. Put quotes around a field that holds quotes, "
+            f"{path.name}, line {line}: {error}. Put quotes around a field that contains quotes, "
             'delimiters or line breaks, and write "" for a quote inside it.'
         ) from error
     return rows
@@ -208,8 +209,8 @@ def _parse_json(text: str, place: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SidelightError(
-            f"{place}: not valid JSON ({error}). A .jsonl file has one object per line, "
-            "a .json file has one array of objects."
+            f"{place}: not valid JSON ({error}). A .jsonl file contains one object per line; a "
+            ".json file contains one array of objects."
         ) from error
 
 
@@ -243,8 +244,8 @@ def _read_hub(source: str, split: str) -> list[Row]:
         datasets: Any = import_module("datasets")
     except ImportError as error:
         raise SidelightError(
-            f"{_absence(Path(source))} A Hugging Face data set needs the package datasets. "
-            f"{how_to_install('.[datasets]')}"
+            f"{_absence(Path(source))} To read a Hugging Face data set, install the datasets "
+            f"package. {how_to_install('.[datasets]')}"
         ) from error
     name, _, config = source.partition(":")
     try:
@@ -257,9 +258,9 @@ def _read_hub(source: str, split: str) -> list[Row]:
         *transport_errors(),
     ) as error:
         raise SidelightError(
-            f"{_absence(Path(source))} Nor does the Hugging Face hub give '{source}', split "
-            f"'{split}' ({str(error)[:300]}). Check name, configuration, split and network, or "
-            "download it once and give the file."
+            f"{_absence(Path(source))} Nor can '{source}', split '{split}', be read from the "
+            f"Hugging Face hub ({str(error)[:300]}). Check the name, the configuration, the "
+            "split and the network, or download the data set and name the file."
         ) from error
     # The hub marks an unlabelled row by -1, as in hidden test sets.
     classes: dict[str, dict[int, str | None]] = {

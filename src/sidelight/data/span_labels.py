@@ -36,9 +36,8 @@ def encode_spans(
     unknown = {name: count for name, count in names.items() if name not in task_labels}
     if unknown:
         warn(
-            "Left out the spans of labels that training did not know "
-            f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). What is found there "
-            "counts as a false positive."
+            f"Left out {sum(unknown.values())} spans with labels that the probe was not trained "
+            f"on ({', '.join(unknown)[:200]}). Words found there count as false positives."
         )
     spans = tuple(tuple(span for span in row if span.label in task_labels) for row in rows)
     holds = [[any(span.label == label for span in row) for label in task_labels] for row in spans]
@@ -52,7 +51,9 @@ def _task(names: Sequence[str], column: str) -> Task:
         )
     wrong = next((name for name in names if not is_label(name) or name in ("", NONE)), None)
     if wrong is not None:
-        raise SidelightError(f"A span cannot have the label {wrong[:60]!r}. Rename it in the data.")
+        raise SidelightError(
+            f"{wrong[:60]!r} is not a valid label for a span. Rename it in the data."
+        )
     if len(names) == 1:
         return Task("binary", (NONE, names[0]))
     return Task("multilabel", tuple(names))
@@ -88,8 +89,8 @@ def _parse_span(span: object, text: str) -> Span:
     if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
         raise SidelightError(
             f"a span from {start!r} to {end!r} is not within the {len(text)} characters of the "
-            "text. Count Unicode code points from 0, the end exclusive."
+            "text. Count Unicode code points from 0, with an exclusive end."
         )
     if not text[start:end].strip():
-        raise SidelightError(f"the span from {start} to {end} has only blanks. Remove it.")
+        raise SidelightError(f"the span from {start} to {end} contains only whitespace. Remove it.")
     return Span(start, end, label_name(span["label"], "its label"))

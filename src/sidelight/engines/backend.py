@@ -97,7 +97,7 @@ class Backend(ABC):
                 number = first["input"] if isinstance(first["input"], int | float) else "..."
                 raise SidelightError(
                     f"--engine-option {option}={number}: {first['msg']}. Give another value, or "
-                    "leave it out; several options take an --engine-option each."
+                    "leave the option out. Repeat --engine-option for each option."
                 ) from error
             known = [*self.schema.model_fields]
             remedy = did_you_mean(option, known) if known else " It has none; leave it out."
@@ -168,12 +168,12 @@ def find_backend(name: str) -> type[Backend]:
         backend: type[Backend] | None = load_extension(_GROUP, name)
     except (ImportError, AttributeError) as error:
         raise SidelightError(
-            f"Cannot load the engine '{name}' ({error}). Correct or uninstall its package."
+            f"Cannot load the engine '{name}' ({error}). Fix or uninstall its package."
         ) from error
     if backend is None:
         raise SidelightError(
-            f"No engine '{name}' is installed.{did_you_mean(name, engine_names())} Each "
-            "engine is a separate package; Sidelight's are in packages/ of a clone."
+            f"No engine '{name}' is installed.{did_you_mean(name, engine_names())} Each engine "
+            "is a separate package; Sidelight's own are in packages/ of a clone."
         )
     return backend
 

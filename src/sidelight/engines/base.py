@@ -298,8 +298,8 @@ def require_monitored(monitored: Collection[str], probes: Sequence[Probe]) -> fr
     for name in monitored:
         if name not in watchable:
             raise SidelightError(
-                f"Probe '{name}' cannot be watched: no such probe reads the response."
-                f"{did_you_mean(name, watchable)}"
+                f"Probe '{name}' cannot be monitored: no probe of this name reads the "
+                f"response.{did_you_mean(name, watchable)}"
             )
     return frozenset(monitored)
 
@@ -307,9 +307,9 @@ def require_monitored(monitored: Collection[str], probes: Sequence[Probe]) -> fr
 def verdict_failure(probes: Iterable[str]) -> VerdictError:
     """The error that stands in for the verdicts of these probes."""
     return VerdictError(
-        f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has no "
-        "token that the probe reads, or it is plain text and the probe was trained only on chats. "
-        "Treat the text as unclassified."
+        f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has "
+        "no token that the probe reads, or the text is plain and the probe was trained only on "
+        "chats. Treat the text as unclassified."
     )
 
 

@@ -217,7 +217,8 @@ class TextCodec:
         room = most - len(prompt)
         if room < 1:
             raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens with its template, which leaves no room for "
-                f"an answer: the context has {most}. Shorten it.{self._encoder.more}"
+                f"The prompt has {len(prompt)} tokens with its template, which leaves no room "
+                f"for a response: the context length is {most}. Shorten the "
+                f"prompt.{self._encoder.more}"
             )
         return prompt, room if max_tokens is None else min(room, max_tokens)

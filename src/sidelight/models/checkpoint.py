@@ -92,7 +92,8 @@ class Checkpoint:
             for name, dtype, read in _read_samples(path):
                 if samples.setdefault(name, read) != read:
                     raise ValueError(
-                        f"{folder} has two different weights '{name}'. Leave one set of files."
+                        f"{folder} has two different weights '{name}'. Keep only one set of "
+                        "weight files."
                     )
                 values[str(dtype).removeprefix("torch.")] += prod(read[0])
         return Checkpoint(config, _as_used(samples), values.most_common(1)[0][0])
@@ -119,8 +120,8 @@ def model_folder(name: str, *, with_weights: bool = True) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
         raise OSError(
-            "it is neither a folder here nor a model of the Hugging Face hub that you may read. "
-            "Check the name; for a private or gated model, run `hf auth login`."
+            "it is neither a local folder nor a model on the Hugging Face hub that you can "
+            "access. Check the name; for a private or gated model, run `hf auth login`."
         ) from error
     except LocalEntryNotFoundError as error:
         raise OSError(
@@ -128,7 +129,9 @@ def model_folder(name: str, *, with_weights: bool = True) -> Path:
             "complete copy. Check the name and the network."
         ) from error
     except transport_errors() as error:
-        raise OSError(f"the Hugging Face hub fails ({type(error).__name__}). Try again.") from error
+        raise OSError(
+            f"the request to the Hugging Face hub failed ({type(error).__name__}). Try again."
+        ) from error
 
 
 def stored_bytes(folder: Path) -> int:
@@ -156,7 +159,7 @@ def _read_index(folder: Path) -> _Index:
         return _Index.model_validate_json((folder / _INDEX).read_bytes())
     except ValidationError as error:
         raise ValueError(
-            f"{folder / _INDEX} is not a whole index of files in its own folder. Save the model "
+            f"{folder / _INDEX} is not a valid index of the files in its folder. Save the model "
             "again with save_pretrained."
         ) from error
 
@@ -167,8 +170,8 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     names |= {*_read_index(folder).weight_map.values()}
     if not names:
         raise FileNotFoundError(
-            f"{folder} has no {_WEIGHTS} or {_INDEX}, and a model is identified by these files. "
-            "Save the model again with save_pretrained."
+            f"{folder} has no {_WEIGHTS} or {_INDEX}, which identify a model. Save the model "
+            "again with save_pretrained."
         )
     return sorted(folder / name for name in names)
 
@@ -182,7 +185,7 @@ def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, _Sample]]:
                 yield name, weight.dtype, _sample(weight)
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). Copy it again."
+            f"{path} is not a complete safetensors file ({error}). Copy it again."
         ) from error
 
 

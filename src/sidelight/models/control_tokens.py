@@ -187,7 +187,7 @@ class ContentTokenizer:
     def _checked(self, tokens: list[Token], controls: Sequence[Token], text: str) -> list[Token]:
         if not self._has_only(controls, tokens, text):
             raise SidelightError(
-                "The text contains the name of a control token, and this model's tokenizer cannot "
-                "write it as plain text. Remove it from the text."
+                "The text contains the name of a control token, which this model's tokenizer "
+                "cannot encode as plain text. Remove it from the text."
             )
         return tokens

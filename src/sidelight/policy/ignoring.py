@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, how_to_install
 from sidelight.types import Span
 
 
@@ -49,15 +49,15 @@ class Ignore:
                 words += tuple(path.read_text("utf-8-sig").splitlines())
             except (OSError, UnicodeDecodeError) as error:
                 raise SidelightError(
-                    f"Cannot read {path}, which a rule ignores the words of: {error}. Name a text "
-                    "file in UTF-8 with one entry per line."
+                    f"Cannot read {path}, a list of words that a rule ignores: {error}. Name a "
+                    "UTF-8 text file with one entry per line."
                 ) from error
         complete = replace(self, words=words, file=None)
         for source, pattern in zip(self.patterns, complete._patterns, strict=True):
             if pattern.fullmatch("") is not None:
                 raise SidelightError(
-                    f"The pattern '{source}' under 'ignore' also matches an empty text, so it may "
-                    "match anything. Write one that needs at least a character that you mean."
+                    f"The pattern '{source}' under 'ignore' also matches an empty text, so it "
+                    "could match anywhere. Write a pattern that requires at least one character."
                 )
         return complete
 
@@ -89,7 +89,8 @@ def _compiled(source: str) -> Any:
         import re2
     except ImportError as error:
         raise SidelightError(
-            "Patterns under 'ignore' need google-re2: pip install 'sidelight[serve]'."
+            "Patterns under 'ignore' need google-re2, which is not installed. "
+            f"{how_to_install('.[serve]')}"
         ) from error
     options = re2.Options()
     options.log_errors = False
@@ -98,6 +99,6 @@ def _compiled(source: str) -> Any:
     except re2.error as error:
         reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error
         raise SidelightError(
-            f"'{source}' under 'ignore' is not a pattern of RE2: {reason}. RE2 has no look-around "
-            "and no back-references."
+            f"'{source}' under 'ignore' is not a valid RE2 pattern: {reason}. RE2 supports "
+            "neither look-around nor back-references."
         ) from error

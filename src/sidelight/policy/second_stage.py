@@ -95,7 +95,7 @@ class SecondStage:
             JudgeError: It is unknown what to redact.
         """
         if any(d.verdict is None or d.verdict.spans is None for d in self._redacting):
-            raise JudgeError("not_redacted", "What is to be redacted is unknown.")
+            raise JudgeError("not_redacted", "The spans to redact are unknown.")
         spans = [span for each in self._redacting for span in each.spans]
         turns = [
             replace(

@@ -94,15 +94,15 @@ def _checked(card: ProbeCard, content: bytes, directory: Path) -> Probe:
     try:
         tensors = load(content)
         if _sha256(tensors) != card.weights_sha256:
-            raise ValueError("its weights are not those that its card was written with")
+            raise ValueError("its weights do not match its card")
         probe = _assemble(card, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise damaged(directory, str(error)) from error
     if not gives_verdicts(probe):
         raise damaged(
             directory,
-            "it gives no verdict: its weights are not finite, or they or the inverse of its scale "
-            "are so large that sums overflow",
+            "it gives no verdict: its weights are not finite, or the weights or the inverse of "
+            "the scale are so large that sums overflow",
         )
     return probe
 
@@ -146,12 +146,12 @@ def _assemble(card: ProbeCard, tensors: dict[str, Tensor]) -> Probe:
     task, backbone = card.task, card.backbone
     spec = mechanism_spec(card.mechanism.name, card.mechanism.options)
     if card.spans is not None and not labels_tokens(spec.name):
-        raise ValueError(f"its mechanism '{spec.name}' labels no tokens, so no text has spans")
+        raise ValueError(f"its mechanism '{spec.name}' labels no tokens, so it cannot label spans")
     geometry = Geometry(backbone.layers, backbone.width, task.outputs)
     # Sizes are compared before memory is taken: the card may claim any.
     shape = (geometry.layers, geometry.width)
     if any(tuple(tensors[name].shape) != shape for name in ("mean", "scale")):
-        raise ValueError(f"mean or scale is not [{backbone.layers}, {backbone.width}]")
+        raise ValueError(f"the shape of mean or scale is not [{backbone.layers}, {backbone.width}]")
     standardisation = Standardisation(tensors.pop("mean"), tensors.pop("scale"), card.is_normalised)
     weights = {key.removeprefix(_PARAMETER): value for key, value in tensors.items()}
     with torch.device("meta"):
@@ -161,7 +161,8 @@ def _assemble(card: ProbeCard, tensors: dict[str, Tensor]) -> Probe:
     )
     if wrong := sorted({name for name, _ in claims ^ stored}):
         raise ValueError(
-            f"its weights {', '.join(wrong)} are not those of a '{spec.name}' of these sizes"
+            f"its weights {', '.join(wrong)} do not fit the mechanism '{spec.name}' with these "
+            "sizes"
         )
     mechanism = build_mechanism(spec, geometry)
     mechanism.load_state_dict(weights)

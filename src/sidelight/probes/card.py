@@ -322,7 +322,7 @@ class ProbeCard(_Record):
         }
         wrong = [name for name, holds in checks.items() if not holds]
         if wrong:
-            raise ValueError(f"impossible values of {', '.join(wrong)}")
+            raise ValueError(f"invalid values of {', '.join(wrong)}")
         return self
 
     @cached_property
@@ -387,14 +387,14 @@ def read_artifact(directory: str | Path, *, header_only: bool = False) -> tuple[
                 file.seek(0)
                 content = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        why = f"{PROBE} is missing" if path.parent.is_dir() else "it is no folder"
+        why = f"{PROBE} is missing" if path.parent.is_dir() else "it is not a folder"
         raise _no_probe(path.parent, why) from error
     except (OSError, ValueError, RecursionError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Copy the artifact again.") from error
     try:
         text = header["__metadata__"][_ENTRY]
     except (KeyError, TypeError) as error:
-        raise _no_probe(path.parent, f"{PROBE} is another program's") from error
+        raise _no_probe(path.parent, f"{PROBE} was written by another program") from error
     return _parsed(text, path.parent), content
 
 
@@ -420,7 +420,7 @@ def _parsed(text: str, directory: Path) -> ProbeCard:
 
 def _no_probe(directory: Path, why: str) -> SidelightError:
     return SidelightError(
-        f"{directory} holds no probe ({why}). Name the folder that 'sidelight train --out' wrote."
+        f"{directory} holds no probe ({why}). Name a folder written by `sidelight train --out`."
     )
 
 
@@ -433,8 +433,8 @@ def require_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise SidelightError(
-            f"A probe cannot be called {name[:80]!r}. Name it with 1 to 64 of A-Z, a-z, 0-9, '.', "
-            "'_' and '-', not dots alone (--name)."
+            f"{name[:80]!r} is not a valid name for a probe. Use 1 to 64 of the characters A-Z, "
+            "a-z, 0-9, '.', '_' and '-', not only dots (--name)."
         )
 
 
@@ -446,15 +446,15 @@ def require_distinct_names(names: Sequence[str]) -> None:
     """
     if len(set(names)) < len(names):
         raise SidelightError(
-            f"Probes served together need distinct names, got: {', '.join(names)}. Train one with "
-            "another --name, or save it under one (docs/card.md#change-a-card)."
+            f"Probes served together need distinct names, got: {', '.join(names)}. Train one "
+            "with another --name, or save it under another name (docs/card.md#change-a-card)."
         )
 
 
 def damaged(directory: Path, what: str) -> SidelightError:
     return SidelightError(
-        f"The artifact at {directory} is damaged ({' '.join(what.split())}). "
-        "Copy it again, or train it again."
+        f"The artifact at {directory} is damaged ({' '.join(what.split())}). Copy it again, or "
+        "retrain the probe."
     )
 
 
@@ -471,7 +471,8 @@ def require_free(directory: Path, *, force: bool) -> None:
     """
     if holds_probe(directory) and not force:
         raise SidelightError(
-            f"{directory} holds a probe. Name another folder, or replace it with --force."
+            f"{directory} already contains a probe. Name another folder, or replace the probe "
+            "with --force."
         )
 
 

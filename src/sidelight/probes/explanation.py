@@ -109,8 +109,8 @@ def explain(
     """
     if not probe.can_classify(is_plain=prompt.is_plain):
         raise VerdictError(
-            f"Probe '{probe.name}' was trained only on chats and cannot classify plain text. Send "
-            "a message."
+            f"Probe '{probe.name}' was trained only on chats and cannot classify plain text. "
+            "Pass the text as a chat message."
         )
     token_roles = bytes(prompt.token_roles)
     segments = split_segments(token_roles) if probe.classifies_turns else []

@@ -34,7 +34,7 @@ def download_probe(source: str | Path) -> Path:
     if match is None:
         raise SidelightError(
             f"Cannot read '{source}' as a probe on the Hugging Face hub. Write "
-            f"{PREFIX}OWNER/NAME@REVISION, where REVISION is a commit, a tag or a branch."
+            f"{PREFIX}OWNER/NAME@REVISION, where REVISION is a commit hash, a tag or a branch."
         )
     # A probe takes a second to download, and an error of ours is one line.
     disable_progress_bars()
@@ -52,6 +52,6 @@ def download_probe(source: str | Path) -> Path:
         ) from error
     if not holds_probe(folder):
         raise SidelightError(
-            f"'{source}' holds no {PROBE}. Name a repository that a probe was uploaded to."
+            f"'{source}' contains no {PROBE}. Name a repository that contains a probe."
         )
     return folder

@@ -197,7 +197,7 @@ class Probe:
         if not np.isfinite(logits).all():
             raise VerdictError(
                 f"Probe '{self.name}' gave a logit that is not finite. Either the text has no "
-                "token that the probe reads, or the backbone's arithmetic overflowed."
+                "token that the probe reads, or the backbone overflowed in its dtype."
             )
 
 

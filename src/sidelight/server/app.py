@@ -209,7 +209,7 @@ def require_keys(config: ServerConfig) -> None:
     if config.host not in LOOPBACK and not config.access.keys and not config.allow_anonymous:
         raise SidelightError(
             f"Anyone who can reach {config.host} could use this server. Set SIDELIGHT_API_KEY or "
-            "--api-keys-file, or pass --allow-anonymous if something else keeps strangers out."
+            "--api-keys-file, or pass --allow-anonymous if access is restricted by other means."
         )
 
 

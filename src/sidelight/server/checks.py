@@ -152,8 +152,8 @@ def _require_verdicts(
     for decision in decisions:
         if decision.is_too_long:
             raise RequestError(
-                f"{which} has {tokens} tokens, but probe '{decision.rule.name}' may classify at "
-                f"most {decision.rule.rule.max_tokens}. Shorten it, or choose other probes.",
+                f"{which} has {tokens} tokens, but the limit of probe '{decision.rule.name}' is "
+                f"{decision.rule.rule.max_tokens}. Shorten it, or choose other probes.",
                 code="verdict_failed",
             )
     silent = [decision.rule.name for decision in decisions if decision.verdict is None]
@@ -245,9 +245,9 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
     )
     if not labelling or (body.probes and len(labelling) < len(context.chosen)):
         raise RequestError(
-            "Words are replaced by probes that label spans of prompts, and that the policy lets "
-            f"you read. Got {_listed(context.chosen)}, of which these can: {_listed(labelling)}. "
-            "Serve one that was trained with --spans.",
+            "Redaction needs probes that label spans of prompts and whose scores you may read. "
+            f"Chosen: {_listed(context.chosen)}. Usable: {_listed(labelling)}. Serve a probe "
+            "that was trained with --spans.",
             code="no_span_probe",
             param="probes",
         )

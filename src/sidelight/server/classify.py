@@ -78,7 +78,7 @@ class ClassifyRequest(StrictBody):
     def _require_one_content(self) -> "ClassifyRequest":
         if (self.input is None) == (self.messages is None):
             raise RequestError(
-                "Send either 'input', a text or a list of texts, or 'messages', one conversation.",
+                "Send either 'input' (a text or a list of texts) or 'messages' (one conversation).",
                 code="missing_parameter",
                 param="input",
             )
@@ -168,8 +168,8 @@ def _of_one_probe(context: RequestContext, name: str | None) -> RequestContext:
     of_prompts = tuple(bound for bound in context.chosen if bound.side == "input")
     if len(of_prompts) != 1:
         raise RequestError(
-            f"Model '{context.model}' has {len(of_prompts)} probes of prompts, not one. Name a "
-            f"probe in 'model': {', '.join(names)}.",
+            f"Model '{context.model}' has {len(of_prompts)} probes that read prompts instead of "
+            f"one. Name a probe in 'model': {', '.join(names)}.",
             code="probe_required",
             param="model",
         )

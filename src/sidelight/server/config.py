@@ -35,10 +35,10 @@ def _as_secret(value: Any) -> Any:
         return value
     secret = value.strip(" \t\r\n")
     if not secret:
-        raise ValueError("is blank. Give it a secret, or leave it out")
+        raise ValueError("is blank. Set it to a secret, or remove it")
     # Bytes of an environment variable that are not UTF-8 become half characters.
     if any(0xD800 <= ord(character) <= 0xDFFF for character in secret):
-        raise ValueError("is not UTF-8. Give another secret")
+        raise ValueError("is not valid UTF-8. Use another secret")
     return secret
 
 
@@ -219,11 +219,11 @@ def name_of(place: str) -> str:
 
 def _read_file(path: Path, known: Collection[str]) -> dict[str, Any]:
     if not path.is_file():
-        raise SidelightError(f"There is no configuration file {path}. Name a TOML file.")
+        raise SidelightError(f"There is no configuration file {path}. Name an existing TOML file.")
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
+        raise SidelightError(f"Cannot read {path}: {error}. Name a readable TOML file.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SidelightError(f"{path} is not TOML: {error}.") from error
     for name in values:

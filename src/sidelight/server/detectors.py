@@ -153,7 +153,7 @@ async def detect_in_generation(
     if any(bound.side == "input" for bound in context.chosen):
         raise RequestError(
             f"Probe '{detector_id}' reads prompts, not generated texts. Use {DETECTORS}contents, "
-            "or name a probe of responses.",
+            "or name a probe that reads responses.",
             code="no_response_probe",
         )
     if not body.generated_text:
@@ -206,8 +206,9 @@ def _detecting(
     chosen = tuple(bound for bound in context.chosen if bound.side in sides)
     if not chosen and not any(bound.is_shadow for side in sides for bound in context.on(side)):
         raise RequestError(
-            "No probe reads this side of a chat: contents and chats take a probe of prompts, "
-            "generations one of responses. Load one.",
+            "No probe reads this side of a chat. The contents and chat detectors need a probe "
+            "that reads prompts; the generation detector needs a probe that reads responses. "
+            "Load one.",
             code="no_prompt_probe" if "input" in sides else "no_response_probe",
         )
     return replace(context, chosen=chosen)

@@ -74,7 +74,8 @@ class GuardrailRequest(StrictBody):
         # A proxy that sends texts in another field would have all of them passed.
         if self.texts is None and self.tool_calls is None:
             raise RequestError(
-                "Got neither 'texts' nor 'tool_calls', so there is nothing to judge. Send 'texts'.",
+                "Got neither 'texts' nor 'tool_calls', so there is nothing to classify. Send "
+                "'texts'.",
                 code="missing_parameter",
                 param="texts",
             )
@@ -210,8 +211,8 @@ def _refuse(context: RequestContext, side: Side) -> None:
     if side == "input":
         require_prompt_probe(context)
     raise RequestError(
-        "No chosen probe reads responses, so none can classify this one. Load such a probe, or use "
-        "this guardrail in mode pre_call only.",
+        "No chosen probe reads responses, so this response cannot be classified. Load a probe "
+        "that reads responses, or use this guardrail only in pre_call mode.",
         code="no_response_probe",
     )
 

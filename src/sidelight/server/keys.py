@@ -38,7 +38,8 @@ class Key:
         hashed = _DIGEST.fullmatch(secret)
         if not hashed and secret.startswith("sha256:"):
             raise SidelightError(
-                f"Key '{id}' is not a SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
+                f"The digest of key '{id}' is not valid. Write 64 hexadecimal digits after "
+                "'sha256:'."
             )
         digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
         return cls(id, digest)
@@ -124,12 +125,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             continue
         if len(words) != 2 or words[0] in keys:
             raise SidelightError(
-                f"Line {number} of {path} is not 'ID KEY' with an id of its own. Write one key per "
+                f"Line {number} of {path} is not 'ID KEY' with a unique id. Write one key per "
                 "line; KEY is the secret or sha256:DIGEST."
             )
         keys[words[0]] = Key.of(words[0], words[1])
     if not keys:
-        raise SidelightError(f"{path} holds no key. Write one 'ID KEY' per line.")
+        raise SidelightError(f"{path} contains no keys. Write one 'ID KEY' per line.")
     return tuple(keys.values())
 
 

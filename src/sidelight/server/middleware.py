@@ -139,7 +139,7 @@ def _route(scope: Scope) -> str:
 
 def _stopping() -> RequestError:
     return RequestError(
-        "The server is stopping and cancelled the request. Send it again later.",
+        "The server is shutting down and cancelled the request. Try again later.",
         status=503,
         code="shutting_down",
     )
@@ -218,8 +218,9 @@ class Gatekeeper:
             state["observer"].key_id = caller.key_id
         if JUDGE_HEADER in headers and self._defers():
             raise RequestError(
-                "A server with judges asks this one as a judge, whose own policy defers to judges. "
-                "Name another server, or leave 'defer' out of one policy.",
+                "This server was asked as a judge by another Sidelight server, but its own "
+                "policy defers to judges too. Use another server as the judge, or remove 'defer' "
+                "from one of the policies.",
                 code="judge_loop",
             )
 
@@ -229,7 +230,8 @@ class Gatekeeper:
         if len(sent) > 1:
             # A proxy might have checked the other one.
             raise RequestError(
-                "The header Authorization was sent twice. Send it once.", code="duplicate_header"
+                "The Authorization header was sent more than once. Send it once.",
+                code="duplicate_header",
             )
         caller = self._access.caller("".join(sent))
         if caller is None:
@@ -244,14 +246,15 @@ class Gatekeeper:
             caller, hides_scores=self._hides_scores()
         ):
             raise RequestError(
-                "/metrics tells what the policy withholds and what others were refused for, so it "
-                "needs a metrics key (--metrics-key or SIDELIGHT_METRICS_KEY) or an admin key.",
+                "/metrics reveals scores that the policy withholds and why requests were "
+                "refused, so it needs a metrics key (--metrics-key or SIDELIGHT_METRICS_KEY) or "
+                "an admin key.",
                 status=403,
                 code="metrics_key_required",
             )
         if caller.is_scraper and path != "/metrics":
             raise RequestError(
-                "A metrics key opens /metrics only. Send another key.",
+                "A metrics key gives access only to /metrics. Send an API key instead.",
                 status=403,
                 code="metrics_key_only",
             )

@@ -288,7 +288,7 @@ class AuditLog(WatchedFileHandler):
             self.handle(logging.makeLogRecord({"msg": text}))
         except OSError as error:
             raise RequestError(
-                "The audit log cannot be written, and the policy answers nothing that is not "
+                "The audit log cannot be written, and the policy refuses requests that cannot be "
                 "audited. Ask the operator to check the disk.",
                 status=500,
                 code="audit_failed",

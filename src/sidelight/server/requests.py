@@ -117,7 +117,7 @@ class ServerRequest(Request):
                 received += chunk
         if size > limit:
             raise RequestError(
-                f"The body is larger than {limit:,} bytes. Send less at a time.",
+                f"The body is larger than {limit:,} bytes. Send a smaller request.",
                 status=413,
                 code="request_too_large",
             )
@@ -204,9 +204,9 @@ class ServerRequest(Request):
             if tokens > limit:
                 remedy = "" if max_tokens == 0 else ", or lower max_tokens"
                 raise RequestError(
-                    f"Too many tokens: text {number} of {len(texts)} brings them to {tokens}, the "
-                    f"limit of a request is {limit} (--max-request-tokens). Send fewer or shorter "
-                    f"texts at a time{remedy}.",
+                    f"Too many tokens: text {number} of {len(texts)} brings the request to "
+                    f"{tokens}; the limit is {limit} (--max-request-tokens). Send fewer or "
+                    f"shorter texts per request{remedy}.",
                     code="request_too_large",
                 )
 

@@ -103,7 +103,10 @@ def _as_list(value: Any) -> Any:
 
 def _as_parts(value: Any) -> Any:
     if value is None:
-        raise ValueError("this model reads no message without text, such as one of tool calls")
+        raise ValueError(
+            "this model cannot read a message without text, such as one that contains only tool "
+            "calls"
+        )
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -121,7 +124,9 @@ def few(*lists: str) -> BeforeValidator:
                 lists_found = [item.get(name) for item in objects for name in lists]
                 count += sum(len(items) for items in lists_found if isinstance(items, list))
             if count > MAX_ITEMS:
-                raise ValueError(f"got {count} items with their parts, at most {MAX_ITEMS} items")
+                raise ValueError(
+                    f"got {count} items including their parts, expected at most {MAX_ITEMS} items"
+                )
         return items
 
     return BeforeValidator(require_few)
@@ -243,7 +248,7 @@ class ChatMessage(StrictBody):
     @classmethod
     def _require_assistant_role(cls, value: list[ToolCall] | None, info: Any) -> Any:
         if value and info.data.get("role") != "assistant":
-            raise ValueError("only the assistant calls tools")
+            raise ValueError("only assistant messages can have tool calls")
         return value
 
     def as_message(self) -> Message:

@@ -257,8 +257,8 @@ class ActivationCache:
         if needed > free:
             raise SidelightError(
                 f"The hidden states need {needed / 2**30:.1f} GiB, but only "
-                f"{max(free, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
-                "Name another disk (SIDELIGHT_CACHE), use fewer rows, or compute them in each "
+                f"{max(free, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. Use "
+                "another disk (SIDELIGHT_CACHE) or fewer rows, or recompute the states in each "
                 "epoch (train --set states=stream)."
             )
         return missing

@@ -137,11 +137,11 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
             remedy = (
                 "Use a dtype with a larger range, such as bfloat16 (--dtype)."
                 if dtype == "float16"
-                else "Look for broken weights in the model."
+                else "Check the model for corrupt weights."
             )
             raise SidelightError(
-                f"Text {row + 1} has a hidden state at layer {int(is_finite.int().argmin())} that "
-                f"is not a finite number in {dtype}. {remedy}"
+                f"Text {row + 1} has a hidden state at layer {int(is_finite.int().argmin())} "
+                f"that is not finite in {dtype}. {remedy}"
             )
 
 

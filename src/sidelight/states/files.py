@@ -30,8 +30,7 @@ def write_tensors(
             save_file(contiguous, partial, dict(metadata) if metadata else None)
     except (OSError, SafetensorError) as error:
         raise SidelightError(
-            f"Cannot write {path}: {error}. Free some space, or name another disk "
-            "(SIDELIGHT_CACHE)."
+            f"Cannot write {path}: {error}. Free some space, or use another disk (SIDELIGHT_CACHE)."
         ) from error
 
 

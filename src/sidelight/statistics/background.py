@@ -39,7 +39,7 @@ class Conversations:
 
     def __post_init__(self) -> None:
         if len(self.logits) != len(self.folds) or not np.isfinite(self.logits).all():
-            raise ValueError("each conversation needs finite logits and a part")
+            raise ValueError("each conversation needs finite logits and a fold")
 
     def __len__(self) -> int:
         return len(self.folds)

@@ -82,8 +82,8 @@ class Calibration:
         assert logits.shape[1:] == (len(self.scale),), logits.shape
         if not np.isfinite(logits).all():
             raise SidelightError(
-                "Got NaN or infinite logits, wanted finite ones. The hidden states may overflow in "
-                "half precision: use a bfloat16 or float32 backbone."
+                "Got NaN or infinite logits. The hidden states may overflow in half precision; "
+                "use a bfloat16 or float32 backbone."
             )
         return link(self.task, logits * self.scale + self.shift)
 
@@ -140,7 +140,7 @@ def fit_calibration(
     if task.kind != "multilabel" and (holds.all(axis=0) | ~holds.any(axis=0)).all():
         raise SidelightError(
             f"Cannot fit a {kind} calibration on {len(holds)} rows of one class; rows of both "
-            "kinds are needed. Add validation rows, or use kind 'none'."
+            "classes are needed. Add validation rows, or use kind 'none'."
         )
     if is_multiclass:
         errors = np.full((len(holds), 1), 1 / (len(holds) + 2))

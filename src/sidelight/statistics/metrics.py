@@ -154,8 +154,8 @@ def checked_labels(
     is_finite = np.isfinite(outputs.astype(np.float64)).all(axis=1)
     if not is_finite.all():
         raise SidelightError(
-            f"Row {is_finite.argmin()} of the outputs holds NaN or infinity. Check whether its "
-            "hidden states overflow in half precision, or whether training diverged."
+            f"Row {is_finite.argmin()} of the outputs contains NaN or infinity. Check whether "
+            "its hidden states overflow in half precision, or whether training diverged."
         )
     is_multilabel = task.kind == "multilabel"
     assert labels.shape[1:] == ((len(task.labels),) if is_multilabel else ())

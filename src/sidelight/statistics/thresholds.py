@@ -63,8 +63,8 @@ class ThresholdRule:
         if cost and 0 < float(cost[1]) < math.inf and 0 < float(cost[2]) < math.inf:
             return ThresholdRule("cost", float(cost[1]) / float(cost[2]))
         raise SidelightError(
-            f"Cannot read the threshold '{text}'. Write {_FORMS}; rates lie between 0 and 1, "
-            "costs above 0."
+            f"Cannot read the threshold '{text}'. Write {_FORMS}. Rates lie between 0 and 1; "
+            "costs are greater than 0."
         )
 
     def __str__(self) -> str:
@@ -117,13 +117,15 @@ class OperatingCurve:
         points = list(self.thresholds)
         is_falling = points == sorted(set(points), reverse=True)
         if not points or not is_falling or not 0 <= points[-1] <= points[0] <= 1:
-            raise ValueError("thresholds must fall, from at most 1 to at least 0")
+            raise ValueError("thresholds must decrease strictly within 0 to 1")
         totals = (self.positives, self.negatives, self.positives + self.negatives + 1)
         rising = (self.true_positives, self.false_positives, self.expected)
         for counts, total in zip(rising, totals, strict=True):
             bounded = [0, *counts, total]
             if len(counts) != len(points) or bounded != sorted(bounded):
-                raise ValueError("each threshold needs its count, and counts rise up to a total")
+                raise ValueError(
+                    "each threshold needs a count, and counts must not decrease or exceed the total"
+                )
 
     @staticmethod
     def of(
@@ -278,8 +280,8 @@ def require_thresholds(task: Task, rule: ThresholdRule) -> None:
     """
     if not task.flaggable and rule != F1:
         raise SidelightError(
-            f"Got the threshold '{rule}', but with {len(task.labels)} classes the most probable "
-            "one wins, without a threshold. Leave --threshold out."
+            f"Got the threshold '{rule}', but a task with {len(task.labels)} classes predicts "
+            "the most probable one and has no threshold. Leave --threshold out."
         )
 
 
@@ -299,17 +301,19 @@ def warn_of_few_texts(
     classified = {label: positives[label] for label in task.flaggable}
     few = {label: count for label, count in classified.items() if count < ENOUGH_POSITIVES}
     if few:
-        named = ", ".join(f"'{label}' rests on {count}" for label, count in few.items())
+        named = ", ".join(f"{count} of '{label}'" for label, count in few.items())
         warn(
-            f"The threshold of {named} positive validation texts, and {ENOUGH_POSITIVES} are "
-            "wanted: on new texts it may catch far more or less. More such texts would help most."
+            f"Too few positive validation texts for a reliable threshold: {named} (recommended: "
+            f"{ENOUGH_POSITIVES}). Recall on new texts may be much higher or lower. Label more "
+            "of these texts first."
         )
     negatives = texts - max(classified.values())
     # Of fewer, none flagged is no evidence for the rate (the rule of three).
     wanted = math.ceil(3 / rule.value) if rule.kind == "fpr" else 0
     if negatives < wanted:
         warn(
-            f"A false-positive rate of {rule.value:g} cannot be told from {negatives} negative "
-            f"texts: {wanted} are wanted. Add negative texts, or choose a higher rate."
+            f"{negatives} negative texts are too few to estimate a false-positive rate of "
+            f"{rule.value:g}, which needs at least {wanted}. Add negative texts, or choose a "
+            "higher rate."
         )
     return bool(few) or negatives < wanted

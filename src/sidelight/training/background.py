@@ -148,12 +148,13 @@ def choose_conversations(background: Background, examples: LabelledExamples) -> 
     chosen = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
     if left_out := len(conversations) - len(chosen):
         warn(
-            f"{left_out} conversations of the background hold a text of the training data, "
-            "and were left out: its label beats the assumption that background traffic has none."
+            f"{left_out} background conversations contain a text of the training data and were "
+            "left out, because their label takes precedence over the assumption that background "
+            "traffic is negative."
         )
     if 0 < len(chosen) < _FEW_CONVERSATIONS:
         warn(
-            f"The background has {len(chosen)} conversations: they say little about "
-            f"background traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
+            f"The background has only {len(chosen)} conversations, too few to estimate a "
+            f"false-positive rate. Give {_FEW_CONVERSATIONS} or more (--background)."
         )
     return chosen

@@ -70,6 +70,6 @@ def resume(runs: Sequence[TrainingRun], path: Path, *, run_sha256: str) -> int:
         return int(metadata[_EPOCHS])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SidelightError(
-            f"Cannot continue the training from {path} ({type(error).__name__}: {error}). Delete "
-            "it, and run the same command again."
+            f"Cannot resume training from {path} ({type(error).__name__}: {error}). Delete it, "
+            "and run the same command again."
         ) from error

@@ -185,7 +185,7 @@ def _tried_compression(
             f"{difference:.2f} standard deviations (limit: {TOLERANCE})"
         )
         size = f"{states.token_bytes / 1e3:.0f} KB per token"
-        warn(f"Hidden states are kept whole ({size}): {reason}.")
+        warn(f"Hidden states are stored uncompressed ({size}): {reason}.")
         return None
     compression.save(path)
     if not is_streamed:

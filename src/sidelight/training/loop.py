@@ -98,8 +98,9 @@ def train_mechanisms(
 def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightError:
     """The error for a training that diverged."""
     return SidelightError(
-        f"Training '{spec.name}' with seed {settings.seed} diverged: its numbers are not finite. "
-        f"Lower the rate (--set learning_rate=; it was {settings.learning_rate})."
+        f"Training '{spec.name}' with seed {settings.seed} diverged: its loss or outputs are not "
+        "finite. Lower the learning rate with --set learning_rate= (it was "
+        f"{settings.learning_rate})."
     )
 
 

@@ -225,8 +225,8 @@ def warn_of_trained_texts(record: TrainingRecord, examples: Examples) -> None:
     count = trained_texts(record, examples)
     if count:
         warn(
-            f"{count} of {len(examples)} texts were trained on: the figures flatter the probe. "
-            "Leave them out."
+            f"{count} of {len(examples)} texts were used in training, so the metrics are too "
+            "optimistic. Leave these texts out."
         )
 
 

@@ -84,8 +84,8 @@ def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> floa
     is_mixed = target.any(0) & ~target.all(0)
     if not is_mixed.any():
         raise SidelightError(
-            "These validation texts cannot score a probe: there is no label that some of them have "
-            "and others have not. Add texts of both."
+            "These validation texts cannot rank probes, because every label is on all of them or "
+            "on none. Add texts with and without a label."
         )
     return float(average_precision_score(target[:, is_mixed], logits[:, is_mixed], average="macro"))
 

@@ -122,8 +122,8 @@ def prepare(
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
             warn(
-                f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens for training "
-                "(--set max_tokens=N); prediction never truncates."
+                f"{len(cut)} of {len(texts)} texts were truncated to {limit} tokens for training "
+                "(--set max_tokens=N). Prediction never truncates."
             )
     return ProbeDataset(reader, fitted, measured, folds, input_sha256)
 
@@ -146,8 +146,8 @@ def _with_room(
     if len(full) in (0, len(examples)):
         return examples
     warn(
-        f"{len(full)} of {len(examples)} {title} texts were left out: their system prompt and chat "
-        f"template alone take {limit} tokens or more, first "
+        f"{len(full)} of {len(examples)} {title} texts were left out, because their system "
+        f"prompt and chat template already take {limit} tokens or more. The first is "
         f"{place_of(examples.items[full[0]], full[0])}. Shorten the system prompts, or raise the "
         "limit (--set max_tokens=N)."
     )

@@ -90,19 +90,19 @@ def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_te
     """
     if card.spans is not None:
         raise SidelightError(
-            f"Probe '{card.name}' labels spans, and recalibration fits verdicts on whole texts. "
-            "Train it again, with your recent texts or another --threshold."
+            f"Probe '{card.name}' labels spans, but recalibration applies only to verdicts on "
+            "whole texts. Retrain the probe with your recent texts or another --threshold."
         )
     require_thresholds(card.task, rule or F1)
     if not by_texts and not card.task.flaggable:
         raise SidelightError(
-            f"Probe '{card.name}' has several classes, of which the most probable one wins, "
-            "without a threshold. Name texts to recalibrate it on (--data)."
+            f"Probe '{card.name}' has several classes and predicts the most probable one, so it "
+            "has no threshold. Name texts to recalibrate it on (--data)."
         )
     if not by_texts and not card.training.curves:
         raise SidelightError(
-            f"Probe '{card.name}' keeps no curve to choose thresholds on. Name labelled texts to "
-            "recalibrate it on (--data), or train it again."
+            f"Probe '{card.name}' has no stored operating curve to choose thresholds from. Name "
+            "labelled texts to recalibrate it on (--data), or retrain it."
         )
 
 
@@ -123,16 +123,17 @@ def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
     if texts < LEAST_LABELLED or short:
         counted = "".join(f", {count} of them '{label}'" for label, count in short.items())
         raise SidelightError(
-            f"Too few labelled texts to recalibrate on: got {texts}{counted}; wanted "
-            f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
-            "Label more texts."
+            f"Too few labelled texts to recalibrate on: got {texts}{counted}. At least "
+            f"{LEAST_LABELLED} are needed, including {LEAST_PER_SIDE} with and {LEAST_PER_SIDE} "
+            "without each label. Label more texts."
         )
     trained = card.training.training
     is_training_file = examples.content_hash in (trained.sha256, trained.input_sha256)
     if is_training_file or trained_texts(card.training, examples) == texts:
         raise SidelightError(
-            f"Probe '{card.name}' was trained on these texts, and scores them too well. "
-            "Training has calibrated it by held-out texts already; give texts of the new traffic."
+            f"Probe '{card.name}' was trained on these texts, so its scores on them are too "
+            "optimistic. Training has already calibrated it on held-out texts. Give texts from "
+            "the new traffic."
         )
 
 
@@ -225,8 +226,8 @@ def _warn_of_judge_fit(probe: "Probe") -> None:
     fit = probe.card.judge_fit
     if fit is not None:
         warn(
-            f"The new probe has no fit to judge {fit.model}, which was made for the old "
-            "probabilities and thresholds. Fit it again: sidelight eval --judge."
+            f"The new probe is no longer fitted to judge {fit.model}: the fit applied to the old "
+            "probabilities and thresholds. Run `sidelight eval --judge` to fit it again."
         )
 
 
@@ -240,8 +241,8 @@ def _warn_of_worse(metrics: Mapping[str, tuple[float | None, float | None]]) -> 
     ]
     if worse:
         warn(
-            f"The new probe is worse on these texts than the old one: {'; '.join(worse)}. Keep the "
-            "old one, or label more texts."
+            f"On these texts, the new probe is worse than the old one: {'; '.join(worse)}. Keep "
+            "the old probe, or label more texts."
         )
 
 

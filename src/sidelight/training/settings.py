@@ -134,8 +134,8 @@ def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
 
     if of_spans and not labels_tokens(mechanism):
         raise SidelightError(
-            f"Labelled spans need a mechanism that labels tokens, such as 'spans' (got: "
-            f"'{mechanism}'). Leave --mechanism out (mechanism= in Python)."
+            f"Spans need a mechanism that labels tokens, such as 'spans' (got: '{mechanism}'). "
+            "Leave --mechanism out (mechanism= in Python)."
         )
     return mechanism
 
@@ -282,8 +282,8 @@ class FitOptions:
         side = "prompt" if examples.items[0].response is None else "response"
         if self.reads.side != side:
             raise SidelightError(
-                f"The spans are of each {side}, but the probe would read: {self.reads.side}. Read "
-                f"what is labelled (--set reads={side}, or leave it out)."
+                f"The spans are labelled in each {side}, but the probe would read: "
+                f"{self.reads.side}. Set reads={side} (--set reads={side}), or leave reads out."
             )
         return replace(self, reads=Reads(side, template=False))
 
@@ -298,7 +298,8 @@ class FitOptions:
             return task
         if NONE in task.labels:
             raise SidelightError(
-                f"The file has a class '{NONE}', which training adds for background traffic. Give "
-                "--set none=false (none=False) to train on the file's, or rename it."
+                f"The file has a class '{NONE}', which training adds for background traffic. "
+                "Train with --set none=false (none=False in Python) to use the file's class, or "
+                "rename it."
             )
         return replace(task, labels=(*task.labels, NONE))

@@ -75,7 +75,7 @@ def fit_tfidf(
     elif (labels == labels[0]).all():
         raise SidelightError(
             f"All training texts are labelled '{task.labels[labels[0]]}', so there is nothing to "
-            "tell apart. Add texts with another label."
+            "learn. Add texts with another label."
         )
     else:
         head = regression
@@ -133,7 +133,7 @@ def warn_of_better_words(
     if not is_clear or examples.label_counts.min() < _ENOUGH_TEXTS:
         return
     warn(
-        "The words alone (TF-IDF) predict held-out texts better than the probe: a log loss of "
-        f"{of_words.mean():.3f} against {losses.mean():.3f}. Add texts, or try another model "
-        "(--model)."
+        "TF-IDF predicts held-out texts better than the probe: its log loss is "
+        f"{of_words.mean():.3f}, the probe's {losses.mean():.3f}. Add texts, or try another "
+        "model (--model)."
     )

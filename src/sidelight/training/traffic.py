@@ -113,9 +113,9 @@ def warn_of_traffic(
         rule: What they were chosen for.
     """
     remedy = (
-        "Give your own traffic (--background FILE), name the false-positive rate that "
-        "you accept (--threshold fpr=0.05), or train without it if no other texts will come "
-        "(--background none)."
+        "Give your own traffic (--background FILE), set the false-positive rate that you accept "
+        "(--threshold fpr=0.05), or train without background traffic if the probe will see only "
+        "texts like the training data (--background none)."
     )
     # False alarms among labelled texts, then among background conversations; and how many there
     # are.
@@ -128,8 +128,9 @@ def warn_of_traffic(
         sizes.append(max(1, curve.negatives))
         if hits_without - hits > _COSTLY * curve.positives:
             warn(
-                f"The threshold for background traffic finds {hits} of {curve.positives} "
-                f"texts that are '{label}', that of the texts alone {hits_without}. {remedy}"
+                f"The threshold chosen for background traffic finds {hits} of {curve.positives} "
+                f"'{label}' texts; a threshold chosen without background traffic would find "
+                f"{hits_without}. {remedy}"
             )
     if not alarms:
         return
@@ -139,8 +140,8 @@ def warn_of_traffic(
     # Beyond what chance explains on either side.
     if lowest[-1] > highest[:-1].max():
         warn(
-            f"It flags {rates[-1]:.1%} of background conversations, but {rates[:-1].max():.1%} of "
-            f"the labelled texts that it should let pass. {remedy}"
+            f"The probe flags {rates[-1]:.1%} of background conversations, but only "
+            f"{rates[:-1].max():.1%} of the negative labelled texts. {remedy}"
         )
 
 

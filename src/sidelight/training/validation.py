@@ -55,8 +55,9 @@ def choose_validation(
     rarest, texts = min(counts.items(), key=lambda count: count[1])
     if texts < _ROUGH_BELOW and not is_few:
         warn(
-            f"Of the rarest class, '{rarest}', validation has few texts ({texts}): calibration and "
-            "the validation figures are rough. More labelled texts of it would help most."
+            f"Validation has only {texts} texts of the rarest class, '{rarest}', so the "
+            "calibration and the validation metrics are imprecise. Label more texts of this "
+            "class first."
         )
     return training, validation, folds
 
@@ -70,24 +71,23 @@ def _hold_out(
     if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
         shares = ", ".join(f"{count} of '{label}'" for label, count in counts.items())
         raise SidelightError(
-            f"Too few texts to train on: got {len(examples)} ({shares}). Give {FOLDS} or more of "
-            f"each label and {2 * FOLDS} in all, better a hundred, or name others to validate on "
-            "(--validation, validation=)."
+            f"Too few texts to train on: got {len(examples)} ({shares}). Give at least {FOLDS} "
+            f"of each label and {2 * FOLDS} in all (a hundred is better), or name a validation "
+            "set (--validation, validation=)."
         )
     if len(examples) < FEW_TEXTS and examples.spans is None:
         label, fewest = min(counts.items(), key=lambda count: count[1])
         warn(
-            f"Cross-fitting needs {FOLDS} distinct texts per label; '{label}' has "
-            f"{fewest}, or some of them are equal. Instead, "
-            f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
-            f"more texts of '{label}'."
+            f"Cross-fitting needs {FOLDS} distinct texts per label, but '{label}' has {fewest} "
+            f"texts or duplicates among them. Instead, {validation_share(len(examples)):.0%} of "
+            f"the texts were held out for validation. Add more texts of '{label}'."
         )
     training, validation = examples.split(validation_share(len(examples)), seed=0)
     if not len(validation) or (is_binary and not validation.label_counts.all()):
         raise SidelightError(
             "Too few distinct texts to hold some of each label out for validation: got "
-            f"{examples.distinct} in all, and equal texts stay together. Give {FOLDS} or more of "
-            "each label, or others to validate on (--validation, validation=)."
+            f"{examples.distinct} in all, and duplicates stay together. Give at least {FOLDS} of "
+            "each label, or name a validation set (--validation, validation=)."
         )
     return training, validation
 
@@ -120,20 +120,20 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
     task = training.task
     if validation.task != task:
         raise SidelightError(
-            f"The validation data has the labels {validation.task}, the training data {task}. "
-            "Load it with task=training.task."
+            f"The validation data has the labels {validation.task}, but the training data has "
+            f"{task}. Load the validation data with task=training.task."
         )
     counts = validation.label_counts
     missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
     if missing and task.kind == "binary":
         raise SidelightError(
-            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
-            "Add some, or leave validation data out: part of the training data is held out then."
+            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. Add "
+            "some, or leave the validation data out to hold out part of the training data."
         )
     if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
         raise SidelightError(
-            "In the validation data every label is on all texts or on none, so no threshold can be "
-            "chosen. Add texts with and without a label."
+            "Every label in the validation data is on all texts or on none, so no threshold can "
+            "be chosen. Add texts with and without a label."
         )
 
 
@@ -148,11 +148,11 @@ def require_side(card: ProbeCard, examples: Sequence[Example]) -> None:
     if card.reads.includes_response and missing:
         raise SidelightError(
             f"Probe '{card.name}' reads responses, but {missing} of {len(examples)} texts have "
-            "none. Name the column of answers with --response (response= in Python)."
+            "none. Name the column of responses with --response (response= in Python)."
         )
     if card.spans and not card.reads.includes_response and missing < len(examples):
         raise SidelightError(
-            f"Probe '{card.name}' finds spans in prompts, and these texts have responses. Leave "
+            f"Probe '{card.name}' finds spans in prompts, but these texts have responses. Leave "
             "--response out (response= in Python)."
         )
 
@@ -162,4 +162,7 @@ def warn_of_shared_texts(training: LabelledExamples, validation: LabelledExample
     seen = {(item.text, item.response) for item in training.items}
     shared = sum((item.text, item.response) in seen for item in validation.items)
     if shared:
-        warn(f"{shared} validation texts are also training texts.")
+        warn(
+            f"{shared} validation texts also occur in the training data, so validation is too "
+            "optimistic. Remove them from one of the two."
+        )

@@ -167,7 +167,7 @@ def test_a_damaged_probe_and_one_of_another_model_are_refused(model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     foreign = save_probe(untrained_probe(tiny_backbone(), "foreign"), tmp_path / "foreign")
     for folders, kind, message in (
-        ([folder], SidelightError, "not those that its card"),
+        ([folder], SidelightError, "weights do not match its card"),
         ([tmp_path / "missing"], SidelightError, "holds no probe"),
         ([foreign], FingerprintMismatchError, "foreign"),
     ):

@@ -365,7 +365,7 @@ def _read_config(folder: Path) -> tuple[PreTrainedConfig, Any]:
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return config, AutoModelForImageTextToText
     raise ValueError(
-        f"a model of type '{config.model_type}' is not one, and probes read decoder-only models."
+        f"a model of type '{config.model_type}' is not one. Probes read only decoder-only models."
     )
 
 

@@ -95,9 +95,9 @@ class TransformersDecoder:
         kinds = set(backbone.model.config.get_text_config().to_dict().get("layer_types") or ())
         if unknown := kinds - _ATTENTION_KINDS:
             raise SidelightError(
-                f"{backbone.name} has layers of kind {', '.join(sorted(unknown))}, and the "
-                f"transformers engine batches {' and '.join(sorted(_ATTENTION_KINDS))} only. Serve "
-                "it with another engine (--engine), or serve another model."
+                f"{backbone.name} has layers of kind {', '.join(sorted(unknown))}, but the "
+                f"transformers engine can batch only {' and '.join(sorted(_ATTENTION_KINDS))}. "
+                "Serve the model with another engine (--engine), or serve another model."
             )
         self._backbone = backbone
         self._cache_name = cache_name(backbone.model)

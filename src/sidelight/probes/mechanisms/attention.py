@@ -193,8 +193,8 @@ def attention(
     inner = geometry.width // factor
     if inner == 0 or inner % heads:
         raise SidelightError(
-            f"Attention with factor {factor} has {inner} inner columns, which {heads} heads cannot "
-            f"share. Choose heads that divide {inner}."
+            f"Attention with factor {factor} has an inner width of {inner}, which {heads} heads "
+            f"cannot share evenly. Choose a number of heads that divides {inner}."
         )
 
     def aggregator(groups: int) -> DowncastAttention:

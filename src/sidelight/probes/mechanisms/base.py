@@ -261,7 +261,7 @@ def _check_value(option: str, value: OptionValue, kind: Any) -> None:
             f"{option} cannot be {value!r}.{did_you_mean(str(value), map(str, names))}"
         )
     if not names and (type(value) is not int or value < 1):
-        raise SidelightError(f"{option} cannot be {value!r}: give a whole number, 1 or more.")
+        raise SidelightError(f"{option} cannot be {value!r}. Give a whole number of 1 or more.")
 
 
 def _registered(name: str) -> Builder:
