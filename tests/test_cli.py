@@ -449,8 +449,8 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("predict {probe} --data {empty}", "empty.jsonl, line 2"),
         ("predict {probe}", "Pass texts after the probe, or name a file with --data"),
         ("predict {probe} x --data {empty}", "Pass only one of the two"),
-        ("predict {probe} x --engine vllm", "vLLM serves, and reads texts for training"),
-        (TRAIN + "--engine vllm --device cpu", "vLLM chooses its device"),
+        ("predict {probe} x --engine vllm", "The vLLM engine can only serve"),
+        (TRAIN + "--engine vllm --device cpu", "vLLM chooses its own device"),
         # Which is not installed here.
         (TRAIN + "--model {model} --engine vllm", "docs/vllm.md"),
         ("tarin", "train"),

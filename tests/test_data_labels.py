@@ -41,7 +41,7 @@ def test_a_task_of_truth_values_accepts_every_spelling(trained):
 def test_a_label_that_is_named_or_rarer_or_last_is_positive(warned):
     rarer = load_examples(labelled(["spam", "ham", "ham"]))
     assert rarer.task == Task("binary", ("ham", "spam"))
-    assert "'spam' is taken" in warned()[0]
+    assert "'spam' is used" in warned()[0]
     assert load_examples(ROWS).task == Task("binary", ("delivery", "fault"))
     warned()
     for values, positive, labels in (
@@ -89,7 +89,7 @@ def test_numbers_of_any_type_are_the_same_labels():
 def test_a_multilabel_column_that_never_varies_is_a_warning(warned):
     rows = [{"text": str(number), "a": number % 2, "b": 0} for number in range(4)]
     load_examples(rows, label="a,b")
-    assert "'b' holds in 0 of 4 rows" in warned()[0]
+    assert "0 of 4 rows have the label 'b'" in warned()[0]
 
 
 def test_a_task_allows_one_class_only_and_keeps_its_numbers():
@@ -145,7 +145,7 @@ UNUSABLE = {
     "no label column": (["a"], {"label": "lable"}, r"no column 'lable'\. Did you .* --label"),
     "no response": (["a"], {"response": "answer"}, r"no column 'answer'.* --response \(response="),
     "no column of that text": (["a", "b"], {"text": "txt"}, r"no column 'txt'.* --text \(text= in"),
-    "split of rows": (["a", "b"], {"split": "test"}, r"split='test' chooses"),
+    "split of rows": (["a", "b"], {"split": "test"}, r"split='test' selects"),
 }
 
 

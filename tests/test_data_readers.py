@@ -83,10 +83,10 @@ MALFORMED = {
     "semicolons": (
         "a.csv",
         b"\ntext;label\nhow are you, you;ham\n",
-        r"separated by ';', wanted ','\. Save it as \.csv with commas",
+        r"separated by ';' instead of ','\. Save the file as \.csv with commas",
     ),
-    "pipes": ("a.csv", b'"text"|"label"\nhow are you|ham\n', r"separated by '\|', wanted ','"),
-    "commas": ("a.tsv", b"text,label\nhow are you,ham\n", r"separated by ',', wanted '\\t'"),
+    "pipes": ("a.csv", b'"text"|"label"\nhow are you|ham\n', r"separated by '\|' instead of ','"),
+    "commas": ("a.tsv", b"text,label\nhow are you,ham\n", r"separated by ',' instead of '\\t'"),
     "plain gzip": ("a.csv.gz", b"text,label\na,x\nb,y\n", r"not compressed.* it to a\.csv\."),
     "gzip without .gz": ("a.csv", gzip.compress(b"text"), r"compressed .* Rename it to a\.csv\.gz"),
     "lines in quotes": ("a.csv", b'text,label\n"a\nb",x\n\nb\n', r"line 5: 1 fields, .* has 2"),
@@ -132,7 +132,7 @@ MALFORMED = {
     "former tool call": (
         "a.jsonl",
         b'{"text": [{"role": "assistant", "content": "", "function_call": 1}], "label": 1}',
-        r"line 1: 'function_call' is not read\. Write it as 'tool_calls'",
+        r"line 1: 'function_call' is deprecated and not read\. Write 'tool_calls'",
     ),
     "unknown ending": ("a.xlsx", b"", r"'a\.xlsx': its name must end in \.csv, \.json"),
 }
@@ -152,8 +152,8 @@ def test_a_malformed_file_is_an_error_that_names_the_place(tmp_path, name, conte
         ("trian.jsonl", r"Did you mean 'train\.jsonl'"),
         ("", r"is a folder.* Known: train\.jsonl"),
         ("pipe.jsonl", r"is a pipe or a device\. Write its rows to a file"),
-        ("absent/train.jsonl", r"^No file .*: /.*absent is no folder. Check the path.$"),
-        ("empty/train.jsonl", r"^No file .*: /.*empty holds no data. Check the path.$"),
+        ("absent/train.jsonl", r"^No file .*: /.*absent is not a folder. Check the path.$"),
+        ("empty/train.jsonl", r"^No file .*: /.*empty contains no data files. Check the path.$"),
     ],
 )
 def test_an_absent_file_names_its_neighbours(tmp_path, place, says):

@@ -213,7 +213,7 @@ def test_other_texts_or_options_replace_a_guard_only_by_force(words, tmp_path, c
     only = (*words[:3], "--only", "shouts", "--rows", "40", "--out", str(out))
     for changed in (("--data", user_file), ("--dtype", "bfloat16"), ("--threshold", "fpr=0.1")):
         assert cli(*only, *changed) == 2
-        assert "shouts holds a probe. Name another folder, or replace it with --force." in (
+        assert "shouts already contains a probe. Name another folder, or replace" in (
             capsys.readouterr().err
         )
     assert load_probe(out / "shouts").version == before
@@ -248,7 +248,7 @@ def test_an_existing_policy_stays_and_missing_rules_are_named(words, tmp_path, c
     assert cli(*words[:-1], str(out)) == 0
     captured = capsys.readouterr()
     assert "policy.toml exists and was left unchanged." in captured.out
-    assert "no rule for letters, replies: clients see their verdicts." in captured.err
+    assert "no rule for letters, replies, so clients see the verdicts." in captured.err
     assert policy.read_text() == '[input.shouts]\nmode = "block"\n'
 
 
@@ -291,7 +291,7 @@ def test_a_test_that_cannot_be_read_is_refused_before_training(
     ("prefix", "named", "name", "error"),
     [
         ("odd ", "odd shouts", "odd shouts", "A probe cannot be called 'odd shouts'"),
-        ("y", "yshouts", "Policy.toml", "A guard called 'Policy.toml' has no room beside"),
+        ("y", "yshouts", "Policy.toml", "The guard 'Policy.toml' would need a folder"),
     ],
 )
 def test_a_guard_whose_name_no_folder_of_it_can_have_is_refused_before_training(

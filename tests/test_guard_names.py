@@ -232,7 +232,7 @@ def test_a_folder_of_this_form_is_named_by_its_absolute_path(
     folder = save_probe(untrained_probe(tiny, "own"), tmp_path / "guard:own")
     for named in ("guard:own", "./guard:own"):
         error = refused(capsys, "inspect", named)
-        assert error.endswith(f"To name the folder 'guard:own', write {folder}.")
+        assert error.endswith(f"If you mean the folder 'guard:own', write {folder}.")
     assert cli("inspect", str(folder)) == 0
     # It does not stand in for a guard.
     shutil.copytree(folder, tmp_path / "guard:shouts")

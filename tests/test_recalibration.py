@@ -105,7 +105,10 @@ def test_texts_that_trained_a_probe_are_counted(warned):
     with pytest.raises(SidelightError, match=wordings.TRAINED_ON_THESE):
         recalibrate(probe, seen.select(order), logits[order])
     some = np.arange(350, 600)
-    warning = "150 of 250 texts were used in training, so the metrics are too optimistic. Leave these texts out."
+    warning = (
+        "150 of 250 texts were used in training, so the metrics are too optimistic. "
+        "Leave these texts out."
+    )
     warn_of_trained_texts(probe.card.training, seen.select(some))
     assert warned() == [warning]
     recalibrate(probe, seen.select(some), logits[some])

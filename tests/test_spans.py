@@ -113,7 +113,7 @@ def test_spans_overlap_and_rows_without_any_are_negatives(warned):
     cell = [NAME, place]
     known = load_spans([{"text": TEXT, "spans": cell}], task=single_label.task)
     assert (known.spans, known.labels.tolist()) == (((Span(5, 12, "NAME"),),), [1])
-    assert "labels that training did not know (PLACE; 1 in all)" in warned()[0]
+    assert "labels that the probe was not trained on (PLACE; 1 in all)" in warned()[0]
     with pytest.raises(SidelightError, match=wordings.NO_SPANS_AT_ALL):
         load_spans([{"text": TEXT, "spans": []}])
 
@@ -533,7 +533,7 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write("\n" + json.dumps(unknown))
     assert cli("eval", probe, *texts, "--spans", "pii") == 0
-    assert "Left out 1 spans with labels" in capsys.readouterr().err
+    assert "Left out spans with labels" in capsys.readouterr().err
     texts = write("test.jsonl", 30, 1)
     measure = ["eval", probe, *texts, "--spans", "pii", "--json"]
     assert cli(*measure, "--plots", str(tmp_path)) == 2

@@ -232,9 +232,9 @@ SERVE = "serve --port 0 --model {model} --probe {probe} "
         (SERVE + "--api-keys-file {folder}/nowhere", "Cannot read the keys in"),
         (SERVE + "--admin-keys-file {keys}", "is not 'ID KEY'"),
         (SERVE + "--policy {keys}", "is not TOML"),
-        (SERVE + "--device gpu", "no device 'gpu' here. Did you mean 'cpu'?"),
-        (SERVE + "--device cuda:99", "no device 'cuda:99' here"),
-        (SERVE + "--device meta", "no device 'meta' here"),
+        (SERVE + "--device gpu", "no device 'gpu' on this machine. Did you mean 'cpu'?"),
+        (SERVE + "--device cuda:99", "no device 'cuda:99' on this machine"),
+        (SERVE + "--device meta", "no device 'meta' on this machine"),
         (
             "serve --port 0 --model {folder}/nowhere --probe {probe}",
             "Cannot load '{folder}/nowhere'",

@@ -316,7 +316,7 @@ def test_what_counts_as_flagged_is_what_a_policy_says_and_other_probes_are_refus
     subjects = draw_subjects(loaded(texts, INTENT), {"refund": 0.5}, texts=9, seed=0)
     assert sorted(s.text for s in subjects if s.is_positive) == ["b", "d"]
     for options, rule_options, remedy in (
-        ({"reads": Reads(side="response")}, {}, "Name a probe of prompts"),
+        ({"reads": Reads(side="response")}, {}, "Name a probe that reads prompts"),
         ({"task": INTENT}, {"labels": ["refund"]}, "--flag LABEL --threshold"),
         ({}, {"labels": ["fine"]}, "flags only toxic"),
     ):

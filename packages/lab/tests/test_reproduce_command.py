@@ -15,8 +15,8 @@ from worlds.servers import cli
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (["own"], "give --train and --test"),
-        (["sst2", "--only", " , "], "No row is named. Known: .*pooling"),
+        (["own"], "Name them with --train and --test"),
+        (["sst2", "--only", " , "], "No row is named. Choose from: .*pooling"),
     ],
 )
 def test_options_that_cannot_apply_are_refused_with_the_remedy(arguments, remedy, tmp_path):
@@ -38,4 +38,4 @@ def test_the_command_makes_a_table_of_user_files(tiny, tmp_path, capsys):
     assert table["texts"] == 80
     assert {row["name"] for row in table["rows"]} == {"readout", "tfidf"}
     assert cli(*common) == 2
-    assert "--train and --test go together" in capsys.readouterr().err
+    assert "A table needs both --train and --test" in capsys.readouterr().err

@@ -365,7 +365,7 @@ def test_texts_that_are_left_out_or_repeated_are_counted(warned):
     assert [item.text for item in examples.items] == ["a", "b"]
     assert warned() == [
         "Left out 1 rows with an empty text or response.",
-        "2 of 4 texts repeat others: each is shown once.",
+        "2 of 4 texts are duplicates and are shown once.",
     ]
 
 
@@ -399,10 +399,10 @@ def test_the_command_refuses_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("texts.jsonl").write_text('{"text": "a"}\n')
     for options, message in (
-        ([], "Name the labels with --labels"),
+        ([], "Name either the labels with --labels"),
         (["--labels", "a,b", "--out", "labels.csv"], "ends in .jsonl"),
-        (["--labels", "a,b", "--label", "text"], "labels would replace them"),
-        (["--labels", "a,b", "--multilabel", "--probe", "p"], "not both"),
+        (["--labels", "a,b", "--label", "text"], "the labels would replace"),
+        (["--labels", "a,b", "--multilabel", "--probe", "p"], "Name either"),
         (["--labels", "a,b", "--model", "absent.gguf"], "There is no file 'absent.gguf'"),
     ):
         assert cli("label", "texts.jsonl", *options) == 2

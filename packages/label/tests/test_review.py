@@ -288,8 +288,8 @@ def test_the_command_refuses_a_judge_at_once(tmp_path, monkeypatch, capsys):
         (["--labels", "a,b", "--criterion", "none.md"], "Cannot read the criterion"),
         (["--labels", "a,b", "--judge", "judge.toml"], "asks about a criterion"),
         (["--labels", "a,b", *rule, "--judge", "keyed.toml"], "NO_SUCH_KEY, which is not set"),
-        (["--labels", "a,b,c", *rule, "--judge", "judge.toml"], "decides between two labels"),
-        (["--labels", "a,b", *rule, "--price", "1"], "go with --judge"),
+        (["--labels", "a,b,c", *rule, "--judge", "judge.toml"], "needs exactly two labels"),
+        (["--labels", "a,b", *rule, "--price", "1"], "need --judge"),
     ):
         assert cli("label", "texts.jsonl", *options) == 2
         assert message in capsys.readouterr().err

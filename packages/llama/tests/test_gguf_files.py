@@ -184,7 +184,7 @@ def test_the_embedded_models_file_has_a_name():
             "threads=...: Input should be a",
         ),
         ("--model {file} --engine-option texts=256", "texts=256: Input should be less than 256."),
-        ("--model {file} --engine-option texts=2,tokens=9", "Repeat --engine-option for each option"),
+        ("--model {file} --engine-option texts=2,tokens=9", "Repeat --engine-option for each"),
         (
             "--model {file} --engine-option tokens=-1",
             "tokens=-1: Input should be greater",
@@ -198,7 +198,7 @@ def test_the_embedded_models_file_has_a_name():
             "has no option 'a'. It has none",
         ),
         ("--model {file} --engine transformers", "runs only in llama, not in transformers"),
-        ("--model a/folder --engine llama", "--engine llama runs GGUF files, and 'a/folder' is"),
+        ("--model a/folder --engine llama", "--engine llama runs GGUF files, but 'a/folder' is"),
         (
             "--model smollm2 --tokenizer t",
             "'smollm2' comes with its tokenizer",
@@ -243,7 +243,7 @@ def test_a_command_that_reads_a_text_at_a_time_refuses_the_sizes_of_a_server(fil
         assert cli(*command, *arguments) == 2
         name = option.partition("=")[0]
         error = capsys.readouterr().err
-        assert f"--engine-option {name} is for serve and parity" in error
+        assert f"--engine-option {name} applies only to serve and parity" in error
         assert error.count("\n") == 1
 
 

@@ -67,10 +67,10 @@ def test_an_incomplete_gguf_file_is_refused(tiny, tmp_path):
     content = path.read_bytes()
     for size in (0, 3, 20, 400, 20_000, len(content) - 5):
         path.write_bytes(content[:size])
-        assert ("not a GGUF file" if size < 4 else "not a whole GGUF file") in refusal(path)
+        assert ("not a GGUF file" if size < 4 else "not a complete GGUF file") in refusal(path)
     path.write_bytes(content.replace(b"<|user|>", b"<|us\xffr|>"))
-    assert "not a whole GGUF file" in refusal(path)
-    assert "not a whole GGUF file" in refusal(header(path, "llama", split__count="two"))
+    assert "not a complete GGUF file" in refusal(path)
+    assert "not a complete GGUF file" in refusal(header(path, "llama", split__count="two"))
     path.write_bytes(b"PK" + content)
     assert "not a GGUF file" in refusal(path)
     assert "No such file" in refusal(tmp_path / "absent.gguf")
@@ -82,16 +82,16 @@ def test_an_incomplete_gguf_file_is_refused(tiny, tmp_path):
         ("mamba", {}, "keeps a state other than keys and values"),
         ("lfm2", {}, "keeps a state other than keys and values"),
         ("t5", {}, "has an encoder"),
-        ("bert", {}, "embeds texts and writes none"),
-        ("llada", {}, "writes by diffusion"),
+        ("bert", {}, "embeds texts but generates none"),
+        ("llada", {}, "generates by diffusion"),
         ("clip", {}, "reads images or sound"),
         ("lama", {}, "unknown architecture 'lama'. Did you mean 'llama'?"),
         ("llama", {"general__type": "adapter"}, "such as a LoRA adapter"),
         ("llama", {"split__count": 3}, "one of several parts"),
-        ("llama", {"llama__nextn_predict_layers": 1}, "predict several tokens"),
+        ("llama", {"llama__nextn_predict_layers": 1}, "multi-token prediction"),
         ("llama", {}, "says nothing of its block_count, context_length, embedding_length"),
         ("llama", {**SIZES, "llama__block_count": "3"}, "says nothing of its block_count."),
-        ("llama", SIZES, "holds a vocabulary and no weights"),
+        ("llama", SIZES, "contains a vocabulary but no weights"),
     ],
 )
 def test_a_model_whose_states_cannot_be_read_is_refused_by_name(
@@ -108,7 +108,7 @@ def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
         # This architecture has what its file does not give.
         try_once(path, "qwen3", "this file")
     message = str(refused.value)
-    assert f"ended by {signal.SIGABRT.name} while it read the first tokens of {path}" in message
+    assert f"ended by {signal.SIGABRT.name} while reading the first tokens of {path}" in message
     assert "GGML_ASSERT(t_layer_inp[il] != nullptr" in message
     assert "\n" not in message
     # Only the result of a file that was read is kept.
@@ -119,9 +119,9 @@ def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        ("truncated", "is not a whole GGUF file"),
+        ("truncated", "is not a complete GGUF file"),
         ("architecture", "'mamba', which keeps a state other than keys and values"),
-        ("killed", "llama.cpp was ended by SIGKILL while it read the first tokens of"),
+        ("killed", "llama.cpp was terminated by SIGKILL while reading the first tokens of"),
         ("version", "xllamacpp 2026.1.9000 is installed, but Sidelight needs exactly"),
     ],
 )

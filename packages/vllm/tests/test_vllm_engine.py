@@ -342,7 +342,7 @@ def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_kn
 
 def test_a_missing_verdict_is_an_error(tiny):
     async def ask(engine, llm, _new):
-        for report in (None, {}, {KEY: {"error": "other tokens"}}):
+        for report in (None, {}, {KEY: {"error": "different tokens"}}):
             llm.report = report
             with pytest.raises(GenerationError, match=wordings.NO_VERDICT):
                 await engine.classify(HELLO)
@@ -506,7 +506,10 @@ def test_vllms_server_takes_options_from_the_environment(monkeypatch, tmp_path):
 def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monkeypatch):
     switches = ("json_logs", "playground")
     for message, settings in (
-        *((f"no place for '{name}'", {name: True if name in switches else 7}) for name in NO_PLACE),
+        *(
+            (f"does not support '{name}'", {name: True if name in switches else 7})
+            for name in NO_PLACE
+        ),
         ("--api-key instead", {"engine_option": {"api_key": "x"}}),
         ("run 'vllm serve'", {"engine_option": {"api_server_count": 2}}),
         ("named twice", {"engine_option": {"served_model_name": "a"}, "served_model_name": "b"}),

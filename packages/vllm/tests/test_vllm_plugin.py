@@ -427,7 +427,7 @@ def test_other_probes_classify_from_the_same_memory_and_from_no_old_projection(
 def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders):
     worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
-    for name, why in (("wide", "columns of a layer"), ("normalised", "another norm")):
+    for name, why in (("wide", "projections per layer"), ("normalised", "different normalisation")):
         with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_PROJECTIONS=") as refused:
             change(worker, folders[name])
         assert pass_of(worker, backbone).by_request == wanted.by_request
@@ -518,8 +518,8 @@ def test_a_prompt_travels_with_the_request():
         ({"token_roles": 3}, "malformed"),
         ({"token_roles": [[9, 3]], "tokens": "0", "is_plain": False}, "malformed"),
         ({"token_roles": [[1, 3]], "tokens": token_hash([1, 2, 3])}, "malformed"),
-        ({"token_roles": [[1, 3]], "tokens": "0", "is_plain": False}, "other tokens"),
-        ({"token_roles": [[1, 10**15]], **OF_THESE}, "other tokens"),
+        ({"token_roles": [[1, 3]], "tokens": "0", "is_plain": False}, "different tokens"),
+        ({"token_roles": [[1, 10**15]], **OF_THESE}, "different tokens"),
         ({"token_roles": [[1, 5], [1, -2]], **OF_THESE}, "malformed"),
         ("token_roles", "malformed"),
     ],

@@ -36,8 +36,9 @@ def encode_spans(
     unknown = {name: count for name, count in names.items() if name not in task_labels}
     if unknown:
         warn(
-            f"Left out {sum(unknown.values())} spans with labels that the probe was not trained "
-            f"on ({', '.join(unknown)[:200]}). Words found there count as false positives."
+            "Left out spans with labels that the probe was not trained on "
+            f"({', '.join(unknown)[:200]}; {sum(unknown.values())} in all). Words found there "
+            "count as false positives."
         )
     spans = tuple(tuple(span for span in row if span.label in task_labels) for row in rows)
     holds = [[any(span.label == label for span in row) for label in task_labels] for row in spans]

@@ -119,7 +119,7 @@ def test_a_second_tab_follows_the_decisions_of_the_first_and_one_without_a_token
         second_tab.expected_errors = ("400",)
         press_truth(page, sitting)
         second_tab.keyboard.press("1")
-        second_tab.get_by_text("has been labelled already").wait_for()
+        second_tab.get_by_text("has already been labelled").wait_for()
         assert second_tab.locator("#text").inner_text() == page.locator("#text").inner_text()
         second_tab.keyboard.press("2")
         wait_for_labels(second_tab, 2)

@@ -97,8 +97,8 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
     members = _members(examples)
     if len(members) < 2:
         raise SidelightError(
-            f"All {len(examples)} texts are of class '{next(iter(members), None)}', but an anatomy "
-            "compares classes. Give texts of two or more classes with --data."
+            f"All {len(examples)} texts are of class '{next(iter(members), None)}', but "
+            "`anatomy` compares classes. Give texts of two or more classes with --data."
         )
     prompts = encode(classifier.backbone.encoder, examples.items)
     targets = true_targets(task, examples.labels)

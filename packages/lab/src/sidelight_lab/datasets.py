@@ -158,8 +158,8 @@ def default_root() -> Path:
     root = Path(named).expanduser()
     if not root.is_dir():
         raise SidelightError(
-            f"{_VARIABLE} is '{named}', but there is no such folder. Set it to the folder that has "
-            "one folder per data set, or unset it."
+            f"{_VARIABLE} is '{named}', but there is no such folder. Set it to a folder that "
+            "contains one folder per data set, or unset it."
         )
     return root
 
@@ -194,8 +194,8 @@ def load_data_set(name: str, *, root: Path | None = None) -> DataSet:
         return _load(entry, None)
     except SidelightError as error:
         raise SidelightError(
-            f"{absence} Reading it from the hub failed too: {error} Put the files there, or set "
-            f"{_VARIABLE} to the folder that holds '{entry.folder}'."
+            f"{absence} Reading the data set from the hub failed too: {error} Put the files "
+            f"there, or set {_VARIABLE} to the folder that contains '{entry.folder}'."
         ) from error
 
 
@@ -236,10 +236,12 @@ def _split_file(folder: Path, split: str) -> Path:
         return matches[0]
     names = ", ".join(path.name for path in matches or files) or "no readable file"
     if matches:
-        raise SidelightError(f"'{folder}' has several files for '{split}': {names}. Keep one.")
+        raise SidelightError(
+            f"'{folder}' has several files for '{split}': {names}. Keep only one of them."
+        )
     raise SidelightError(
-        f"'{folder}' lacks the split '{split}': it has {names}. Add it as {split} with the ending "
-        f"{_FORMATS}."
+        f"'{folder}' lacks the split '{split}'; it contains {names}. Add a file named {split} "
+        f"that ends in {_FORMATS}."
     )
 
 

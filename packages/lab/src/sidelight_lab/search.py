@@ -125,8 +125,8 @@ def possible_specs(
             possible.append(spec)
     if not possible:
         raise SidelightError(
-            f"No combination of the options searched for '{mechanism}' fits hidden states of width "
-            f"{geometry.width}. Search other mechanisms. The last refusal: {refusal}"
+            f"None of the searched options of '{mechanism}' fits hidden states of width "
+            f"{geometry.width}. Search other mechanisms. The last error: {refusal}"
         )
     return possible
 
@@ -234,8 +234,9 @@ def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.
     different = [key for key in subject if stored.get(key) != subject[key]]
     if different:
         raise SidelightError(
-            f"{storage} holds a search of '{name}' with another {' and another '.join(different)}, "
-            "whose scores cannot be compared with new ones. Name another folder, or delete it."
+            f"{storage} contains a search of '{name}' with another "
+            f"{' and another '.join(different)}, whose scores are not comparable. Name another "
+            "folder, or delete this file."
         )
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         # The parameter that is drawn last.
@@ -305,7 +306,7 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     scored = [trial for trial in trials if trial.score is not None]
     if not scored:
         raise SidelightError(
-            f"All {len(trials)} trainings diverged, so no scores can be compared. Look for hidden "
-            "states that are not finite, or load the backbone with --dtype float32."
+            f"All {len(trials)} trainings diverged, so there are no scores to compare. Check for "
+            "hidden states that are not finite, or load the backbone with --dtype float32."
         )
     return max(scored, key=lambda trial: trial.score or 0.0)

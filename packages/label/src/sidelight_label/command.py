@@ -120,18 +120,23 @@ def label(
     """
     if bool(probes) == (labels is not None):
         raise SidelightError(
-            "Name the labels with --labels, such as --labels fine,toxic, or a probe that has them "
-            "with --probe, but not both."
+            "Name either the labels with --labels, such as --labels fine,toxic, or a probe with "
+            "these labels with --probe."
         )
     if multilabel and labels is None:
-        raise SidelightError("--multilabel goes with --labels. A probe says itself which it is.")
+        raise SidelightError(
+            "--multilabel needs --labels; with --probe, the task comes from the probe. Leave "
+            "--multilabel out."
+        )
     if label in (text, response):
         raise SidelightError(
-            f"The column '{label}' holds texts, and labels would replace them. Name another column "
-            "with --label."
+            f"The column '{label}' contains texts, which the labels would replace. Name another "
+            "column with --label."
         )
     if judge is None and (judge_limit is not None or price is not None):
-        raise SidelightError("--judge-limit and --price go with --judge.")
+        raise SidelightError(
+            "--judge-limit and --price need --judge. Add --judge, or leave them out."
+        )
     # Before imports that take seconds: a wrong file or column is refused at once.
     from sidelight.data.annotators import LABELLED, JudgeLabel
     from sidelight.data.loading import load_examples
@@ -147,8 +152,8 @@ def label(
     examples = load_examples(texts, text=text, label=None, response=response, split=split)
     if any(LABELLED in row and not JudgeLabel.has_cell(row) for row in examples.rows):
         raise SidelightError(
-            f"The column '{LABELLED}' of {texts} is the one in which judges' labels are described. "
-            "Rename it."
+            f"The column name '{LABELLED}' in {texts} is reserved for describing judges' labels. "
+            "Rename the column."
         )
     if limit is not None:
         examples = examples.select(examples.draw(limit, seed=0))
@@ -176,8 +181,8 @@ def label(
     task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
     if settings is not None and task.kind != "binary":
         raise SidelightError(
-            "A judge says yes or no, so it decides between two labels. Name two with --labels; the "
-            "last is the criterion's."
+            "A judge answers yes or no, so it needs exactly two labels. Name two with --labels; "
+            "the second is the label that meets the criterion."
         )
     reads = loaded[0].reads if loaded else Reads("response" if response else "prompt")
     stem = Path(Path(texts).name.removesuffix(".gz")).stem.replace(":", "-")

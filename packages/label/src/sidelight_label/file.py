@@ -33,8 +33,8 @@ class LabelFile:
     def __init__(self, path: Path, is_judge_row: Callable[[Mapping[str, Any]], bool] | None = None):
         if path.suffix != ".jsonl":
             raise SidelightError(
-                f"Labels are appended as JSON lines, but the file is '{path.name}'. Name one that "
-                "ends in .jsonl with --out."
+                f"Labels are appended as JSON lines, but the file is '{path.name}'. Name a file "
+                "that ends in .jsonl with --out."
             )
         self.path = path.resolve()
         self._seen = self._state()
@@ -140,8 +140,8 @@ class Criterion:
             raise SidelightError("The criterion is empty. Write what a text must do to meet it.")
         if seen.strip() != self.text:
             raise SidelightError(
-                "Another tab has changed the criterion. Copy your text, load the page again, and "
-                "edit the new one."
+                "Another tab has changed the criterion. Copy your text, reload the page, and "
+                "edit the new criterion."
             )
         if read_criterion(self.path) != self.text:
             raise SidelightError(
@@ -152,7 +152,8 @@ class Criterion:
             write_text(self.path, text.strip() + "\n")
         except OSError as error:
             raise SidelightError(
-                f"The criterion was not saved to {self.path} ({error.strerror})."
+                f"The criterion was not saved to {self.path} ({error.strerror}). Free some "
+                "space, and save it again."
             ) from error
         self.text = text.strip()
 

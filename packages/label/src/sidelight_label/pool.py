@@ -95,9 +95,9 @@ class Pool:
         needed = 8 * math.prod(shape)
         if needed > options.memory_bytes:
             raise SidelightError(
-                f"The means and last tokens of all layers need {needed / 2**30:.1f} GiB, the limit "
-                f"is {options.memory_bytes / 2**30:.1f} GiB. Allow more (--memory), or use fewer "
-                "texts (--limit)."
+                f"The means and last tokens of all layers need {needed / 2**30:.1f} GiB, but the "
+                f"limit is {options.memory_bytes / 2**30:.1f} GiB. Raise it with --memory, or "
+                "use fewer texts (--limit)."
             )
         limit = min(options.max_tokens, backbone.encoder.max_tokens)
         self.prompts = encode_shortened(
@@ -125,9 +125,9 @@ class Pool:
         if (probe.task, probe.reads.token_roles) != (self.task, reads.token_roles):
             raise SidelightError(
                 f"Probe '{probe.name}' decides between {', '.join(probe.task.labels)} "
-                f"({probe.task.kind}) and reads {probe.reads.side}, but here the labels are "
-                f"{', '.join(self.task.labels)} ({self.task.kind}) and {reads.side} is read. "
-                "Name probes of the same labels that read the same part of a text."
+                f"({probe.task.kind}) and reads {probe.reads.side}, but this session uses the "
+                f"labels {', '.join(self.task.labels)} ({self.task.kind}) and reads "
+                f"{reads.side}. Name probes with the same labels that read the same side."
             )
 
     def labelled(
@@ -185,7 +185,8 @@ class Pool:
         folds = complete_folds(labelled)
         if not folds:
             raise SidelightError(
-                "Some texts are too alike to be measured on others. Label more of each label."
+                "The labelled texts are too similar to hold some of them out for measurement. "
+                "Label more texts of each class."
             )
         regression = fit_regression(self._poolings[:, rows], labelled.labels, self.task, folds)
         calibrated = calibrate_examples(regression.left_out, labelled, folds)
@@ -264,7 +265,7 @@ def merged(
         for item, row in zip(examples.items, examples.rows, strict=True):
             distinct.setdefault((item.messages, item.response), (item, row))
     if repeated := len(texts) - len({(item.messages, item.response) for item in texts.items}):
-        warn(f"{repeated} of {len(texts)} texts repeat others: each is shown once.")
+        warn(f"{repeated} of {len(texts)} texts are duplicates and are shown once.")
     items, rows = (tuple(values) for values in zip(*distinct.values(), strict=True))
     decided: dict[int, Labels] = {}
     if labelled is not None:

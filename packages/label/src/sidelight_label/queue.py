@@ -41,12 +41,12 @@ def task_of(names: Sequence[str], *, is_multilabel: bool = False) -> Task:
     """
     for name in names:
         if is_missing(name):
-            raise SidelightError(f"'{name}' stands for no label in a file. Choose another name.")
+            raise SidelightError(f"'{name}' means a missing label in a file. Choose another name.")
     labels = tuple(label_name(name, "--labels") for name in names)
     if len(set(labels)) < max(2, len(labels)):
         raise SidelightError(
-            f"Got the labels {', '.join(labels) or 'none'}, wanted two or more that differ. Name "
-            "them with --labels, such as --labels fine,toxic."
+            f"Got the labels {', '.join(labels) or 'none'}, but two or more different ones are "
+            "needed. Name them with --labels, such as --labels fine,toxic."
         )
     if is_multilabel:
         return Task("multilabel", labels)
@@ -179,7 +179,7 @@ class LabelQueue:
         is_set = task.kind == "multilabel"
         if set(labels) - {*task.labels} or (len(labels) != 1 and not is_set):
             raise SidelightError(
-                f"Got the labels {', '.join(labels) or 'none'}, wanted "
+                f"Got the labels {', '.join(labels) or 'none'}, expected "
                 f"{'any' if is_set else 'one'} of {', '.join(task.labels)}."
             )
         with self._lock:
@@ -212,7 +212,8 @@ class LabelQueue:
         with self._lock:
             if self.last != row:
                 raise SidelightError(
-                    "Another tab has decided a text since. Undo that one first, or label on."
+                    "Another tab has labelled a text since then. Undo that label first, or "
+                    "continue labelling."
                 )
             if row in self._decided:
                 self._file.take_back()
@@ -326,9 +327,9 @@ class LabelQueue:
 
     def _require_open(self, row: int) -> None:
         if not 0 <= row < len(self.pool.examples):
-            raise SidelightError(f"There is no text {row}. Load the page again.")
+            raise SidelightError(f"There is no text {row}. Reload the page.")
         if row in self._decided:
-            raise SidelightError("This text has been labelled already. See the next one.")
+            raise SidelightError("This text has already been labelled. Continue with the next one.")
 
     def _ordered(self) -> list[int]:
         if not self._probes:
@@ -392,8 +393,8 @@ def require_replaceable(folder: Path, file: LabelFile) -> None:
     """
     if holds_probe(folder) and read_card(folder).training.labelling != file.path.name:
         raise SidelightError(
-            f"{folder} holds a probe that was not made from {file.path.name}. Name another folder "
-            "with --probe-out."
+            f"{folder} contains a probe that was not trained on {file.path.name}. Name another "
+            "folder with --probe-out."
         )
 
 

@@ -185,7 +185,10 @@ class Review:
             while True:
                 gate = self.gate(people())
                 if gate is None or gate.state != "passed":
-                    raise SidelightError("The judge has not passed its check, so it is not asked.")
+                    raise SidelightError(
+                        "The judge has not passed its check, so it cannot label the rest. Review "
+                        "more of its labels."
+                    )
                 numbers = {row: int(each) for row, each in self.labels().items()}
                 scores = self.pool.score({**numbers, **people()})
                 if scores is not None:
@@ -215,7 +218,7 @@ class Review:
             SidelightError: The judge is being asked, or the criterion cannot be changed.
         """
         if self.criterion is None:
-            raise SidelightError("There is no file of the criterion. Name one with --criterion.")
+            raise SidelightError("There is no criterion file. Name one with --criterion.")
         with self._lock:
             if self.progress is not None:
                 raise SidelightError("The judge is being asked. Wait until it has answered.")

@@ -51,11 +51,11 @@ _NOT_READ = {
         "qwen3next qwen4exp rwkv6 rwkv6qwen2 rwkv7"
     ),
     "has an encoder": "t5 t5encoder",
-    "embeds texts and writes none": (
+    "embeds texts but generates none": (
         "bert eurobert gemma-embedding gemma-embedding2 jina-bert-v2 jina-bert-v3 llama-embed "
         "modern-bert neo-bert nomic-bert nomic-bert-moe"
     ),
-    "writes by diffusion": "dream llada llada-moe rnd1",
+    "generates by diffusion": "dream llada llada-moe rnd1",
     "reads images or sound": (
         "chameleon clip cogvlm deepseek2-ocr hunyuan_vl paddleocr qwen2vl qwen3vl qwen3vlmoe"
     ),
@@ -162,9 +162,9 @@ class LlamaBackbone:
         # llama.cpp fills both at once, and the system would end the process without a word.
         if free is not None and needed + unread > free:
             texts = f"a text of {positions} tokens"
-            remedy = "Shorten the text or judge it in parts"
+            remedy = "Shorten the text, classify it in parts"
             if sequences > 1:
-                texts = f"{sequences} texts of {positions} tokens (one is only judged)"
+                texts = f"{sequences} texts of {positions} tokens (one only to classify)"
                 remedy = (
                     "Serve fewer or shorter texts at once (--engine-option texts=N "
                     "--engine-option tokens=N)"
@@ -172,7 +172,7 @@ class LlamaBackbone:
             raise SidelightError(
                 f"There is not enough memory for {texts}: keys and values take "
                 f"{needed / 1e9:.1f} GB and the weights {unread / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB are free. {remedy}, or free some."
+                f"{free / 1e9:.1f} GB are free. {remedy}, or free some memory."
             )
         return LlamaContext(
             self.model,
@@ -227,15 +227,17 @@ def _read(path: Path) -> tuple[GGUFReader, list[str], str, dict[str, Any]]:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise SidelightError(
-                    f"{path} is not a GGUF file, whatever its name says. Copy it again, or name "
-                    "another."
+                    f"{path} is not a GGUF file despite its name. Copy it again, or name another "
+                    "file."
                 )
         reader = _Reader(path)
         return reader, _value(reader, "tokenizer.ggml.tokens", []), *_read_config(path, reader)
     except OSError as error:
-        raise SidelightError(f"Cannot read {path}: {error.strerror}.") from error
+        raise SidelightError(
+            f"Cannot read {path}: {error.strerror}. Check its permissions."
+        ) from error
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-        raise SidelightError(f"{path} is not a whole GGUF file. Copy it again.") from error
+        raise SidelightError(f"{path} is not a complete GGUF file. Copy it again.") from error
 
 
 def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
@@ -259,24 +261,24 @@ def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
     kind = _value(reader, "general.type", "model")
     why = next((why for why, names in _NOT_READ.items() if architecture in names.split()), None)
     if kind != "model":
-        why = f"is of type '{kind}', which is a part of a model (such as a LoRA adapter)"
+        why = f"is of type '{kind}', which is only part of a model, such as a LoRA adapter"
     elif _value(reader, "split.count", 1) > 1:
-        why = "is one of several parts; join them with llama-gguf-split --merge"
+        why = "is one of several parts; merge them with llama-gguf-split --merge"
     elif why is not None:
-        why = f"holds a model of the architecture '{architecture}', which {why}"
+        why = f"contains a model of the architecture '{architecture}', which {why}"
     elif architecture not in BY_LAYER_INPUT | BY_CALLBACK:
         known = did_you_mean(architecture, BY_LAYER_INPUT | BY_CALLBACK)
-        why = f"holds a model of the unknown architecture '{architecture}'.{known}"
+        why = f"contains a model of the unknown architecture '{architecture}'.{known}"
     elif config.get("nextn_predict_layers"):
-        why = "has layers that predict several tokens, whose states are not of its text"
+        why = "has layers for multi-token prediction, whose states do not belong to the text"
     elif any(tensor.name.startswith(("v.", "mm.")) for tensor in reader.tensors):
-        why = "holds an encoder of images beside its language model"
+        why = "contains an image encoder as well as a language model"
     elif absent := [name for name in _SIZES if type(config.get(name)) is not int]:
-        why = f"says nothing of its {', '.join(absent)}"
+        why = f"lacks the header fields {', '.join(absent)}"
     elif not reader.tensors:
-        why = "holds a vocabulary and no weights"
+        why = "contains a vocabulary but no weights"
     if why is not None:
-        raise SidelightError(f"Probes cannot read {path}: it {why}.")
+        raise SidelightError(f"Probes cannot read {path}: the file {why}.")
     return architecture, {"architecture": architecture, **config}
 
 
@@ -323,10 +325,10 @@ def _tokenizer(path: Path, source: str | None, header: str) -> Any:
         )
     except Exception as error:
         # Libraries below raise what they like.
-        what = f"'{source}' is no tokenizer" if source else f"{path} gives no tokenizer"
+        what = f"'{source}' is not a tokenizer" if source else f"{path} contains no tokenizer"
         raise SidelightError(
-            f"{what} that transformers can read ({type(error).__name__}). Name the model's own, a "
-            "folder or hub id: --tokenizer NAME."
+            f"{what} that transformers can read ({type(error).__name__}). Name the folder or hub "
+            "id of the model's own tokenizer with --tokenizer."
         ) from error
     keep(cached, lambda: _cache_entry(tokenizer))
     return tokenizer
@@ -392,6 +394,6 @@ def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: l
     if got != sample or foreign:
         what = f"token {foreign[0]} is '{added[foreign[0]]}'" if foreign else f"it gives {got[:8]}"
         raise SidelightError(
-            f"The tokenizer does not belong to {path}: {what}, and llama.cpp says otherwise. Name "
-            "the model's own, a folder or hub id: --tokenizer NAME."
+            f"The tokenizer does not belong to {path}: {what}, which differs from llama.cpp. "
+            "Name the folder or hub id of the model's own tokenizer with --tokenizer."
         )

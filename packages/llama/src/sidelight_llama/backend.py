@@ -50,21 +50,22 @@ class LlamaBackend(Backend):
         for option, value in (("--dtype", self.options.dtype), ("--device", self.options.device)):
             if value != "auto":
                 raise SidelightError(
-                    f"{option} {value} is not for GGUF files: their weights stay as they are, and "
-                    "llama.cpp runs them on the CPU. Leave it out."
+                    f"{option} {value} does not apply to GGUF files: their weights are not "
+                    f"converted, and llama.cpp runs them on the CPU. Leave {option} out."
                 )
         for option in self.backend_options.model_fields_set:
             if option != "threads" and not self.options.serves:
                 raise SidelightError(
-                    f"--engine-option {option} is for serve and parity: this command processes one "
-                    "text at a time, up to the model's context length. Leave it out."
+                    f"--engine-option {option} applies only to serve and parity: this command "
+                    "processes one text at a time, up to the model's context length. Leave it "
+                    "out."
                 )
 
     def find(self, model: str) -> str:
         model = EMBEDDED_GGUF if model == EMBEDDED_NAME else model
         if not is_gguf(model):
             raise SidelightError(
-                f"--engine llama runs GGUF files, and '{model}' is none. Name a .gguf file or "
+                f"--engine llama runs GGUF files, but '{model}' is not one. Name a .gguf file or "
                 "ollama:NAME, or leave --engine out."
             )
         require_version()
@@ -98,7 +99,7 @@ class LlamaBackend(Backend):
         if sizes.get("tokens", 0) > known:
             raise SidelightError(
                 f"--engine-option tokens={sizes['tokens']}: the context length of '{model}' is "
-                f"{known} tokens. Give at most {known}, or leave it out."
+                f"{known} tokens. Give at most {known}, or leave the option out."
             )
         # Clients are not shown where the file lies.
         served = self.options.served_model_name or served_name(model)

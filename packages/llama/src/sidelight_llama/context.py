@@ -62,7 +62,10 @@ class LlamaModel:
 
     def __init__(self, path: Path, architecture: str):
         if architecture not in BY_LAYER_INPUT | BY_CALLBACK:
-            raise SidelightError(f"No states can be read of the architecture '{architecture}'.")
+            raise SidelightError(
+                f"Hidden states of the architecture '{architecture}' cannot be read. Use another "
+                "model."
+            )
         self.architecture = architecture
         self.library = library = load_library()
         params = library.llama_model_default_params()
@@ -72,8 +75,8 @@ class LlamaModel:
         self.pointer: int | None = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise SidelightError(
-                f"llama.cpp cannot load {path}: {logged_error()}. Is the file whole, and is "
-                "there enough memory?"
+                f"llama.cpp cannot load {path}: {logged_error()}. Check that the file is "
+                "complete and that there is enough memory."
             )
         weakref.finalize(self, library.llama_model_free, self.pointer)
         self.width: int = library.llama_model_n_embd(self.pointer)
@@ -150,7 +153,7 @@ class LlamaContext:
         self._pointer: int | None = library.llama_init_from_model(model.pointer, params)
         if not self._pointer:
             raise SidelightError(
-                f"llama.cpp cannot keep {sequences} texts of {self.positions} tokens: "
+                f"llama.cpp cannot allocate {sequences} texts of {self.positions} tokens: "
                 f"{logged_error()}. Read or serve fewer or shorter texts at once."
             )
         weakref.finalize(self, library.llama_free, self._pointer)
@@ -192,12 +195,13 @@ class LlamaContext:
         assert 0 <= sequences[0] <= sequences[-1] < self.sequences
         if not 0 <= ids.min() <= ids.max() < self.model.vocabulary_size:
             raise SidelightError(
-                f"The tokenizer gave the token id {ids.max()}, and the model knows ids below "
+                f"The tokenizer produced token id {ids.max()}, but the model's ids are below "
                 f"{self.model.vocabulary_size}. Use the tokenizer that belongs to the file."
             )
         if max(positions) >= self.positions:
             raise SidelightError(
-                f"A text has {max(positions) + 1} tokens, and there is room for {self.positions}."
+                f"A text has {max(positions) + 1} tokens, but there is room for only "
+                f"{self.positions}. Shorten it."
             )
         for rows in self._seen:
             rows.clear()

@@ -51,7 +51,7 @@ def find_gguf(name: str) -> Path:
         )
     if not os.path.isfile(path):
         raise SidelightError(
-            f"There is no file '{name}'. Name a GGUF file, or a model of Ollama's with ollama:NAME."
+            f"There is no file '{name}'. Name a GGUF file, or an Ollama model with ollama:NAME."
         )
     return path
 
@@ -63,8 +63,8 @@ def _find_in_ollama(name: str) -> Path:
     if wanted not in manifests:
         folders = ", ".join(map(str, _ollama_folders()))
         raise SidelightError(
-            f"Ollama has no model '{wanted}' in {folders}.{did_you_mean(wanted, manifests)} "
-            "Get it with 'ollama pull', or set OLLAMA_MODELS to the folder of its models."
+            f"Ollama has no model '{wanted}' in {folders}.{did_you_mean(wanted, manifests)} Get "
+            "the model with 'ollama pull', or set OLLAMA_MODELS to the folder of Ollama's models."
         )
     manifest = manifests[wanted]
     try:
@@ -80,7 +80,7 @@ def _find_in_ollama(name: str) -> Path:
         ) from error
     if len(blobs) != 1 or _ADAPTER in kinds:
         what = "an adapter" if _ADAPTER in kinds else f"{len(blobs)} files of weights"
-        raise SidelightError(f"'{name}' has {what}. Name a model that is one file of weights.")
+        raise SidelightError(f"'{name}' has {what}. Name a model with a single file of weights.")
     blob = manifest.parents[4] / "blobs" / blobs[0]
     if not os.path.isfile(blob):
         raise SidelightError(

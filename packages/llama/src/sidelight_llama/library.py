@@ -184,7 +184,7 @@ def require_version() -> None:
         installed = version(PACKAGE)
     except PackageNotFoundError as error:
         raise SidelightError(
-            f"GGUF files are run by the package {PACKAGE} {PINNED}, which is not installed. "
+            f"GGUF files need the package {PACKAGE} {PINNED}, which is not installed. "
             f"{how_to_install('./packages/llama')} There are wheels for Linux on x86-64 and "
             "arm64, and for macOS on arm64."
         ) from error
@@ -197,7 +197,7 @@ def require_version() -> None:
 
 def logged_error() -> str:
     """The first error that llama.cpp has logged since the last call; later ones follow from it."""
-    first = _errors[0] if _errors else "it gives no reason"
+    first = _errors[0] if _errors else "no reason was given"
     _errors.clear()
     return first
 
@@ -233,6 +233,6 @@ def _written_bytes(path: Path, name: str) -> int | None:
 
 def _unexpected(what: str) -> SidelightError:
     return SidelightError(
-        f"The llama.cpp of {PACKAGE} {PINNED} {what}. Install its wheel again: "
-        f"pip install --force-reinstall --no-deps {PACKAGE}=={PINNED}"
+        f"The llama.cpp of {PACKAGE} {PINNED} {what}. Reinstall its wheel: pip install "
+        f"--force-reinstall --no-deps {PACKAGE}=={PINNED}"
     )

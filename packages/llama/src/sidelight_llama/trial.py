@@ -54,8 +54,9 @@ def try_once(path: Path, architecture: str, key: str) -> list[int]:
     size, free = path.stat().st_size, free_memory()
     if free is not None and size > free:
         raise SidelightError(
-            f"There is not enough memory for the weights of {path}: they take {size / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free. Free some, or use a smaller file of this model."
+            f"There is not enough memory for the weights of {path}: they take {size / 1e9:.1f} "
+            f"GB, and {free / 1e9:.1f} GB are free. Free some memory, or use a smaller file of "
+            "this model."
         )
     # -P: otherwise Python would import from the working directory, which may hold downloads.
     command = [sys.executable, "-P", "-m", __name__, str(path), architecture]
@@ -67,8 +68,9 @@ def try_once(path: Path, architecture: str, key: str) -> list[int]:
         signal = f" by {Signals(-ended.returncode).name}" if ended.returncode < 0 else ""
         why = next((line for line in lines if "GGML_ASSERT" in line), lines[-1] if lines else "")
         raise SidelightError(
-            f"llama.cpp was ended{signal} while it read the first tokens of {path}, so the file is "
-            f"not served{': ' if why else ''}{why.strip()}. Use another file of this model."
+            f"llama.cpp was terminated{signal} while reading the first tokens of {path}, so the "
+            f"file cannot be served{': ' if why else ''}{why.strip()}. Use another file of this "
+            "model."
         )
     result = json.loads(ended.stdout.splitlines()[-1])
     keep(cached, lambda: result)
@@ -103,8 +105,9 @@ def _try(path: Path, architecture: str) -> list[int]:
     size, difference = (np.linalg.norm(each, axis=2) for each in (once, once - twice))
     if not (np.isfinite(size) & (size > 0) & (difference <= _MOST_DIFFERENCE * size)).all():
         raise SidelightError(
-            f"llama.cpp gives other states of {path} in two passes than in one, or states that are "
-            "not finite, so no probe can read it. Use another file of this model."
+            f"llama.cpp computes different hidden states of {path} in two passes than in one, or "
+            "states that are not finite, so probes cannot read it. Use another file of this "
+            "model."
         )
     return sample
 

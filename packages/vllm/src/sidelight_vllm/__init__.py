@@ -98,7 +98,8 @@ def _wrap_vllm() -> None:
 
         raise SidelightError(
             f"This is vLLM {getattr(vllm, '__version__', 'of an unknown version')}, which lacks "
-            f"what probes inside vLLM need ({error}); they were tested with {TESTED}. Install such "
-            "a version, serve with the transformers engine, or name no probes: unset "
-            f"{ENVIRONMENT} and {POLICY}, and leave '{KEY}' out of additional_config."
+            f"an API that probes inside vLLM need ({error}). They were tested with {TESTED}. "
+            "Install such a version, or serve with the transformers engine. To run vLLM without "
+            f"probes, unset {ENVIRONMENT} and {POLICY}, and leave '{KEY}' out of "
+            "additional_config."
         ) from error

@@ -227,7 +227,7 @@ class TextEvents:
         (text,) = output.outputs
         reason, tokens = text.finish_reason, text.token_ids
         if self._monitored and reason in ("abort", "error"):
-            raise GenerationError(f"vLLM ended this request: {reason}. Retry.")
+            raise GenerationError(f"vLLM ended this request: {reason}. Try again.")
         self.first = self.first or output
         self.token_ids += tokens
         written = len(self.token_ids)

@@ -33,7 +33,7 @@ class VllmBackend(Backend):
 
     def require_options(self) -> None:
         if self.options.device != "auto":
-            raise SidelightError("vLLM chooses its device itself; leave --device out.")
+            raise SidelightError("vLLM chooses its own device. Leave --device out.")
 
     def find(self, model: str) -> str:
         require_safetensors(model, self.name, self.options.tokenizer)
@@ -46,7 +46,8 @@ class VllmBackend(Backend):
 
     def load(self, model: str, prompt_format: "PromptFormat | None") -> NoReturn:
         raise SidelightError(
-            "vLLM serves, and reads texts for training (sidelight train). Leave --engine out."
+            "The vLLM engine can only serve, and read texts for training (sidelight train). "
+            "Leave --engine out."
         )
 
     @contextmanager

@@ -148,13 +148,14 @@ class VllmEngine(Engine):
         if guesses_responses(config, probes):
             raise SidelightError(
                 "Probes of the response are not supported under speculative decoding. Start vLLM "
-                "without it, or load probes of the prompt."
+                "without speculative decoding, or load probes that read prompts."
             )
         servers = config.parallel_config._api_process_count
         if servers > 1:
             raise SidelightError(
-                f"Probes cannot be replaced while {servers} API servers share an engine, since the "
-                "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
+                f"Probes cannot be replaced while {servers} API servers share an engine, because "
+                "the policies of the other servers would keep the old probes. Start vLLM with "
+                "--api-server-count 1."
             )
         await asyncio.to_thread(require_verdicts, probes)
         async with self._change:
@@ -202,7 +203,7 @@ class VllmEngine(Engine):
             SidelightError: Always.
         """
         raise SidelightError(
-            "This engine only judges. Texts are written by vLLM's own server: start it with "
+            "This engine only classifies. To generate text, start vLLM's own server with "
             "'sidelight serve --engine vllm'."
         )
 
@@ -283,10 +284,12 @@ class VllmEngine(Engine):
             report = await self.listener.read_text(prompt, uuid.uuid4().hex, revision=revision)
         except EngineDeadError as error:
             raise EngineUnavailableError(
-                "vLLM has stopped; its log says why. Start the server again."
+                "vLLM has stopped. Check its log for the reason, and restart the server."
             ) from error
         except EngineGenerateError as error:
-            raise GenerationError("vLLM gave up this request; its log says why.") from error
+            raise GenerationError(
+                "vLLM aborted this request. Check its log for the reason."
+            ) from error
         report.require_verdicts()
         return report
 
@@ -326,7 +329,7 @@ def load_vllm_engine(
         except TypeError as error:
             # vLLM compares numbers with whatever it is fields.
             raise SidelightError(
-                f"vLLM cannot work with these options ({error}): {fields}. Check their types."
+                f"vLLM cannot use these options ({error}): {fields}. Check their types."
             ) from error
     served = Served.of(llm.vllm_config)
     assert served is not None

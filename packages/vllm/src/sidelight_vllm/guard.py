@@ -263,7 +263,7 @@ class EngineGuard:
         if ids is None:
             raise PolicyError(
                 "The prompt has no token ids, so it cannot be checked for invisible characters, "
-                "and the server's policy strips or refuses them. Send text.",
+                "which the server's policy strips or refuses. Send text.",
                 code="not_classified",
             )
         reject_disguises(self._tokenizer.decode(ids), invisible, can_strip=False)

@@ -105,7 +105,7 @@ def full_group(kv_cache_config: Any) -> int:
     if not all(group.layer_names for group in groups):
         # Another stage, and the scheduler, could choose another group.
         raise SidelightError(
-            "A pipeline stage has no layer of one of the model's kinds of attention, so probes "
+            "A pipeline stage lacks layers with one of the model's kinds of attention, so probes "
             "cannot follow its tokens. Use fewer stages (--pipeline-parallel-size)."
         )
     for index, group in enumerate(groups):
@@ -113,8 +113,9 @@ def full_group(kv_cache_config: Any) -> int:
         if all(map(keeps_every_token, specs.values())):
             return index
     raise SidelightError(
-        "Probes inside vLLM need a model in which at least one layer keeps the keys and values of "
-        "every token; in this one all layers forget some. Serve it with the transformers engine."
+        "Probes inside vLLM need a model with at least one layer that keeps the keys and values "
+        "of every token, but all layers of this model discard some. Serve it with the "
+        "transformers engine."
     )
 
 

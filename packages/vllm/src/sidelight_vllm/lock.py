@@ -13,7 +13,8 @@ _LOOKS_EVERY_S = 0.02
 _SLOW_AFTER_S = 5.0
 _PATIENCE_S = 300.0
 INCONSISTENT = (
-    "Replacing the probes failed on some workers, so they may differ now. Restart the server."
+    "Replacing the probes failed on some workers, so their probes may differ now. Restart the "
+    "server."
 )
 
 
@@ -51,7 +52,7 @@ class ProbeLock:
         if begun is None:
             await self._opened()
         elif self._is_written or begun is not self.served:
-            raise EngineUnavailableError("The probes have just been replaced. Retry.")
+            raise EngineUnavailableError("The probes have just been replaced. Try again.")
         if not self.is_consistent:
             raise EngineUnavailableError(INCONSISTENT)
         self._readers += 1
@@ -79,8 +80,8 @@ class ProbeLock:
                     busy = monotonic()
                 if busy - start > _PATIENCE_S:
                     raise EngineUnavailableError(
-                        f"Answers are still being written after {_PATIENCE_S:.0f} s, so the old "
-                        "probes stay. Retry when fewer or shorter ones are."
+                        f"Responses are still being generated after {_PATIENCE_S:.0f} s, so the "
+                        "old probes stay loaded. Try again when the server is less busy."
                     )
                 await asyncio.sleep(_LOOKS_EVERY_S)
             self._is_written = True

@@ -137,13 +137,16 @@ class VllmReader:
                 try:
                     ended = [output for output in llm.step() if output.finished]
                 except EngineDeadError as error:
-                    raise SidelightError("vLLM has stopped; its log says why.") from error
+                    raise SidelightError(
+                        "vLLM has stopped. Check its log for the reason."
+                    ) from error
                 for output in ended:
                     prompt = running.pop(output.request_id)
                     reason = output.outputs[0].finish_reason
                     if reason not in ("stop", "length"):
                         raise SidelightError(
-                            f"vLLM ended a text without reading it ({reason}); its log says why."
+                            f"vLLM ended a text without reading it ({reason}). Check its log for "
+                            "the reason."
                         )
                     yield int(output.request_id), prompt, output
         finally:
@@ -202,9 +205,9 @@ def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
     layers_read = [load_file(file)[_STATES] for file in files]
     if sum(map(len, layers_read)) != layers:
         raise SidelightError(
-            f"vLLM has run a text, but hidden states are missing in {path.parent}; its log says "
-            "why. Name a folder with room that all of its workers see (--set cache=FOLDER), or use "
-            "--engine transformers."
+            f"vLLM has read a text, but hidden states are missing in {path.parent}; its log has "
+            "the reason. Name a folder with free space that all vLLM workers can access (--set "
+            "cache=FOLDER), or use --engine transformers."
         )
     for file in files:
         # What is mapped stays readable.

@@ -90,14 +90,14 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     settings = settings if isinstance(settings, dict) else {}
     if unknown := settings.keys() - {"probes", "fingerprint", ANNOTATED, STATES}:
         raise SidelightError(
-            f"additional_config['{KEY}'] has {', '.join(sorted(unknown))}, but takes 'probes' "
-            f"alone. Set {PROJECTIONS} or {ACCEPTED} in the environment instead."
+            f"additional_config['{KEY}'] has {', '.join(sorted(unknown))}, but accepts only "
+            f"'probes'. Set {PROJECTIONS} or {ACCEPTED} in the environment instead."
         )
     folders = named_folders(settings)
     if folders is None:
         if os.environ.get(POLICY) and isinstance(arguments, AsyncEngineArgs):
             raise SidelightError(
-                f"{POLICY} is set, but no probe is named, so everything would pass. Name the "
+                f"{POLICY} is set, but no probe is named, so nothing would be checked. Name the "
                 f"folders of the probes in {ENVIRONMENT}, or unset {POLICY}."
             )
         return original(arguments, *args, **kwargs)
@@ -220,9 +220,9 @@ def require_arguments(arguments: Any) -> None:
     """Checks vLLM's version, and that no option takes the place of our parts."""
     if Version(vllm.__version__) not in SpecifierSet(TESTED) and not _allows_untested():
         raise SidelightError(
-            f"This is vLLM {vllm.__version__}; probes inside vLLM were tested with {TESTED}. "
-            f"Install such a version, serve with the transformers engine, or set {UNTESTED}=1 and "
-            "compare with 'sidelight parity'."
+            f"This is vLLM {vllm.__version__}, but probes inside vLLM were tested with {TESTED}. "
+            "Install such a version, or serve with the transformers engine. To use this version "
+            f"anyway, set {UNTESTED}=1 and compare the verdicts with 'sidelight parity'."
         )
     _refuse(
         {
@@ -241,9 +241,9 @@ def require_arguments(arguments: Any) -> None:
             "--hf-config-path": arguments.hf_config_path,
             f"--load-format {arguments.load_format}": arguments.load_format not in _LOAD_FORMATS,
         },
-        "Probes inside vLLM belong to a model with its own tokenizer and configuration, and "
-        "weights in safetensors files, so {} cannot be used. Name a folder that has the files you "
-        "want.",
+        "Probes inside vLLM belong to a model with its own tokenizer and configuration and with "
+        "weights in safetensors files, so {} cannot be used. Name a folder that contains the files "
+        "you want.",
     )
 
 
@@ -254,14 +254,14 @@ def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
     plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
     if is_server and config.access.keys and KEY not in plugins:
         raise SidelightError(
-            "SIDELIGHT_API_KEY is set, but the server would not ask for it: vLLM loads what asks "
-            "only if VLLM_PLUGINS names it. Set VLLM_PLUGINS=sidelight."
+            "SIDELIGHT_API_KEY is set, but the server would not check it, because vLLM loads the "
+            "check only if VLLM_PLUGINS names it. Set VLLM_PLUGINS=sidelight."
         )
     rules = bound_rules(config.loaded_policy, probes)
     if not is_server and any(bound.is_enforced for bound in rules):
         raise SidelightError(
-            f"{POLICY} blocks or redacts, and vLLM's LLM class gives its outputs to its caller. "
-            "Unset it, or use a server."
+            f"{POLICY} blocks or redacts, but vLLM's LLM class returns its outputs directly to "
+            f"the caller. Unset {POLICY}, or use a server."
         )
 
 
@@ -270,12 +270,13 @@ def require_states(arguments: Any) -> None:
     # Requests name the files that are written.
     if isinstance(arguments, AsyncEngineArgs):
         raise SidelightError(
-            "Hidden states are kept offline only. Use vLLM's LLM or LLMEngine, not a server."
+            "Hidden states can be stored only offline. Use vLLM's LLM or LLMEngine, not a server."
         )
     if how := quantisation(arguments):
         raise SidelightError(
-            f"Hidden states for training are those of the model's files, but vLLM is to quantise "
-            f"what it loads ({how}). Leave that out, or train on a quantised checkpoint."
+            "Training needs the hidden states of the model as stored, but vLLM is set to "
+            f"quantise it while loading ({how}). Leave that out, or train on a quantised "
+            "checkpoint."
         )
 
 

@@ -69,8 +69,9 @@ class PromptRecogniser:
         refuses_system = context.policy.refuses_system_turns
         if prompt is None and refuses_system:
             raise PolicyError(
-                "The prompt is not a list of token ids, so it is unknown whether it begins with "
-                "a system turn, which the server's policy refuses. Send text without images.",
+                "The prompt is not a list of token ids, so it cannot be checked for a system "
+                "turn at its beginning, which the server's policy refuses. Send text without "
+                "images.",
                 code="system_turn_refused",
             )
         if prompt is None or prompt.is_plain:
@@ -82,18 +83,19 @@ class PromptRecogniser:
             and not self._is_template_header(_unread(prompt))
         ):
             raise PolicyError(
-                "The conversation begins with a system turn that the chat template does not write "
-                "by itself: a system or developer message, tools, documents, or arguments of the "
-                "template. No probe of chats reads it, so the server's policy refuses it. Leave "
-                'them out. If only the operator writes them, set system_turns = "trust" in the '
-                "policy.",
+                "The conversation begins with a system turn that is not part of the chat "
+                "template's default: a system or developer message, tools, documents, or "
+                "template arguments. No probe of chats reads it, so the server's policy refuses "
+                "it. Leave it out. If only the operator writes such turns, set system_turns = "
+                '"trust" in the policy.',
                 code="system_turn_refused",
             )
         is_guarded = any(bound.is_enforced and bound.side == "output" for bound in context.rules)
         if is_guarded and turns[-1].role == "assistant" and turns[-1].stop == len(prompt):
             raise PolicyError(
-                "The conversation ends with an answer to be continued. Probes of answers read only "
-                "what the model writes, so the server's policy refuses it. End with a user's turn.",
+                "The conversation ends with a response to be continued. Probes of responses read "
+                "only what the model generates, so the server's policy refuses the request. End "
+                "with a user's turn.",
                 code="answer_continued",
             )
 
@@ -146,11 +148,12 @@ def refuse_structured_outputs(params: Any, context: RequestContext) -> None:
     )
     if is_structured:
         raise PolicyError(
-            "The request says what the answer must look like (a schema, choice, regular "
-            "expression, grammar or forced call of a tool), and so what it says. The server's "
-            "policy blocks prompts alone, so no probe that blocks would read these words. "
-            "Leave it out, or ask for a JSON object. If only the operator writes such "
-            'requests, set system_turns = "trust" in the policy, or let a rule block outputs.',
+            "The request constrains the response with a schema, choice, regular expression, "
+            "grammar or forced tool call, and such a constraint can dictate its words. The "
+            "server's policy blocks only prompts, so no blocking probe would read these words. "
+            "Leave the constraint out, or ask for a JSON object. If only the operator writes "
+            'such requests, set system_turns = "trust" in the policy, or let a rule block '
+            "outputs.",
             code="structured_outputs_refused",
         )
 
@@ -165,6 +168,6 @@ def require_drawable(params: Any) -> None:
 
     if params.seed is not None and params.temperature > 0 and current_platform.is_cpu():
         raise SidelightError(
-            "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
-            "to 0."
+            "vLLM's CPU backend cannot sample with a seed. Leave 'seed' out, or set "
+            "'temperature' to 0."
         )

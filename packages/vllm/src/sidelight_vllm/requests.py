@@ -95,7 +95,9 @@ def read_description(params: Mapping[str, Any] | None) -> PromptDescription | No
     try:
         return _DESCRIPTION.validate_python(params[KEY])
     except ValidationError as error:
-        raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
+        raise SidelightError(
+            f"kv_transfer_params['{KEY}'] is malformed. Correct it, or leave it out."
+        ) from error
 
 
 def annotated_prompt(
@@ -108,15 +110,15 @@ def annotated_prompt(
     """
     if description is None or token_ids is None:
         raise SidelightError(
-            f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
-            f"Give it, or leave '{ANNOTATED}' out of additional_config['{KEY}']."
+            f"The request has no kv_transfer_params['{KEY}'] that describes the roles of its "
+            f"tokens. Send it, or leave '{ANNOTATED}' out of additional_config['{KEY}']."
         )
     count = sum(count for _, count in description.token_roles)
     # Before they are written out: a client may give any number.
     if count != len(token_ids) or description.tokens != token_hash(token_ids):
         raise SidelightError(
-            f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
-            "messages with the served model's tokenizer and chat template."
+            f"kv_transfer_params['{KEY}'] describes different tokens from those that the engine "
+            "reads. Encode the messages with the served model's tokenizer and chat template."
         )
     token_roles = chain.from_iterable(repeat(*run) for run in description.token_roles)
     return EncodedPrompt(tuple(token_ids), tuple(token_roles), is_plain=description.is_plain)
@@ -210,7 +212,7 @@ class Tracking:
                 prompt = self._recognise(token_ids)
             else:
                 raise SidelightError(
-                    "Only text is judged; the request has images, audio or embeddings."
+                    "Only text can be classified, but the request has images, audio or embeddings."
                 )
             tracked.token_roles, tracked.is_plain = bytes(prompt.token_roles), prompt.is_plain
             tracked.path = description.path if description else ""

@@ -39,10 +39,10 @@ NO_PLACE = {
 _SET_HERE = SET_HERE | {
     "host": "Give --host instead.",
     "port": "Give --port instead.",
-    "api_key": "Give --api-key instead, which holds on every route.",
+    "api_key": "Give --api-key instead, which protects every route.",
     "uvicorn_log_level": "Give --log-level instead.",
     "shutdown_timeout": "Give drain_s in the file of --config instead.",
-    "api_server_count": "There is one. For more, run 'vllm serve' with SIDELIGHT_PROBES.",
+    "api_server_count": "Leave it out, or run 'vllm serve' with SIDELIGHT_PROBES.",
     "headless": "For engines without a server, run 'vllm serve' with SIDELIGHT_PROBES.",
 }
 # Lists that vLLM takes as JSON; it takes others word by word.
@@ -86,7 +86,9 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
             raise cannot_listen(config, error) from error
         raise
     if has_failed():
-        raise EngineUnavailableError("vLLM has stopped; its log says why. Start the server again.")
+        raise EngineUnavailableError(
+            "vLLM has stopped. Check its log for the reason, and restart the server."
+        )
     if signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt
 
@@ -175,17 +177,17 @@ def _words(name: str, value: Any) -> list[str]:
 def _require_places(config: ServerConfig) -> None:
     for name, remedy in NO_PLACE.items():
         if name in config.model_fields_set:
-            raise SidelightError(f"vLLM's server has no place for '{name}'. Leave it out. {remedy}")
+            raise SidelightError(f"vLLM's server does not support '{name}'. Leave it out. {remedy}")
     if config.served_model_name and "served_model_name" in config.engine_option:
         raise SidelightError(
             "The model is named twice, by --served-model-name and by --engine-option "
-            "served_model_name=. Leave one of them out."
+            "served_model_name=. Leave one of the two out."
         )
     for name, remedy in _SET_HERE.items():
         if name in config.engine_option:
             raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {remedy}")
     if os.environ.get("VLLM_API_KEY"):
         raise SidelightError(
-            "VLLM_API_KEY guards only some of vLLM's routes. Unset it, and set SIDELIGHT_API_KEY, "
-            "which holds on every route."
+            "VLLM_API_KEY protects only some of vLLM's routes. Unset it, and set "
+            "SIDELIGHT_API_KEY, which protects every route."
         )

@@ -134,8 +134,8 @@ def reserved_projections() -> int:
     value = os.environ.get(PROJECTIONS) or "0"
     if not value.isdecimal():
         raise SidelightError(
-            f"{PROJECTIONS} is '{value}', but it is a number of columns, such as 64. Unset it to "
-            "keep room for the first probes only."
+            f"{PROJECTIONS} is '{value}', but it must be a number of projections per layer, such "
+            "as 64. Unset it to keep room only for the first probes."
         )
     return int(value)
 
@@ -198,7 +198,7 @@ SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
     "additional_config": "Leave it out; it carries the plugin's settings.",
-    "disable_log_stats": "Leave it out; a server has its figures at /metrics.",
+    "disable_log_stats": "Leave it out; the server reports its metrics at /metrics.",
 }
 
 
@@ -228,6 +228,6 @@ def require_vllm() -> None:
         import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise SidelightError(
-            "vLLM is not installed in this environment. docs/vllm.md says how; or use "
-            "--engine transformers."
+            "vLLM is not installed in this environment. Install it as described in docs/vllm.md, "
+            "or use --engine transformers."
         ) from error

@@ -133,8 +133,8 @@ def _rows(states: Tensor) -> Float[Tensor, "token width"]:
 
 def _unknown(module: nn.Module) -> SidelightError:
     return SidelightError(
-        f"Sidelight does not know how to tap {type(module).__name__}. docs/vllm.md lists the "
-        "tested models; serve this one with the transformers engine."
+        f"Sidelight does not know how to tap {type(module).__name__}. Serve this model with the "
+        "transformers engine; docs/vllm.md lists the tested models."
     )
 
 
@@ -180,13 +180,13 @@ class StagingBuffer:
         lacks_flags = projection.is_normalised is not None and self.projection.is_normalised is None
         if needed > room or lacks_flags:
             why = (
-                "read states of another norm than the first ones"
+                "read hidden states with a different normalisation from that of the first probes"
                 if lacks_flags
-                else f"need {needed} columns of a layer, and there is room for {room}"
+                else f"need {needed} projections per layer, but there is room for {room}"
             )
             raise SidelightError(
-                f"The probes {why}. Start vLLM with {PROJECTIONS}={max(needed, room)}, which keeps "
-                "room for both."
+                f"The probes {why}. Start vLLM with {PROJECTIONS}={max(needed, room)}, which "
+                "keeps room for these probes too."
             )
 
     def load(self, projection: Projection) -> None:

@@ -204,7 +204,9 @@ class Worker:
             SidelightError: Those have another identity.
         """
         if self._checked.loaded.revision != revision:
-            raise SidelightError("These probes were not checked before they were loaded.")
+            raise SidelightError(
+                "These probes were not checked before loading. Replace them again."
+            )
         projection = self._projection(self._checked.banks)
         # Wait for pending verdicts of the old probes.
         self._thread.submit(int).result()
@@ -230,9 +232,9 @@ class Worker:
             return
         if len(slots) != tokens:
             raise SidelightError(
-                f"The layers of this model give {tokens} states for {len(slots)} tokens, so "
-                "Sidelight cannot tell them apart. Serve it without sequence parallelism, or with "
-                "the transformers engine."
+                f"The layers of this model return {tokens} hidden states for {len(slots)} "
+                "tokens, so Sidelight cannot assign them. Serve it without sequence parallelism, "
+                "or with the transformers engine."
             )
         self._store.keep(slots)
 
@@ -341,8 +343,8 @@ def current_worker() -> Worker:
     worker = receiver()
     if not isinstance(worker, Worker):
         raise SidelightError(
-            "This model loader does not tap the model, so no probe would run. Use vLLM's default "
-            "--load-format."
+            "This model loader bypasses the tap of the hidden states, so no probe would run. Use "
+            "vLLM's default --load-format."
         )
     return worker
 

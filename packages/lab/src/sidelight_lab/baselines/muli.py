@@ -57,9 +57,10 @@ class FirstToken:
         tolerance = max(1e-3, 4 * torch.finfo(backbone.model.dtype).eps)
         if not error <= tolerance * theirs.abs().max():
             raise SidelightError(
-                f"The logits of {backbone.name} are off by up to {error:.3g} from its head on its "
-                "final norm: it transforms them further. First-token log-odds need a plain head, "
-                "as Llama, Qwen, Mistral, GPT-2 and GPT-NeoX have. Use another baseline."
+                f"The logits of {backbone.name} differ by up to {error:.3g} from its head "
+                "applied to its final norm, so the model transforms them further. First-token "
+                "log-odds need a plain head, as in Llama, Qwen, Mistral, GPT-2 and GPT-NeoX. Use "
+                "another baseline."
             )
 
     @torch.no_grad()
@@ -91,8 +92,8 @@ def _final_norm(backbone: TransformersBackbone) -> nn.Module:
     ]
     if len(found) != 1:
         raise SidelightError(
-            f"{type(backbone.model).__name__} has {len(found)} norms beside its decoder blocks, "
-            "but MULI needs one final norm, as Llama, Qwen, Mistral, GPT-2 and GPT-NeoX have. "
+            f"{type(backbone.model).__name__} has {len(found)} norms outside its decoder blocks, "
+            "but MULI needs a single final norm, as in Llama, Qwen, Mistral, GPT-2 and GPT-NeoX. "
             "Use a baseline that does not read the LLM's logits."
         )
     return deepcopy(found[0]).float().cpu()
@@ -187,8 +188,8 @@ class Muli(Baseline):
         reads, prompts = dataset.training.states.reads, dataset.training.states.prompts
         if reads.side != "prompt" or not all(bool(prompt.mask(reads)[-1]) for prompt in prompts):
             raise SidelightError(
-                "MULI reads the state that the answer's first token comes from, but these states "
-                f"are of {reads}. Read the prompt with its template: "
+                "MULI reads the state that predicts the response's first token, but these states "
+                f"were read with {reads}. Read the prompt with its template: "
                 "Reads(side='prompt', template=True)."
             )
         backbone = dataset.reader

@@ -112,7 +112,8 @@ class ZeroShot(Baseline):
         if len(chosen) != len(task.labels):
             raise SidelightError(
                 f"Got {len(chosen)} names for the prompt ({', '.join(chosen)}), but the task has "
-                f"{len(task.labels)} labels: {', '.join(task.labels)}. Name each of them, in order."
+                f"{len(task.labels)} labels: {', '.join(task.labels)}. Give one name per label, "
+                "in the same order."
             )
         return chosen
 

@@ -62,8 +62,8 @@ def sparse_path(
     strongest = float(slope(point)[1][:-1].abs().max())
     if not math.isfinite(strongest):
         raise SidelightError(
-            "A sparse regression cannot be fitted: a feature is not finite. Load the backbone "
-            "with --dtype float32."
+            "The sparse regression cannot be fitted, because a feature is not finite. Load the "
+            "backbone with --dtype float32."
         )
     step = 1.0
     for share in shares:
@@ -132,8 +132,8 @@ class Siren(Baseline):
         selected = torch.stack([neurons for neurons, _ in probes])
         if not selected.any():
             raise SidelightError(
-                "SIREN found no neuron that tells the classes apart. Are all training texts of one "
-                "class? Add texts of another."
+                "SIREN found no neuron that separates the classes. Check that the training texts "
+                "have two or more classes."
             )
         scores = torch.tensor([score for _, score in probes])
         # Positive even if every score is zero.

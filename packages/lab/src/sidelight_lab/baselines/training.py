@@ -95,8 +95,8 @@ def finite(
     """The same logits; raises a ``SidelightError`` if one is NaN or infinite."""
     if not np.isfinite(logits).all():
         raise SidelightError(
-            "Training a baseline diverged: its logits are not finite. "
-            f"Lower its learning rate (it was {learning_rate})."
+            "Training a baseline diverged: its logits are not finite. Lower the learning rate "
+            f"(it was {learning_rate})."
         )
     return logits
 

@@ -135,7 +135,7 @@ def words_for(encoder: PromptEncoder, tokens: int) -> int:
     if tokens > encoder.max_tokens:
         raise ContextLengthError(
             f"Got prompts of {tokens} tokens, but this model reads up to {encoder.max_tokens}. "
-            "Choose shorter ones with --tokens."
+            "Choose shorter prompts with --tokens."
         )
 
     def length(words: int) -> int:
@@ -145,8 +145,9 @@ def words_for(encoder: PromptEncoder, tokens: int) -> int:
     words, rest = divmod(tokens - shortest, longer - shortest)
     if rest or words < 0 or length(words) != tokens:
         raise SidelightError(
-            f"No text makes a prompt of {tokens} tokens: the shortest takes {shortest}, and each "
-            f"word {longer - shortest}. Choose another length with --tokens."
+            f"No text makes a prompt of {tokens} tokens: the shortest prompt has {shortest} "
+            f"tokens, and each word adds {longer - shortest}. Choose another length with "
+            "--tokens."
         )
     return words
 

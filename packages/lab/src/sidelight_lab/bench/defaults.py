@@ -130,7 +130,10 @@ def compare_defaults(
         if rival not in RIVALS:
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     if examples.task.kind == "multilabel":
-        raise SidelightError("Texts are drawn class by class: choose one --label.")
+        raise SidelightError(
+            "Texts are drawn class by class, so only one label column is allowed. Name a single "
+            "column with --label."
+        )
     held_out_rows = examples.draw(held_out, seed=0)
     rest = np.setdiff1d(np.arange(len(examples)), held_out_rows)
     draws_of = {
@@ -199,9 +202,9 @@ def _of_each_class(examples: LabelledExamples, rest: Rows, size: int, seed: int)
     counts = np.bincount(labels, minlength=len(examples.task.labels))
     if counts.min() < size:
         raise SidelightError(
-            f"Drawing {size} texts of each class beside those that are held out: "
-            f"'{examples.task.labels[int(counts.argmin())]}' has {counts.min()}. Choose a smaller "
-            "--sizes or --held-out, or give more data."
+            f"Cannot draw {size} texts of each class: after holding out texts, "
+            f"'{examples.task.labels[int(counts.argmin())]}' has {counts.min()}. Choose a "
+            "smaller --sizes or --held-out, or give more data."
         )
     classes = (rest[labels == number] for number in range(len(counts)))
     return np.sort(
@@ -212,8 +215,8 @@ def _of_each_class(examples: LabelledExamples, rest: Rows, size: int, seed: int)
 def _enough(texts: Sequence[int], rest: int) -> Sequence[int]:
     if max(texts, default=0) > rest:
         raise SidelightError(
-            f"Drawing {max(texts)} texts beside those that are held out: {rest} are left. Choose "
-            "fewer --texts or a smaller --held-out, or give more data."
+            f"Cannot draw {max(texts)} texts: {rest} are left after holding out texts. Choose a "
+            "smaller --texts or --held-out, or give more data."
         )
     return texts
 

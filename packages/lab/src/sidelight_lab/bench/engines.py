@@ -94,8 +94,8 @@ class Subject:
             spent.append(await _timed(write_answers(self._engine, texts, 1 + written)) - first)
             if not spent[-1][0]:
                 raise SidelightError(
-                    f"{self.backbone.name} ends its answers at once, which says nothing of the "
-                    "time of writing. Name a model that is trained to chat."
+                    f"{self.backbone.name} ends its responses at once, so the generation time "
+                    "cannot be measured. Name a model that is trained to chat."
                 )
         return [(cpu_s / tokens, wall_s / tokens) for tokens, cpu_s, wall_s in map(list, spent)]
 

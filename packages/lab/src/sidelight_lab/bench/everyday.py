@@ -86,7 +86,7 @@ def measure_everyday(
     if not (positives and negatives):
         raise SidelightError(
             f"Got {len(positives)} texts with {' or '.join(target.thresholds)} and "
-            f"{len(negatives)} without; wanted at least one of each. Add texts to --data."
+            f"{len(negatives)} without, but at least one of each is needed. Add texts to --data."
         )
     drawn = random.sample(positives, min(attacks, len(positives)))
     order = random.sample(prompts, len(prompts))
@@ -220,8 +220,8 @@ def toxicchat_prompts() -> list[str]:
     file = default_root() / "toxicchat0124" / "train.jsonl.gz"
     if not file.is_file():
         raise SidelightError(
-            f"There is no {file}. Put ToxicChat there (SIDELIGHT_DATA names the folder above), or "
-            "name a file of harmless prompts with --padding."
+            f"There is no {file}. Put ToxicChat there (SIDELIGHT_DATA names the parent folder), "
+            "or name a file of harmless prompts with --padding."
         )
     examples = load_examples(file, label="toxicity,jailbreaking")
     return [item.text for item in compress(examples.items, ~np.any(examples.labels, axis=1))]

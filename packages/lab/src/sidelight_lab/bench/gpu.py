@@ -100,7 +100,9 @@ def run_check(
     results = _earlier_results(folder, conditions)
     chosen = [name for name in CHECK if name.startswith(tuple(only) or "")]
     if not chosen:
-        raise SidelightError(f"No section begins with {', '.join(only)}: {'; '.join(CHECK)}.")
+        raise SidelightError(
+            f"No section begins with {', '.join(only)}. The sections are: {'; '.join(CHECK)}."
+        )
     for number, name in enumerate(chosen, start=1):
         line = f"[{number}/{len(chosen)}] {name}"
         if results.get(name, {}).get("passed"):
@@ -178,8 +180,8 @@ def _earlier_results(folder: Path, conditions: Mapping[str, Any]) -> dict[str, A
     changed = [name for name in conditions if before.get(name) != conditions[name]]
     if changed:
         raise SidelightError(
-            f"{folder} has a report under other conditions ({', '.join(changed)}). Remove it, or "
-            "name another folder with --out."
+            f"{folder} contains a report measured under other conditions ({', '.join(changed)}). "
+            "Remove it, or name another folder with --out."
         )
     return earlier["sections"]
 

@@ -218,7 +218,9 @@ def measure_guards(
         if rival not in RIVALS:
             raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     if draws > 1 and rows is None:
-        raise SidelightError("All texts can be drawn in one way alone. Name fewer with --rows.")
+        raise SidelightError(
+            "Several draws of all texts would be identical. Draw fewer with --rows."
+        )
     chosen_options = options or FitOptions()
     # Where there is none, the error says what to install.
     installed = guard_names() or ["injection"]

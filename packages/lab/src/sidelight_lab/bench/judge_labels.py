@@ -74,7 +74,9 @@ def measure_flips(
     learnt = [n for n, item in enumerate(examples.items) if item.messages in known]
     measured = np.setdiff1d(np.arange(len(examples)), learnt)
     if not (is_positive[learnt].any() and is_positive[measured].any()):
-        raise SidelightError(f"No text has the label '{positive}'. Name one with --positive.")
+        raise SidelightError(
+            f"No text has the label '{positive}'. Name another label with --positive."
+        )
     task = Task("binary", ("rest", positive if positive != "rest" else "positive"))
     options = FitOptions(reads=Reads(scope="conversation"), cache_root=cache)
     pool = Pool(backbone, examples, task, options)

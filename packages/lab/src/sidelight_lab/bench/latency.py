@@ -206,7 +206,7 @@ def random_batches(
     if max(lengths) > limit:
         raise ContextLengthError(
             f"Got prompts of {max(lengths)} tokens, but {backbone.name} reads up to {limit}. "
-            "Choose shorter ones with --tokens."
+            "Choose shorter prompts with --tokens."
         )
     vocabulary = backbone.model.config.get_text_config().vocab_size
     batches: list[Batch] = []

@@ -51,14 +51,18 @@ class ServerProcess:
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise SidelightError("The server ended while starting; its message is above.")
+                raise SidelightError(
+                    "The server exited while starting; its error message is above."
+                )
             try:
                 if httpx.get(f"{self.url}/ready").is_success:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        raise SidelightError(f"The server at {self.url} was not ready after {_START_S:.0f} s.")
+        raise SidelightError(
+            f"The server at {self.url} was not ready after {_START_S:.0f} s. Check its log."
+        )
 
     @property
     def pid(self) -> int:

@@ -107,8 +107,8 @@ def short_texts(count: int, words: int, *, seed: int = 0) -> LabelledExamples:
                 runs[" ".join(run)] = _WORD in run
     if len(runs) < count:
         raise SidelightError(
-            f"The packaged background has {len(runs):,} texts of {words} words, and {count:,} were "
-            "asked for. Ask for fewer, or for fewer words."
+            f"The packaged background has {len(runs):,} texts of {words} words, but {count:,} "
+            "were requested. Request fewer or shorter texts."
         )
     chosen = np.random.default_rng(seed).permutation(len(runs))[:count]
     texts = [*runs.items()]

@@ -614,7 +614,7 @@ def bench_latency(
     With --probe, time a check instead: one text to /v1/moderations of a server with these probes.
     """
     if layers and not probes:
-        raise SidelightError("--layers is for copies of probes. Name some with --probe.")
+        raise SidelightError("--layers applies to copies of probes. Name probes with --probe.")
     backbone = runtime.load_transformers()
     if probes:
         from sidelight_lab.bench.checks import measure_checks

@@ -26,7 +26,8 @@ def split_numbers(
     words = [word.strip() for word in value.split(",")] if value else []
     if not all(word.isdecimal() and int(word) for word in words):
         raise click.BadParameter(
-            f"got '{value}', wanted whole numbers of 1 or more with commas, like 16,64,256."
+            f"got '{value}', expected a comma-separated list of whole numbers of 1 or more, such "
+            "as 16,64,256."
         )
     return tuple(map(int, words))
 

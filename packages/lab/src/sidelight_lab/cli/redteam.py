@@ -121,8 +121,8 @@ def redteam(
     if url is not None:
         if attacks == [SEARCH]:
             raise SidelightError(
-                "A live server says what passes, and no scores. Leave out --url, or the attack "
-                "'search'."
+                "The attack 'search' needs scores, but a live server reports only which messages "
+                "pass. Leave out --url or the attack 'search'."
             )
         chosen = [name for name in chosen if name != SEARCH]
     attacked = load_probe(probe)

@@ -68,9 +68,11 @@ def reproduce(recipe: str, runtime: Runtime, out: Path, as_json: bool, **options
     text = recipe_text(recipe)
     parsed = parse_recipe(text, name=recipe)
     if parsed.data == "own" and options["train"] is None:
-        raise SidelightError("'own' is a table of your own files: give --train and --test.")
+        raise SidelightError(
+            "'own' is a table of your own files. Name them with --train and --test."
+        )
     if (options["train"] is None) != (options["test"] is None):
-        raise SidelightError("--train and --test go together: a table needs both.")
+        raise SidelightError("A table needs both --train and --test. Give both options.")
     if options["only"] is not None:
         parsed = parsed.only(options["only"])
     if options["seeds"]:

@@ -72,7 +72,9 @@ def search(
 
     if not mechanisms:
         known = ", ".join(mechanism_names())
-        raise SidelightError(f"No mechanism is named. Leave --mechanism out, or choose: {known}.")
+        raise SidelightError(
+            f"No mechanism is named. Leave --mechanism out, or choose from: {known}."
+        )
     for name in mechanisms:
         mechanism_spec(name)
     from sidelight.training.validation import choose_validation

@@ -180,8 +180,9 @@ def draw_subjects(
     by_key = {examples.items[row].text_key: examples.items[row].text for row in benign}
     if not positive.any() or len(by_key) < 2:
         raise SidelightError(
-            f"Got {positive.sum()} texts with {' or '.join(thresholds)} and {len(by_key)} distinct "
-            "ones without; wanted at least 1 and 2. Add texts of both kinds to --data."
+            f"Got {positive.sum()} texts with {' or '.join(thresholds)} and {len(by_key)} "
+            "distinct texts without; at least 1 and 2 are needed. Add texts of both kinds to "
+            "--data."
         )
     random = Random(seed)
     subjects: list[Subject] = []

@@ -39,12 +39,12 @@ def flagging_thresholds(
     if probe.reads.includes_response:
         raise SidelightError(
             f"Probe '{probe.name}' reads responses, which the model writes, but the attacks "
-            "rewrite what a client sends. Name a probe of prompts."
+            "rewrite client messages. Name a probe that reads prompts."
         )
     if probe.task.kind == "multiclass" and not (labels and threshold is not None):
         raise SidelightError(
-            f"Probe '{probe.name}' is multi-class, so it flags no label by default. Say what "
-            "counts with --flag LABEL --threshold PROBABILITY, as a policy would."
+            f"Probe '{probe.name}' is multi-class, so it flags no label by default. Define what "
+            "it flags with --flag LABEL --threshold PROBABILITY, as in a policy."
         )
     bound = BoundRule(probe, Rule("flag", threshold=threshold, labels=tuple(labels)))
     require_rule_applies(bound, [probe])
@@ -158,8 +158,8 @@ class RouteTarget(Target):
             return _PASSED
         if answer.status_code == 429 or answer.status_code >= 500:
             raise SidelightError(
-                f"{path} answered {answer.status_code}: {answer.text[:300]} Look at the server's "
-                "log."
+                f"{path} returned status {answer.status_code}: {answer.text[:300]} Check the "
+                "server's log."
             )
         is_json = answer.headers.get("content-type", "").startswith("application/json")
         error = answer.json().get("error") if is_json else None
@@ -207,10 +207,11 @@ def _send(client: httpx.Client, method: str, path: str, body: Any = None) -> htt
         answer = client.request(method, path, json=body)
     except httpx.HTTPError as error:
         raise SidelightError(
-            f"{client.base_url} does not answer ({error}). Name a running server with --url."
+            f"{client.base_url} does not respond ({error}). Name a running server with --url."
         ) from error
     if answer.status_code == 401:
         raise SidelightError(
-            f"{client.base_url} wants a key. Set SIDELIGHT_API_KEY to one of the server's."
+            f"{client.base_url} requires an API key. Set SIDELIGHT_API_KEY to one of the "
+            "server's keys."
         )
     return answer

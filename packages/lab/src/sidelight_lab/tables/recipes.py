@@ -171,7 +171,7 @@ class Recipe:
         """The recipe with these rows only; nothing is compared if no row of ours is left."""
         chosen = set(names)
         if not chosen:
-            raise SidelightError(f"No row is named. Known: {', '.join(self.names())}.")
+            raise SidelightError(f"No row is named. Choose from: {', '.join(self.names())}.")
         for name in sorted(chosen - set(self.names())):
             raise SidelightError(f"No row '{name}'.{did_you_mean(name, self.names())}")
         return replace(
@@ -198,8 +198,8 @@ def recipe_text(name: str) -> str:
         return (_FOLDER / f"{name}.toml").read_text("utf-8")
     if not name.endswith(".toml"):
         raise SidelightError(
-            f"Unknown recipe '{name}'.{did_you_mean(name, recipe_names())} "
-            "Or name your own file, which must end in .toml."
+            f"Unknown recipe '{name}'.{did_you_mean(name, recipe_names())} To use your own file, "
+            "name one that ends in .toml."
         )
     try:
         return Path(name).read_text("utf-8")
@@ -213,7 +213,7 @@ def parse_recipe(text: str, *, name: str, likes: tuple[str, ...] = ()) -> Recipe
         # Through JSON: in strict mode a list may then become a tuple, while "3" is still no number.
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(tomllib.loads(text)))
     except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise SidelightError(f"Recipe {name} is not plain TOML: {error}.") from error
+        raise SidelightError(f"Recipe {name} is not valid TOML: {error}.") from error
     except ValidationError as error:
         raise SidelightError(f"Recipe {name}: {_complaint(error, _KEYS)}") from error
     if recipe.like is not None:

@@ -116,7 +116,7 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     tried = _fit(context, rows, dataset)
     runs = [run for run in tried if run.is_fitted]
     if not runs:
-        raise SidelightError("Every training diverged. Lower the learning rates of the recipe.")
+        raise SidelightError("Every training run diverged. Lower the learning rates in the recipe.")
 
     config = digest(
         {

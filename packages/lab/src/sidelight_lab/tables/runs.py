@@ -107,8 +107,9 @@ def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
     """
     if dataset.task.kind == "multilabel":
         raise SidelightError(
-            "A few-shot table draws the same number of texts of each class, and the texts of a "
-            "multi-label task can be in several. Choose a data set with one label per text."
+            "A few-shot table draws the same number of texts of each class, but a text of a "
+            "multi-label task can be in several classes. Choose a data set with one label per "
+            "text."
         )
     draws: list[ProbeDataset] = []
     for draw in range(recipe.draws):
@@ -124,7 +125,7 @@ def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
 def _balanced(split: Split, count: int, random: np.random.Generator) -> Int[np.ndarray, " text"]:
     smallest = int(split.examples.label_counts.min())
     if smallest == 0:
-        raise SidelightError("A class has no text to draw. Use more rows (--limit).")
+        raise SidelightError("A class has no text to draw. Raise --limit.")
     by_class = (np.flatnonzero(split.labels == label) for label in range(len(split.task.labels)))
     drawn = [random.choice(rows, min(count, smallest), replace=False) for rows in by_class]
     return random.permutation(np.concatenate(drawn))
