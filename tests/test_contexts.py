@@ -358,7 +358,7 @@ def test_few_conversations_have_no_rate():
     assert "%" not in sentence
     # `eval` and `guard` say it too, which have no such option.
     remedy = re.search(
-        r"sidelight (\w+) (--set) context_tokens=N, and (--data) guard:NAME", sentence
+        r"sidelight (\w+) (--set) context_tokens=N, with (--data) guard:NAME", sentence
     )
     assert {*remedy.groups()[1:]} <= {o for each in train.params for o in each.opts}
     assert remedy[1] == train.name

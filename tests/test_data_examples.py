@@ -224,8 +224,8 @@ def test_versions_of_a_text_stay_together(count, warned):
         assert set(origin[fold]).isdisjoint(origin[np.setdiff1d(np.arange(3 * count), fold)])
     assert examples.distinct == len(examples.first_rows) == count
     sentence = (
-        f"{3 * count} texts are near-duplicates of others: such texts stay in one fold, or on one "
-        "side of a split."
+        f"{3 * count} texts are near-duplicates of others. They stay in the same fold, or on the "
+        "same side of a split."
     )
     assert warned() == [sentence]
     examples.warn_of_near_duplicates()
@@ -265,7 +265,7 @@ def test_rows_with_one_value_in_a_column_stay_together(warned):
     grouped.warn_of_near_duplicates()
     (warning,) = warned()
     assert warning.startswith(
-        "31 texts are near-duplicates of others or have the same attack or document:"
+        "31 texts are near-duplicates of others or have the same attack or document."
     )
     assert grouped.select(range(30)).distinct == 5
 
@@ -373,7 +373,7 @@ def test_texts_of_one_template_are_parted_where_folds_would_be_impossible(warned
     examples.warn_of_near_duplicates()
     (warning,) = warned()
     assert warning.startswith("40 texts are near-duplicates of too many others")
-    assert "the figures are optimistic" in warning
+    assert "the metrics are too optimistic" in warning
     # One label's template parts no other text.
     mixed = load_examples([*rows[:20], *((text, "other") for text, _ in versions(20))])
     templated = np.arange(20, 80)

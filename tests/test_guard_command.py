@@ -165,7 +165,7 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
     (out / "replies/figures.json").write_text(json.dumps(changed))
     assert cli(*words) == 0
     told = capsys.readouterr().out
-    assert told.count("is complete, of these texts, options and model.") == 3
+    assert told.count("is complete for these texts, options and model.") == 3
     assert "policy.toml exists and was left unchanged." in told
     assert "flag" in policy.read_text()
     # Only the missing tests were read.
@@ -272,7 +272,7 @@ def test_texts_of_a_test_that_trained_the_guard_are_counted_beside_its_results(
     user_file, out = write(tmp_path / "mine.jsonl", guard_texts(24, 1)[:6]), tmp_path / "guards"
     only = ("--only", "shouts", "--rows", "40", "--data", str(user_file), "--out", str(out))
     assert cli("guard", "--model", model, *only) == 0
-    assert "Other letters, 24 texts (6 of them trained it" in capsys.readouterr().out
+    assert "Other letters, 24 texts (6 of them were used in training" in capsys.readouterr().out
     assert results_of(out / "shouts")["unseen"]["trained"] == 6
 
 

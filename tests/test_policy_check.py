@@ -74,14 +74,16 @@ WORDS = {
     "no rule on the input blocks": ["No rule blocks prompts"],
     "`system_turns` left out beside a rule that blocks prompts": ["Behind LiteLLM"],
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
-    "`defer`": ["can clear what the probe flags"],
+    "`defer`": ["can clear a text that the probe flags"],
     "`threshold = 1.0`": ["[input.toxicity] threshold = 1.0"],
-    "`threshold = 0`": ["[output.shadow] threshold = 0 counts every text"],
+    "`threshold = 0`": ["[output.shadow] threshold = 0 flags every text"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
     '`turns = "tool"`': ["[input.toxicity] turns"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
-    "a probe with the same labels that discloses its scores": ["'double' tells its scores"],
-    "a probe that reads only the last turn, such as a multi-class probe": ["last turn alone"],
+    "a probe with the same labels that discloses its scores": ["'double' discloses its scores"],
+    "a probe that reads only the last turn, such as a multi-class probe": [
+        "only the user's last turn"
+    ],
 }
 
 

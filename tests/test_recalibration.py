@@ -223,7 +223,7 @@ def test_a_class_with_too_few_distinct_texts_is_a_warning(warned):
     # All positive texts are one text, so they stay together.
     alike = (new.items[int(i * (1 - label))] for i, label in enumerate(labels))
     recalibrate(trained(), replace(new, items=(*alike,)), logits)
-    assert any("the figures are flattering" in warning for warning in warned())
+    assert any("the metrics are too optimistic" in warning for warning in warned())
 
 
 def test_metrics_that_a_recalibration_makes_worse_are_a_warning(warned):

@@ -113,7 +113,7 @@ def test_advice_on_a_field_is_that_of_the_field_and_the_engine(http):
     for path, name, value, advice in (
         (CHAT, "prompt", "hello", "send the prompt to /v1/completions"),
         (TEXT, "messages", HELLO, "the messages to /v1/chat/completions"),
-        (CHAT, "tools", [TOOL], "this engine calls no tools"),
+        (CHAT, "tools", [TOOL], "this engine does not support tool calling"),
     ):
         message = error_of(http.post(path, json={**BODIES[path], name: value}), 400)["message"]
         assert advice in message

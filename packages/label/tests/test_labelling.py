@@ -256,7 +256,7 @@ def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
 def test_labels_that_the_task_does_not_have_are_refused(sitting):
     for labels in ([], ["fine", "toxic"], ["other"]):
         with pytest.raises(
-            SidelightError, match=wordings.WANTED_ONE_OF.format(labels="fine, toxic")
+            SidelightError, match=wordings.EXPECTED_ONE_OF.format(labels="fine, toxic")
         ):
             sitting.queue.label(0, labels)
     assert sitting.out.read_bytes() == b""

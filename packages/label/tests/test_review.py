@@ -295,7 +295,7 @@ def test_the_command_refuses_a_judge_at_once(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
     (tmp_path / "texts.jsonl").write_text('{"text": "a", "labelled": "by me"}\n')
     assert cli("label", "texts.jsonl", "--labels", "a,b") == 2
-    assert "Rename it" in capsys.readouterr().err
+    assert "Rename the column" in capsys.readouterr().err
 
 
 def test_the_command_asks_the_judge_and_says_what_it_costs(

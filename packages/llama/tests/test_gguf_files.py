@@ -158,9 +158,9 @@ def test_the_embedded_models_file_has_a_name():
 @pytest.mark.parametrize(
     ("options", "refusal"),
     [
-        ("--model {file} --dtype float32", "--dtype float32 is not for GGUF files"),
-        ("--model {file} --device cpu", "--device cpu is not for GGUF files"),
-        ("--engine llama --dtype float16", "--dtype float16 is not for GGUF files"),
+        ("--model {file} --dtype float32", "--dtype float32 does not apply to GGUF files"),
+        ("--model {file} --device cpu", "--device cpu does not apply to GGUF files"),
+        ("--engine llama --dtype float16", "--dtype float16 does not apply to GGUF files"),
         (
             "--model {file} --engine-option a=1",
             "no option 'a'. Known: texts, threads, tokens.",

@@ -89,8 +89,8 @@ def test_an_incomplete_gguf_file_is_refused(tiny, tmp_path):
         ("llama", {"general__type": "adapter"}, "such as a LoRA adapter"),
         ("llama", {"split__count": 3}, "one of several parts"),
         ("llama", {"llama__nextn_predict_layers": 1}, "multi-token prediction"),
-        ("llama", {}, "says nothing of its block_count, context_length, embedding_length"),
-        ("llama", {**SIZES, "llama__block_count": "3"}, "says nothing of its block_count."),
+        ("llama", {}, "lacks the header fields block_count, context_length, embedding_length"),
+        ("llama", {**SIZES, "llama__block_count": "3"}, "lacks the header fields block_count."),
         ("llama", SIZES, "contains a vocabulary but no weights"),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
         # This architecture has what its file does not give.
         try_once(path, "qwen3", "this file")
     message = str(refused.value)
-    assert f"ended by {signal.SIGABRT.name} while reading the first tokens of {path}" in message
+    assert f"terminated by {signal.SIGABRT.name} while reading the first tokens of {path}" in message
     assert "GGML_ASSERT(t_layer_inp[il] != nullptr" in message
     assert "\n" not in message
     # Only the result of a file that was read is kept.

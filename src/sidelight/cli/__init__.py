@@ -140,7 +140,7 @@ def main() -> None:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         is_resumed = sys.argv[1:2] and sys.argv[1] in _RESUMED
-        remedy = " Run the same command again to continue from what is finished."
+        remedy = " Run the same command again to resume."
         print(f"Stopped.{remedy if is_resumed else ''}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -174,7 +174,7 @@ def _train(
     )
     if holds_probe(folder) and not force:
         if read_card(folder).training.training_sha256 == training_sha256:
-            click.echo(f"{folder} is complete, of these texts, options and model.")
+            click.echo(f"{folder} is complete for these texts, options and model.")
             return texts
         require_free(folder, force=False)
     some = f" of {available:,} (--rows {available} takes all)" if len(texts) < available else ""
@@ -222,7 +222,7 @@ def _line(test: Mapping[str, Any]) -> str:
     """The figures of a test; TF-IDF finds so many at as many false positives."""
     title, positives = f"{test['title']}, {test['rows']} texts", test.get("positives")
     if trained := test.get("trained"):
-        title += f" ({trained} of them trained it, which flatters)"
+        title += f" ({trained} of them were used in training, so the result is too optimistic)"
     if positives is None:
         f1, exact = (test[name]["value"] for name in ("character_f1", "f1"))
         return f"{title}: character F1 {f1:.3f}, F1 of exact spans {exact:.3f}"

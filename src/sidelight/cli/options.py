@@ -387,7 +387,7 @@ def _inputs(command: Command) -> Command:
     return divided
 
 
-_ABOUT_INPUTS = f"Any other option; may be repeated. For texts: {', '.join(INPUT_SETTINGS)}."
+_ABOUT_INPUTS = f"Any other option; may be repeated. Data options: {', '.join(INPUT_SETTINGS)}."
 
 
 def training(more: str = "") -> Callable[[Command], Command]:

@@ -86,7 +86,7 @@ def serve(context: click.Context, **values: Any) -> None:
     require_policy_applies(policy, loaded)
     model = runtime.model_of(loaded)
     if not loaded:
-        click.echo("Warning: no probe is named (--probe), so no text is judged.", err=True)
+        click.echo("Warning: no probe is named (--probe), so no text is classified.", err=True)
     if (serve_there := runtime.backend_of(model).serve) is not None:
         serve_there(config, model, loaded)
         return

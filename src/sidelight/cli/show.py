@@ -116,7 +116,9 @@ def print_assessment(assessment: Assessment) -> None:
     if conversations:
         click.echo(rate_sentence(flagged, conversations, abstains=probe.task.abstains))
     elif probe.thresholds:
-        click.echo("False positives: unknown, since the probe was trained without background.")
+        click.echo(
+            "False positives: unknown, because the probe was trained without background traffic."
+        )
     if mistakes := assessment.mistakes:
         click.echo("Errors, farthest from the threshold first:")
         for label, is_missed, probability, text in mistakes:
@@ -142,7 +144,7 @@ def print_operating_points(assessment: Assessment) -> None:
 
 def print_deferral(report: DeferralReport) -> None:
     """Recall by the share of texts that a judge is asked about, and what the fit does."""
-    unanswered = f", {report.unanswered} without an answer left out" if report.unanswered else ""
+    unanswered = f", excluding {report.unanswered} without an answer" if report.unanswered else ""
     title = f"Deferred to {report.fit.model}: {report.rows:,} texts{unanswered}, out of fold"
     table = Table(title=title, title_justify="left")
     table.add_column("share of background")
@@ -286,9 +288,9 @@ def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
     """The false-positive rate on background traffic; for few conversations, how to get one."""
     if conversations < _FEWEST:
         return (
-            f"False positives: unknown, since {conversations} background conversations are too "
-            "few for a rate. Train with more: sidelight train --set context_tokens=N, and --data "
-            "guard:NAME for a ready guard."
+            f"False positives: unknown, because {conversations} background conversations are too "
+            "few to estimate a rate. Train with more of them: sidelight train --set "
+            "context_tokens=N, with --data guard:NAME for a ready guard."
         )
     share = flagged / conversations
     ((low,), (high,)) = wilson(np.array([share]), np.array([conversations])).tolist()

@@ -35,10 +35,10 @@ _AUTO = "auto"
     )
 )
 @options.training(
-    "For training: batch_size, calibration, class_weight, context_tokens, epochs, format, "
+    "Training options: batch_size, calibration, class_weight, context_tokens, epochs, format, "
     "layer_weights, layers, learning_rate, least_steps, none, normalise, patience, prefixes, "
-    "reads, seed, standardise, template, weight_decay; docs/reference.md explains them. For a "
-    "mechanism: MECHANISM.OPTION, such as attention.factor."
+    "reads, seed, standardise, template, weight_decay. Mechanism options: MECHANISM.OPTION, such "
+    "as attention.factor. See docs/reference.md."
 )
 @click.option("--force", is_flag=True, help="Replace an existing probe in the --out folder.")
 @click.option(
@@ -51,15 +51,15 @@ _AUTO = "auto"
     "--spans",
     metavar="COLUMN",
     help="Column with labelled spans, to train on spans instead of whole texts: lists of {start, "
-    "end, label}, in characters of the text or of the answer.",
+    "end, label}, in characters of the text or of the response.",
 )
 @click.option("--name", help="Probe name in verdicts. [default: that of the output folder]")
 @options.threshold(default="f1")
 @click.option(
     "--background",
     metavar="FILE",
-    help="Background traffic to show the texts in: a file of ordinary, unlabelled texts or chats "
-    "(added to the packaged set), packaged, or none. [default: packaged]",
+    help="Background traffic to train with: a file of ordinary, unlabelled texts or chats (added "
+    "to the packaged set), packaged, or none. [default: packaged]",
 )
 @options.engine
 @options.backbone

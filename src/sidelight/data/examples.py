@@ -243,11 +243,11 @@ class Examples:
         shared = " or ".join(self.group_columns)
         share = f" or have the same {shared}" if shared else ""
         sentences = {
-            f"{alike} texts are near-duplicates of others{share}: such texts stay in one fold, or "
-            "on one side of a split.": alike,
-            f"{divided} texts are near-duplicates of too many others{share} to stay in one fold: "
-            "they are split across folds, and the figures are optimistic. Give texts that "
-            "differ in more than a few words, or others to validate on (--validation, "
+            f"{alike} texts are near-duplicates of others{share}. They stay in the same fold, or "
+            "on the same side of a split.": alike,
+            f"{divided} texts are near-duplicates of too many others{share} to stay in one fold. "
+            "They are split across folds, so the metrics are too optimistic. Give texts that "
+            "differ in more than a few words, or name a validation set (--validation, "
             "validation=).": divided,
         }
         for sentence, count in sentences.items():

@@ -175,8 +175,8 @@ def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
         for meant in get_close_matches(name, many, n=1, cutoff=0.75) if count < 5 else ():
             first = rows[names.index(name)].place
             sentences.append(
-                f"Label '{name}' ({count} of {len(names)} rows, first {first}) resembles '{meant}' "
-                f"({counts[meant]} rows). If it is misspelt, correct it."
+                f"Label '{name}' ({count} of {len(names)} rows, first {first}) resembles "
+                f"'{meant}' ({counts[meant]} rows). Correct it if it is misspelt."
             )
     return tuple(sentences)
 

@@ -179,7 +179,7 @@ def _usable(
             f"text{'' if response is None else ' and a response'}. Fill in what is missing."
         )
     if len(empty) == len(rows):
-        answers = "" if response is None else f" and an answer in column '{response}' (--response)"
+        answers = "" if response is None else f" and a response in column '{response}' (--response)"
         raise SidelightError(
             f"None of the {len(rows)} rows has a text in column '{text}' (--text){answers}. Name "
             "other columns, or fill in what is missing."

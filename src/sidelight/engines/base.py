@@ -106,14 +106,16 @@ class EngineBusyError(SidelightError):
 
     def __init__(self, *, waiting: int, limit: int):
         super().__init__(
-            f"The queue is full ({waiting} waiting, the limit is {limit}). Retry in a moment."
+            f"The queue is full ({waiting} waiting, the limit is {limit}). Try again in a moment."
         )
 
 
 class EngineUnavailableError(SidelightError):
     """The engine is loading or has stopped."""
 
-    def __init__(self, message: str = "The engine is not running. Retry when /ready answers 200."):
+    def __init__(
+        self, message: str = "The engine is not running. Try again when /ready returns 200."
+    ):
         super().__init__(message)
 
 
@@ -126,9 +128,9 @@ class NotExplainedError(SidelightError):
 
     def __init__(self) -> None:
         super().__init__(
-            "This engine cannot explain verdicts: it drops what probes read of a token once they "
-            "have read it. Leave 'explain' out, or use the transformers engine (sidelight serve "
-            "--engine transformers, sidelight predict --explain)."
+            "This engine cannot explain verdicts, because it discards the hidden states once the "
+            "probes have read them. Leave 'explain' out, or use the transformers engine "
+            "(sidelight serve --engine transformers, sidelight predict --explain)."
         )
 
 

@@ -260,7 +260,8 @@ class LocalEngine(Engine):
         _log.error("A pass of the engine failed: %s at\n%s", name, places)
         self._batch.drop(requests)
         message = (
-            f"The engine failed on this request ({name}); its log says where. Other requests go on."
+            f"The engine failed on this request ({name}). Check its log for the cause. Other "
+            "requests are not affected."
         )
         self._deliver(_failures(requests, GenerationError(message)))
 

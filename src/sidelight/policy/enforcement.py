@@ -304,14 +304,14 @@ def _require_passed(event: PromptClassified, decisions: Sequence[Decision]) -> N
     chats_only = [d for d in failed if not d.rule.probe.can_classify(is_plain=event.is_plain)]
     if too_long is not None:
         message = (
-            f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' may classify at "
+            f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' classifies at "
             f"most {too_long.rule.max_tokens}, and the policy blocks text without a verdict. "
-            "Shorten it."
+            "Shorten the prompt."
         )
     elif chats_only:
         message = (
-            f"No verdict from {_names(chats_only)}: probes that were trained on chats only cannot "
-            "classify plain text, and the policy blocks text without a verdict. Use "
+            f"No verdict from {_names(chats_only)}: probes that were trained only on chats "
+            "cannot classify plain text, and the policy blocks text without a verdict. Use "
             "/v1/chat/completions."
         )
     else:

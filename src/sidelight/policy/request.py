@@ -307,10 +307,10 @@ class RequestResult:
         if not self.context.chosen:
             return None
         prompt = self.context.moderation(
-            self.prompt_decisions, "No chosen probe reads the prompt alone."
+            self.prompt_decisions, "No chosen probe reads only the prompt."
         )
         if self.context.reads_response and not all(text.ended for text in self.choices):
-            response = _error("pending", "The response is still being written.")
+            response = _error("pending", "The response is still being generated.")
         else:
             response = self.context.moderation(
                 self.response_decisions, "No chosen probe reads the response."

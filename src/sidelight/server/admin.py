@@ -145,9 +145,9 @@ class Replacement(StrictBody):
     """The folders and the policy to serve from now on; null: the same as now, read again."""
 
     probe: Listed[str] | None = Field(
-        None, description="Folders of all probes on this machine, or ready guards."
+        None, description="All probes to serve: folders on this machine, or ready guards."
     )
-    policy: str | None = Field(None, description="A policy's file on this machine.")
+    policy: str | None = Field(None, description="Policy file on this machine.")
 
 
 @admin_probes_router.get("/admin/probes")

@@ -140,7 +140,7 @@ def require_prompt_probe(context: RequestContext) -> None:
     if (prompt_rules := context.on("input")) and all(bound.is_shadow for bound in prompt_rules):
         message = (
             "Every probe that reads prompts is in shadow mode, so there is no verdict to report. "
-            'Give one another mode in the policy, such as mode = "score".'
+            'Set another mode for one of them in the policy, such as mode = "score".'
         )
     raise RequestError(message, code="no_prompt_probe")
 

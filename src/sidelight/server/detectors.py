@@ -45,7 +45,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 router = APIRouter(route_class=Route, prefix=DETECTORS.rstrip("/"), responses=_REFUSALS)
 DetectorId = Annotated[
-    Name | None, Header(description="A probe's name; without it, all that read the text.")
+    Name | None, Header(description="Name of a probe. [default: all probes that read the text]")
 ]
 
 
@@ -71,7 +71,7 @@ class ChatDetectionRequest(DetectorRequest):
     """A conversation."""
 
     unread: ClassVar[Unread] = {"tools": ()}
-    unsupported: ClassVar[str] = "Leave it out: probes do not read descriptions of tools."
+    unsupported: ClassVar[str] = "Leave it out: probes do not read tool descriptions."
 
     messages: MessageList[ChatMessage] = Field(min_length=1)
 

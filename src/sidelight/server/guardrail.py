@@ -65,7 +65,7 @@ class GuardrailRequest(StrictBody):
         None, max_length=0, description="Must be empty: probes read text only."
     )
     structured_messages: MessageList[dict[str, Any]] | None = Field(
-        None, description="The messages that `texts` stand in, with their roles."
+        None, description="Messages that contain the `texts`, with their roles."
     )
     additional_provider_specific_params: GuardrailParameters | None = None
 

@@ -44,55 +44,67 @@ class Metrics(Collector):
     def __init__(self, engine: Engine, rules: Callable[[], Iterable[BoundRule]]):
         self._rules = rules
         self._registry = registry = CollectorRegistry()
-        self.requests = self._count("requests", "Answers by route and status", "route", "status")
-        self.prompt_tokens = self._count(
-            "prompt_tokens", "Tokens read, also of checks and blocked prompts"
+        self.requests = self._count(
+            "requests", "HTTP responses by route and status", "route", "status"
         )
-        self.completion_tokens = self._count("completion_tokens", "Tokens written")
-        self.audit_failures = self._count("audit_failures", "Lines that could not be written")
+        self.prompt_tokens = self._count(
+            "prompt_tokens", "Prompt tokens read, including checks and blocked prompts"
+        )
+        self.completion_tokens = self._count("completion_tokens", "Tokens generated")
+        self.audit_failures = self._count(
+            "audit_failures", "Audit log lines that could not be written"
+        )
         self._verdicts = self._count("verdicts", "Verdicts by outcome", "probe", "outcome")
         self._actions = self._count(
-            "actions", "What followed from verdicts", "probe", "side", "action"
+            "actions", "Policy actions taken on verdicts", "probe", "side", "action"
         )
         self._agreements = self._count(
             "shadow_agreements",
-            "Whether a shadow said what its probe said",
+            "Agreement of shadow probes with the probes they shadow",
             *("probe", "shadow", "agreement"),
         )
         self._questions = self._count(
             "judge_questions",
-            "Questions to judges by what came of them",
+            "Questions to judges by outcome",
             *("judge", "probe", "side", "outcome"),
         )
         self._changes = self._count(
             "judge_changes",
-            "Decisions that a judge has changed",
+            "Decisions changed by a judge",
             *("judge", "probe", "side", "outcome"),
         )
         self._judge_seconds = self._time(
-            "judge_answer", "Until a judge had answered the questions about a text", "judge"
+            "judge_answer", "Time until a judge answered the questions about a text", "judge"
         )
-        self.request_duration = self._time("request_duration", "Until the answer was over", "route")
-        self.time_to_verdict = self._time("time_to_verdict", "Until the prompt was judged")
-        self.time_to_first_text = self._time("time_to_first_text", "Until the first text")
-        self.inter_text_latency = self._time("inter_text_latency", "Between two pieces of text")
-        self.request_latency = self._time("e2e_request_latency", "Until the text was complete")
+        self.request_duration = self._time(
+            "request_duration", "Time until the response was complete", "route"
+        )
+        self.time_to_verdict = self._time("time_to_verdict", "Time until the prompt was classified")
+        self.time_to_first_text = self._time("time_to_first_text", "Time to the first text")
+        self.inter_text_latency = self._time(
+            "inter_text_latency", "Time between two chunks of text"
+        )
+        self.request_latency = self._time(
+            "e2e_request_latency", "Time until the generated text was complete"
+        )
         self.classification = self._time(
             "classification",
-            "By which probes made the steps of a request longer",
+            "Time that probes added to the steps of a request",
             "side",
             buckets=_CLASSIFICATION_SECONDS,
         )
         self._scores = Histogram(
             "sidelight_probe_score",
-            "Probabilities; of a binary probe those of its positive label",
+            "Probabilities by label; for a binary probe, of its positive label",
             ["probe", "label"],
             buckets=_TENTHS,
             registry=registry,
         )
-        self._gauge("requests_running", "Being read or written", lambda: engine.load.running)
-        self._gauge("requests_waiting", "In line", lambda: engine.load.waiting)
-        build = Info("sidelight_build", "The installed version", registry=registry)
+        self._gauge("requests_running", "Requests being processed", lambda: engine.load.running)
+        self._gauge(
+            "requests_waiting", "Requests waiting in the queue", lambda: engine.load.waiting
+        )
+        build = Info("sidelight_build", "Installed version of Sidelight", registry=registry)
         build.info({"version": version("sidelight")})
 
     def exposition(self) -> bytes:
@@ -109,7 +121,7 @@ class Metrics(Collector):
         for them.
         """
         # A new family at each scrape: a version that is no longer served leaves no series.
-        served = InfoMetricFamily("sidelight_probe", "The probes that are served", labels=["probe"])
+        served = InfoMetricFamily("sidelight_probe", "Probes that are served", labels=["probe"])
         for rule in self._rules():
             served.add_metric([rule.name], {"version": rule.probe.version})
             for result in get_args(DecisionStatus):

@@ -148,7 +148,7 @@ def _stopping() -> RequestError:
 def _crash(request_id: str) -> RequestError:
     """Logs the exception in flight; returns what the client gets."""
     _log.exception("Request %s failed.", request_id, extra={"request_id": request_id})
-    message = f"The server failed. Look for {request_id} in its log."
+    message = f"Internal server error. Look for {request_id} in the server's log."
     return RequestError(message, status=500)
 
 

@@ -105,8 +105,8 @@ class DecisionRequest(StrictBody):
     ]
     explain: Literal["matrix"] | bool | None = Field(
         None,
-        description="Whether to say what each token and layer adds to the logits; "
-        "`matrix`: also each token in each layer.",
+        description="Whether to return what each token and layer adds to the logits; `matrix` adds "
+        "each token in each layer.",
     )
 
 

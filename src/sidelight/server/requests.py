@@ -51,8 +51,9 @@ class ServerContext:
         is_closed = not (access.metrics_keys or access.admin_keys or config.audit_log)
         if is_closed and any(bound.is_shadow for bound in registry.rules):
             _log.warning(
-                "Nothing shows the verdicts of the policy's shadow rules: no key opens /metrics, "
-                "and there is no audit log. Set SIDELIGHT_METRICS_KEY to a secret."
+                "The verdicts of the policy's shadow rules are not visible anywhere: no key "
+                "opens /metrics, and there is no audit log. Set SIDELIGHT_METRICS_KEY to a "
+                "secret."
             )
 
     def request_context(

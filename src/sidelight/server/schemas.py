@@ -67,13 +67,14 @@ _COMPLETION_TOKENS = 16
 Unread = Mapping[str, tuple[Any, ...] | None]
 # Fields of requests for text that belong elsewhere.
 _REMEDIES = {
-    "prompt": "a chat has 'messages'. Send these, or send the prompt to /v1/completions.",
-    "messages": "a text completion has a 'prompt'. Send that, or the messages to "
+    "prompt": "a chat request has 'messages'. Send them instead, or send the prompt to "
+    "/v1/completions.",
+    "messages": "a text completion has a 'prompt'. Send it instead, or send the messages to "
     "/v1/chat/completions.",
     **dict.fromkeys(
         ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"),
-        "this engine calls no tools. Leave it out, or serve the model with --engine vllm. Calls "
-        "and their results are read where they are turns of 'messages'.",
+        "this engine does not support tool calling. Leave it out, or serve the model with "
+        "--engine vllm. Tool calls and results inside 'messages' are read.",
     ),
 }
 _NOTHING = (None, False, "", [])
@@ -143,7 +144,9 @@ Many = Annotated[Listed[T] | None, Field(max_length=MAX_ITEMS)]
 MessageList = Annotated[Listed[T], few("content", "tool_calls")]
 # One text or several. Not a union: that would blame one member for an error in the other.
 Texts = Annotated[Listed[str], BeforeValidator(_as_list, json_schema_input_type=str | Listed[str])]
-ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
+ProbeNames = Annotated[
+    Listed[Name] | None, Field(description="Names of the probes to use; null uses all.")
+]
 
 
 class StrictBody(BaseModel):
@@ -169,7 +172,7 @@ class StrictBody(BaseModel):
                 fields[name] = content
             elif name not in cls.unread:
                 quoted = str(name)[:_MAX_QUOTED]
-                why = f"there is no such field here.{did_you_mean(quoted, cls.model_fields)}"
+                why = f"unknown field.{did_you_mean(quoted, cls.model_fields)}"
                 raise _field_error("unknown_parameter", quoted, why)
             elif not _is_default(content, cls.unread[name]):
                 why = cls.remedies.get(name, f"not supported here. {cls.unsupported}")
@@ -264,7 +267,7 @@ class StreamOptions(StrictBody):
     include_usage: bool = False
     include_scores: bool = Field(
         default=False,
-        description="Whether to send what probes of the response say after each token.",
+        description="Whether to stream each response probe's scores after each token.",
     )
     include_obfuscation: bool | None = None
 

@@ -27,9 +27,9 @@ ENOUGH_POSITIVES = 30
 PRIOR_TEXTS = 100.0
 
 _FORMS = (
-    "f1, fpr=0.01 (the most recall with at most this share of negative texts flagged), "
-    "recall=0.95 (the fewest false positives with at least this share of positive texts flagged), "
-    "or cost=10:1 (a miss costs 10 times as much as a false positive)"
+    "f1, fpr=0.01 (the highest recall that flags at most this share of negative texts), "
+    "recall=0.95 (the fewest false positives at a recall of at least this share), or cost=10:1 "
+    "(a miss costs 10 times as much as a false positive)"
 )
 _NUMBER = r"\d*\.?\d+(?:[eE]-?\d+)?"
 

@@ -171,7 +171,7 @@ class _Trainer:
         run_sha256 = "" if checkpoint is None else self._run_sha256()
         done = 0 if checkpoint is None else resume(self.runs, checkpoint, run_sha256=run_sha256)
         if done:
-            say(f"The training goes on after {done} of at most {epochs} epochs.")
+            say(f"Resuming training after {done} of at most {epochs} epochs.")
         with progress("Training", (epochs - done) * tokens, unit="tokens") as advance:
             for epoch in range(done, epochs):
                 active = [run for run in self.runs if not run.has_finished]

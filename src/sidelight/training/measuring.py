@@ -37,8 +37,8 @@ from sidelight.training.validation import FOLDS, Folds
 
 # Where there are no folds to measure by.
 FLATTERING = (
-    "A class has too few texts to measure on others than those that calibrate: the figures are "
-    "flattering. Add more texts of it."
+    "A class has too few texts for separate calibration and measurement, so the metrics are too "
+    "optimistic. Add more texts of this class."
 )
 
 # A column with more values says which document each text is from.

@@ -247,8 +247,8 @@ class FitOptions:
                 removed = sum(remove_unused(path, idle_s=ABANDONED_S) for path in abandoned)
                 if removed:
                     say(
-                        f"Removed the hidden states of {removed} abandoned trainings, unused for "
-                        f"{ABANDONED_S // 86400} days."
+                        f"Removed the hidden states of {removed} abandoned training runs, unused "
+                        f"for {ABANDONED_S // 86400} days."
                     )
                 yield states
         except BaseException:

@@ -341,5 +341,5 @@ def overlap_notes(training: LabelledExamples, test: LabelledExamples) -> tuple[s
     """A note if test texts were trained on; case and spacing do not count."""
     seen = {item.text_key for item in training.items}
     count = sum(item.text_key in seen for item in test.items)
-    note = f"{count:,} of {len(test):,} test texts are among the training texts too."
+    note = f"{count:,} of {len(test):,} test texts also occur in the training data."
     return (note,) if count else ()

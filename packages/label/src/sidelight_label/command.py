@@ -34,46 +34,49 @@ if TYPE_CHECKING:
     "probes",
     type=options.PATH,
     multiple=True,
-    help="Folder of a probe that orders the texts and gives the labels. May be repeated: then "
-    "texts on which the probes disagree come early too.",
+    help="Probe folder; its labels are used and the texts that it is least certain about come "
+    "first. May be repeated; texts on which the probes disagree then come early, too.",
 )
-@click.option("--labels", help="The labels, with commas. Of two, the last is the one to flag.")
-@click.option("--multilabel", is_flag=True, help="A text may have several labels, or none.")
+@click.option(
+    "--labels", help="Comma-separated labels. With two labels, the second is the one to flag."
+)
+@click.option("--multilabel", is_flag=True, help="Allow any number of labels per text.")
 @click.option(
     "--criterion",
     type=options.PATH,
-    help="Markdown file with the rule in English that people, and --judge, label by. The page "
-    "shows it, and can edit it.",
+    help="Markdown file with the labelling rule in English, for people and for --judge. The page "
+    "shows it and lets you edit it.",
 )
 @click.option(
     "--judge",
     type=options.PATH,
-    help="TOML file of a judge, with the keys of [judges.NAME] in a policy: an LLM that labels the "
-    "texts by --criterion, once a person has checked a sample. It decides whether a text has the "
-    "last label.",
+    help="TOML file with a judge, in the keys of [judges.NAME] in a policy: an LLM that labels "
+    "the texts by --criterion once a person has checked a sample. It decides whether a text "
+    "has the second label.",
 )
 @click.option(
     "--judge-limit",
     type=options.AT_LEAST_ONE,
-    help="Most texts that the judge labels. [default: all]",
+    help="Maximum number of texts that the judge labels. [default: all]",
 )
 @click.option(
     "--price",
     type=click.FloatRange(min=0),
-    help="Price of a million tokens that the judge reads, to show what it costs.",
+    help="Price per million tokens that the judge reads, to show the cost.",
 )
 @options.text
-@click.option("--label", default="label", help="Column of the label in --out.")
+@click.option("--label", default="label", help="Column for the label in --out.")
 @options.response
 @options.split
 @options.new_file(
     "--out",
-    help="File (.jsonl) to append labels to; what it holds already counts. [default: "
+    help="JSONL file to append the labels to; labels that it already contains are kept. [default: "
     "TEXTS-labels.jsonl]",
 )
 @options.new_folder(
     "--probe-out",
-    help="Folder for the newest probe. [default: --out without its ending, and -probe]",
+    help="Folder for the latest probe. [default: the name of --out without extension, followed by "
+    "-probe]",
 )
 @options.limit
 @click.option(
@@ -81,9 +84,13 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0.01),
     default=1.0,
     metavar="GIB",
-    help="The most memory that hidden states may take, above the model.",
+    help="Maximum memory for hidden states, in addition to the model.",
 )
-@click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
+@click.option(
+    "--cache",
+    type=options.PATH,
+    help="Folder where hidden states are stored. [default: the user's cache]",
+)
 @options.free_port
 @options.backbone
 def label(
@@ -107,16 +114,16 @@ def label(
     port: int,
     runtime: Runtime,
 ) -> None:
-    """Label texts on a page in the browser, and train a probe on the labels meanwhile.
+    """Label texts in the browser, and train a probe on the labels as you go.
 
-    Texts on which the probe is least certain come first; without one, they come in random order
-    until there are five of each label. Each label is appended to --out, which 'sidelight train'
-    reads, before the next text is shown. The same command goes on where an earlier one stopped.
+    Texts on which the probe is least certain come first. Without a probe, the order is random until
+    there are five texts of each label. Each label is appended to --out before the next text is
+    shown, and 'sidelight train' reads this file. To resume, run the same command again.
 
-    With --judge, an LLM labels some texts first, and a blind sample of them comes first on the
-    page. If you agree on enough of it, the page offers to have the judge label the rest.
+    With --judge, an LLM labels some texts first, and the page starts with a blind sample of them.
+    If you agree with the judge on enough of this sample, it can label the rest.
 
-    The page is served to this machine only, and to anyone with the printed address.
+    The page is reachable only from this machine, by anyone who has the printed address.
     """
     if bool(probes) == (labels is not None):
         raise SidelightError(
@@ -246,7 +253,7 @@ def label(
             uvicorn.Server(server_settings(create_app(queue, token), config)).run([listener])
     queue.publish()
     count = len(queue.decided)
-    click.echo(f"{count} texts are labelled in {path} ({count - len(decided)} of them just now).")
+    click.echo(f"{count} texts are labelled in {path} ({count - len(decided)} in this session).")
     if review is not None:
         click.echo(f"{len(review.accepted(queue.people))} more have the judge's label.")
     command = ["sidelight", "train", "--data", str(path), "--out", f"{folder}-trained"]
@@ -267,7 +274,7 @@ def _ask_first(queue: "LabelQueue", review: "Review") -> None:
     """Has the judge label the first texts, and says before what that costs."""
     people = queue.people
     first = review.cost(review.first_questions(people))
-    click.echo(f"Judge {review.settings.model} labels a first part: {first}.")
+    click.echo(f"Judge {review.settings.model} labels a first batch: {first}.")
     every = review.cost(review.rest())
-    click.echo(f"All that it may label, once you have checked a sample: {every}.")
+    click.echo(f"All texts that it may label once you have checked a sample: {every}.")
     queue.ask()

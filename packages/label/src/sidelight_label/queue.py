@@ -113,7 +113,7 @@ class LabelQueue:
                 gate = self.review.gate(people)
                 if gate is not None and gate.state == "open":
                     return f"the blind sample that checks the judge, {len(left)} left"
-                return f"{len(left)} texts that the judge and the probe differ on, or got no answer"
+                return f"{len(left)} texts on which judge and probe differ, or without an answer"
         titles = [probe.title for probe in self._probes]
         if not titles:
             return "at random, until there is a probe"
@@ -360,7 +360,7 @@ class LabelQueue:
             return evaluate(predictions).to_dict()
 
         rows = [*decided]
-        chosen = "Most were chosen because they are hard, so these look worse than all texts."
+        chosen = "Most of these were chosen because they are hard, so metrics are pessimistic."
         every = {probe.title: measured(probe, rows) for probe in earlier}
         overall = {
             "title": f"All {len(rows)} labelled texts",
@@ -378,8 +378,8 @@ class LabelQueue:
         if not 0 < len(typical) < len(rows):
             return [overall]
         at_random = {
-            "title": f"The {len(typical)} texts that came at random",
-            "note": "They are like all of the texts, so these are the figures to go by.",
+            "title": f"The {len(typical)} texts drawn at random",
+            "note": "These represent all texts, so these are the metrics to rely on.",
             "rows": {probe.title: measured(probe, typical) for probe in (*earlier, trained)},
         }
         return [at_random, overall]

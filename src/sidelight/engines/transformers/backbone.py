@@ -428,8 +428,8 @@ def _too_large(name: str, what: str, device: torch.device) -> str:
     free = _free_memory(device)
     room = "the memory is full" if free is None else f"{max(free, 0) / 1e9:.1f} GB are free"
     return (
-        f"'{name}' does not fit into memory: {what}{room} on {device}. Serve a smaller "
-        "model, give --dtype bfloat16, or free some memory."
+        f"'{name}' does not fit into memory: {what}{room} on {device}. Serve a smaller model, "
+        "use --dtype bfloat16, or free some memory."
     )
 
 

@@ -76,9 +76,9 @@ def bench_defaults(
     Compares the default probe with one trained without background (--background none) and with each
     rival (tfidf, sentence_embeddings, attention_probe, encoder, means_all_layers, means_and_lasts,
     last_layer, mean_last_layer), with a 95 % interval of its gain over draws and texts. The last
-    four are logistic regressions, trained both without contexts and in the same contexts. Also
-    reports the accuracy that training printed next to the measured one, and the share flagged of
-    background conversations from held-out sources.
+    four are logistic regressions, trained both without contexts and in the same contexts. The
+    report also has the accuracy that training printed, next to the measured one, and the
+    false-positive rate on background conversations from held-out sources.
     """
     from sidelight.data.loading import load_examples
 
@@ -134,9 +134,9 @@ def bench_everyday(
     """Measure a probe's false positives on background traffic and its recall of embedded attacks.
 
     Harmless texts are small talk, agent conversations with tool results, user prompts, and long
-    texts. Attacks are positive texts that the probe flags without context. They are placed in
-    padding, before questions, and in turns of four words. The net score is recall minus the
-    false-positive rate on the same texts without the attacks.
+    texts. Attacks are positive texts that the probe flags without context. They are embedded in
+    padding, placed before questions, and split into turns of four words. The net score is the
+    recall minus the false-positive rate on the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card
@@ -176,7 +176,7 @@ def bench_everyday(
         "sidelight bench spans --data t.jsonl --validation v.jsonl --test test.jsonl --out spans",
     ),
 )
-@options.training("And every setting of the optimisation of `sidelight train`.")
+@options.training("Training options: the optimisation settings of `sidelight train`.")
 @click.option("--test", required=True, help="Test texts.")
 @click.option("--spans", default="spans", help="Column with the spans.")
 @click.option(
@@ -384,10 +384,10 @@ def bench_training(
 ) -> None:
     """Measure the time, memory and disk space of training, by the number of texts.
 
-    Texts are runs of words of the packaged background, without contexts. Hidden states are
-    kept compressed on disk, or computed again in each epoch. Each training runs in a
-    separate process. To resume an interrupted run, repeat the command with the same --out,
-    which also gets training.svg.
+    Texts are sequences of words from the packaged background, without contexts. Hidden states
+    are stored compressed on disk, or recomputed in each epoch. Each training run has a separate
+    process. To resume an interrupted benchmark, repeat the command with the same --out, which
+    also gets training.svg.
     """
     from sidelight_lab.bench.training import Workload, measure_training
 
@@ -449,10 +449,10 @@ def bench_flips(runtime: Runtime, data: str, out: Path, as_json: bool, **values:
 def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **values: Any) -> None:
     """Measure a probe with a second-stage judge, by the share of texts deferred.
 
-    Of toxicchat, the judge is a MiniLM that is fine-tuned on the probe's training texts. Of xstest,
-    it is GPT-4, by its recorded answers: a prompt that it refuses is harmful; the probe learns from
-    the texts of the ready guard harmful. Probes are trained without background traffic. Finished
-    draws are not repeated; hidden states stay in --out.
+    For toxicchat, the judge is a MiniLM fine-tuned on the probe's training texts. For xstest, the
+    judge is GPT-4 with its recorded responses, where a refusal means that the prompt is harmful,
+    and the probe is trained on the texts of the ready guard harmful. Probes are trained without
+    background traffic. Finished draws are not repeated; hidden states stay in --out.
     """
     from sidelight_lab.bench.second_stage import measure_second_stage
 
@@ -478,11 +478,11 @@ def bench_second_stage(runtime: Runtime, out: Path, as_json: bool, **values: Any
 @click.option("--spans", is_flag=True, help="Make two of the three probes label tokens.")
 @_record
 def bench_load(minutes: float, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Run many concurrent chat clients, with blocking policies on prompt and response.
+    """Run many concurrent chat clients under policies that block prompts and responses.
 
     The correct verdicts on each prompt are known in advance. The command fails if a verdict is
-    lost, duplicated, or belongs to another request. A second server without probes is measured in
-    alternation, to compare times.
+    lost, duplicated, or belongs to another request. For comparison, a second server without probes
+    is measured in alternation.
     """
     from sidelight_lab.bench.load import run_load
 
@@ -516,8 +516,8 @@ def bench_tools(
 ) -> None:
     """Count the tool results that a rule flags in an agent's chat.
 
-    The rule has turns = "all" or turns = "tool". The data's column "subset" names the kind of each
-    result; each kind gets a row.
+    The rule has turns = "all" or turns = "tool". The column "subset" of the data names the kind of
+    each result, and each kind gets a row in the table.
     """
     from sidelight.data.loading import load_examples
     from sidelight.probes.card import read_card
@@ -552,8 +552,8 @@ def bench_tools(
 def bench_judge(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
     """Time the first token of prompts that are deferred to a fixed-speed judge.
 
-    Each prompt is deferred and passes. The time is compared with the slower of two: the first token
-    of a server with the same probe and no rule, and the judge's answer.
+    Each prompt is deferred and passes. The time to the first token is compared with the slower of
+    the judge's answer and the first token of a server that has the same probe but no rule.
     """
     from sidelight.engines.transformers.backbone import load_backbone
     from sidelight_lab.bench.judge import measure_judge
@@ -606,12 +606,13 @@ def bench_latency(
 ) -> None:
     """Time one new token with each mechanism, with ten probes, and with the systems they replace.
 
-    That is each mechanism in its dense form on hidden states that are kept, a small encoder before
-    the LLM, and a guard of the LLM's own size before it. Then the CPU time of a token of four
-    answers, with readouts and with probes of the five ready guards. Prompts and weights of probes
-    are random.
+    These systems are each mechanism in its dense form on stored hidden states, a small encoder
+    before the LLM, and a guard model of the LLM's own size before it. A second table has the CPU
+    time per token of four responses, with readouts and with probes of the five ready guards.
+    Prompts and probe weights are random.
 
-    With --probe, time a check instead: one text to /v1/moderations of a server with these probes.
+    With --probe, time a check instead: a single text sent to /v1/moderations of a server with these
+    probes.
     """
     if layers and not probes:
         raise SidelightError("--layers applies to copies of probes. Name probes with --probe.")
@@ -652,11 +653,11 @@ def bench_latency(
 def bench_engines(models: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
     """Compare transformers and llama.cpp on the CPU: prompts, texts, probes and memory.
 
-    MODELS are as `sidelight serve` takes them; without any, they are the embedded model in both
-    engines. The others are compared with the first. Each has a process of its own, and
-    the rounds ask them in turn, without probes and with three, one of which reads what is
-    written. --dtype is for those that are no GGUF files. After a kill, the same command goes on
-    with the next round, if --out names the same folder.
+    MODELS are named as in `sidelight serve`. By default, they are the embedded model in both
+    engines. The others are compared with the first. Each model runs in a separate process, and
+    each round measures them in alternation, without probes and with three probes, one of which
+    reads the response. --dtype does not apply to GGUF files. To resume an interrupted run, repeat
+    the command with the same --out.
     """
     from sidelight_lab.bench.engines import compare_engines
     from sidelight_llama.files import EMBEDDED_GGUF
@@ -690,10 +691,10 @@ def bench_serve(
 ) -> None:
     """Measure vLLM with and without probes on the same work, in paired rounds.
 
-    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, of
-    responses a readout and a probe of spans, and those of the five ready guards. What they add is a
-    share of the value without probes, with a 95 % interval over rounds. --out is written after
-    every round, so a run that is stopped keeps those before.
+    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, a readout
+    and a span probe that read responses, and probes like the five ready guards. Their overhead is
+    reported relative to the value without probes, with a 95 % interval over rounds. --out is
+    written after every round, so an interrupted run keeps its finished rounds.
     """
     from sidelight_lab.bench.serving import measure_costs
 
@@ -726,12 +727,12 @@ def bench_serve(
 )
 @options.engine_option
 def bench_gpu(out: Path, **options: Any) -> None:
-    """Check this machine's GPU: the transformers engine, then probes inside vLLM; 30 minutes.
+    """Check this machine's GPU with the transformers engine and probes inside vLLM (30 minutes).
 
     Each section runs in a separate process with a limit of ten minutes, so a failure does not
     affect the others. A second run repeats only sections that have not passed. --out gets logs,
     gpu.json and gpu.md, which you can attach to an issue. Without a GPU, the sections run with tiny
-    sizes, to try out the check. The exit code is 1 if a section did not pass.
+    sizes, as a dry run of the check. The exit code is 1 if a section did not pass.
     """
     from sidelight_lab.bench.gpu import run_check
 

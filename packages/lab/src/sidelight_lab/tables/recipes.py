@@ -244,17 +244,18 @@ def _requirements(recipe: Recipe) -> dict[str, bool]:
     swept = recipe.sweep.values if recipe.sweep else None
     return {
         f"'metric' must be one of {', '.join(METRICS)}": recipe.metric in METRICS,
-        "every row needs a name of its own": len(set(rows)) == len(rows),
+        "every row needs a unique name": len(set(rows)) == len(rows),
         "a table needs a [[probe]] or a [[baseline]]": bool(rows),
         "'data' must name a data set": bool(recipe.data),
         f"'ours' must name rows of the table ({', '.join(rows)})": set(recipe.ours) <= set(rows),
-        "a transfer needs 'test_data', and no other kind takes it": (
+        "'test_data' is required for a transfer and not allowed otherwise": (
             (kind == "transfer") == (recipe.test_data is not None)
         ),
-        "a sensitivity table needs a [sweep], and no other kind takes it": (
+        "a [sweep] is required for a sensitivity table and not allowed otherwise": (
             (kind == "sensitivity") == (swept is not None)
         ),
-        "a [sweep] needs values that differ": swept is None or 0 < len(swept) == len(set(swept)),
-        "a sensitivity table takes no [[baseline]] and no 'ours': its rows are probes, each with a "
-        "value": swept is None or not (recipe.baseline or recipe.ours),
+        "the values of a [sweep] must be distinct": swept is None
+        or 0 < len(swept) == len(set(swept)),
+        "a sensitivity table cannot have a [[baseline]] or 'ours', because each of its rows is a "
+        "probe with one of the values": swept is None or not (recipe.baseline or recipe.ours),
     }

@@ -63,7 +63,8 @@ class RecipeContext:
             return data.notes
         return (
             *data.notes,
-            f"At most {self.limit} rows of each split were used, drawn at random, class by class.",
+            f"At most {self.limit} rows of each split were used, drawn at random and stratified "
+            "by class.",
         )
 
     def dataset(self, data: DataSet) -> ProbeDataset:
@@ -228,20 +229,21 @@ def _further_notes(
     """Notes on earlier uses of the test data, on runs that diverged, and on how ours was chosen."""
     if earlier:
         yield (
-            "Test data had been opened before with other settings or other texts "
-            f"({', '.join(earlier)}): changes since then were made with test figures in sight."
+            "The test data had been read before with other settings or other texts "
+            f"({', '.join(earlier)}), so later changes were made with knowledge of the test "
+            "results."
         )
     else:
         yield (
-            "Test data had not been opened with other settings or other texts before, and every "
-            "row had its validation results first."
+            "The test data had not been read before with other settings or other texts, and "
+            "every row had its validation results first."
         )
     for run in tried:
         if run.has_diverged and isinstance(run.row, ProbeRow):
             rate = run.row.training_settings().learning_rate
             yield (
-                f"Training '{run.row.name}' with seed {run.seed} diverged (learning rate {rate}): "
-                "this run is left out."
+                f"Training '{run.row.name}' with seed {run.seed} diverged (learning rate {rate}) "
+                "and is left out."
             )
     if ours and len(recipe.ours) == 1:
         yield f"Ours is '{ours}'."
