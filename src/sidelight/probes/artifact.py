@@ -1,6 +1,6 @@
 """A probe as a file, with its card in the header. Nothing is unpickled.
 
-Also the check that a probe which is loaded gives verdicts.
+Also checks that a loaded probe gives verdicts.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from sidelight.probes.standardisation import Standardisation
 from sidelight.storage import replacing, sync
 
 _PARAMETER = "mechanism."
-# The parts of a made-up text, and how many standard deviations its states are from the mean one. An
+# Segments of a synthetic text, and how many standard deviations its states are from the mean. An
 # attention sink has a hundred times the norm of other tokens.
 _TOKEN_ROLES = bytes([TokenRole.PROMPT, TokenRole.RESPONSE] * 4)
 _DEVIATIONS = (0.0, 1.0, 100.0)
@@ -46,13 +46,13 @@ _USUAL_SCALE = 10.0
 
 
 def save_probe(probe: Probe, directory: Path) -> Path:
-    """Writes the artifact and its model card; other files in ``directory`` stay.
+    """Write the artifact and its model card; other files in ``directory`` are kept.
 
-    A save that is killed leaves the old artifact, since its file is replaced at once. A README.md
-    that is no card of a probe stays, too.
+    The file is replaced atomically, so an interrupted save leaves the old artifact. A README.md
+    that is not a probe's card is also kept.
 
     Raises:
-        SidelightError: The folder cannot be written, or the name is no probe's.
+        SidelightError: The folder cannot be written, or the probe's name is not valid.
     """
     require_name(probe.name)
     parameters = {
@@ -62,7 +62,7 @@ def save_probe(probe: Probe, directory: Path) -> Path:
     scaling = probe.standardisation
     tensors = {**parameters, "mean": scaling.mean.cpu(), "scale": scaling.scale.cpu()}
     card = probe.card.changed(is_normalised=scaling.is_normalised, weights_sha256=_sha256(tensors))
-    # As bytes: only its owner could read a file that the library writes itself.
+    # As bytes: the library would write a file that only its owner can read.
     files = {PROBE: save(tensors, card.header())}
     try:
         readme = directory / README
@@ -84,8 +84,8 @@ def load_probe(directory: str | Path) -> Probe:
     """The probe stored in a folder.
 
     Raises:
-        SidelightError: The folder holds no artifact, one of another format, or a damaged one, or a
-            probe without verdicts (``gives_verdicts``).
+        SidelightError: The folder has no artifact, the artifact is damaged or has another format,
+            or the probe fails ``gives_verdicts``.
     """
     return _checked(*read_artifact(directory), Path(directory))
 
@@ -109,17 +109,18 @@ def _checked(card: ProbeCard, content: bytes, directory: Path) -> Probe:
 
 @torch.inference_mode()
 def gives_verdicts(probe: Probe, *, device: torch.device | str = "cpu") -> bool:
-    """Whether a probe judges made-up texts, as it cannot if its weights are not finite or enormous.
+    """Whether a probe can classify synthetic texts. It cannot if its weights are huge or not
+    finite.
 
-    Their states are random and have the mean and the deviations of those that it was trained on, or
-    ordinary deviations where those are smaller. They take the way of all others: the folded
-    projection in float32, mechanism, calibration.
+    Their hidden states are random, with the mean and the standard deviations of the training
+    states, or typical deviations where those are smaller. They pass through the same steps as real
+    ones: the folded projection in float32, the mechanism and the calibration.
 
     Args:
-        probe: To be served.
-        device: Where the backbone's hidden states are.
+        probe: The probe to check.
+        device: The device of the backbone's hidden states.
     """
-    # The kernel of attention may take a weight that is not a number for none.
+    # The attention kernel may treat a NaN weight as zero.
     if not all(bool(weights.isfinite().all()) for weights in probe.mechanism.parameters()):
         return False
     bank, scaling = Bank([probe], device=device), probe.standardisation

@@ -1,6 +1,6 @@
-"""The card of a probe: everything but its numbers, checked field by field when it is read.
+"""The card of a probe: everything but its tensors, validated field by field when it is read.
 
-It stands in the header of the probe's file, and as README.md for people beside it.
+It is stored in the header of the probe's file, and as README.md for people next to it.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ from sidelight.types import MechanismSpec, Task, visible
 FORMAT_VERSION = 4
 PROBE = "probe.safetensors"
 README = "README.md"
-# The line of a card's front matter that tells it from another README.md.
+# The line of a card's front matter that distinguishes it from another README.md.
 CARD_LIBRARY = "library_name: sidelight"
 
-# Of the header's metadata.
+# Key in the header's metadata.
 _ENTRY = "sidelight"
 # The most that the library reads.
 _HEADER_BYTES = 10**8
@@ -51,7 +51,7 @@ _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 
 
 class _Record(BaseModel):
-    """Facts that are written once, and read as they were written."""
+    """An immutable record that forbids unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,9 +60,9 @@ class Texts(_Record):
     """Labelled texts.
 
     Attributes:
-        rows: How many there are.
-        sha256: Hash of them all.
-        classes: How many have each label.
+        rows: Number of texts.
+        sha256: Hash of all texts.
+        classes: Number of texts with each label.
     """
 
     rows: NonNegativeInt = 0
@@ -75,23 +75,23 @@ class TrainingTexts(Texts):
 
     Attributes:
         input_sha256: Hash of the texts before some were held out.
-        texts: A short hash of each, as ``text_hashes`` gives them.
-        annotators: Who labelled them; empty unless a judge labelled some.
+        texts: A short hash of each text, from ``text_hashes``.
+        annotators: Who labelled the texts; empty unless a judge labelled some.
     """
 
     input_sha256: str = ""
     texts: str = ""
-    # Left out where it is empty, so that the versions of other probes stay as they are.
+    # Omitted if empty, so that the versions of other probes do not change.
     annotators: tuple[Annotator, ...] = Field(default=(), exclude_if=lambda value: not value)
 
 
 class CalibrationTexts(Texts):
-    """The texts that a probe was calibrated on, and its figures on them.
+    """The texts that a probe was calibrated on, and its metrics on them.
 
     Attributes:
-        report: Its figures, each text calibrated without it.
-        curves: The curve of each label that has a threshold.
-        sources: What is found and flagged of each source.
+        report: Metrics; each text is calibrated on the other texts.
+        curves: Operating curve of each label that has a threshold.
+        sources: Counts of found and flagged texts by source.
     """
 
     report: Report | None = None
@@ -104,12 +104,12 @@ class Recalibration(_Record):
 
     Attributes:
         date: When, as an ISO date.
-        what: By what, as a clause.
-        version: Of the probe before it.
-        calibration: Before it.
-        thresholds: Before it.
-        before: The figures before it, on its texts.
-        texts: What it was calibrated on; None: thresholds alone were chosen anew.
+        what: What the probe was recalibrated by, as a clause.
+        version: Version of the probe before it.
+        calibration: Calibration before it.
+        thresholds: Thresholds before it.
+        before: Metrics before it, on its texts.
+        texts: Texts that the probe was recalibrated on; None if only the thresholds changed.
     """
 
     date: str
@@ -122,7 +122,7 @@ class Recalibration(_Record):
 
 
 class StatesRecord(_Record):
-    """How the hidden states of a training were kept, and the bytes of a token's."""
+    """How the hidden states of a training run were stored, and their size in bytes per token."""
 
     form: Literal["whole", "compressed"]
     streamed: bool
@@ -130,21 +130,21 @@ class StatesRecord(_Record):
 
 
 class Epochs(_Record):
-    """The validation score after each epoch, and the one whose parameters were kept, from 1."""
+    """Validation score by epoch, and the epoch whose parameters were kept, counted from 1."""
 
     scores: tuple[float, ...] = ()
     best: NonNegativeInt = 0
 
 
 class DepthTrial(_Record):
-    """A depth that a training could read to, on held-out texts.
+    """A depth that training evaluated on held-out texts.
 
     Attributes:
-        layers: How many hidden states of a token it reads, from the embedding up.
-        loss: The mean log loss of a text.
-        lost: How much larger the loss is than at full depth, in the mean over texts.
-        lost_at_most: The upper end of the one-sided 95 % confidence interval of ``lost``.
-        is_accepted: Whether that is within the tolerance.
+        layers: Number of hidden states read per token, from the embedding up.
+        loss: Mean log loss per text.
+        lost: Mean increase of the loss over that at full depth.
+        lost_at_most: Upper end of the one-sided 95 % confidence interval of ``lost``.
+        is_accepted: Whether this increase is within the tolerance.
     """
 
     layers: PositiveInt
@@ -158,27 +158,27 @@ class TrainingRecord(_Record):
     """How a probe was trained and recalibrated.
 
     Attributes:
-        engine: What computed the hidden states.
-        states: How they were kept.
-        training: The texts that parameters were fitted to.
-        training_sha256: Hash of everything that decides the probe.
-        contexts: How many contexts of each kind the training texts were also shown in.
-        validation: The held-out texts that calibrated.
-        traffic: Figures on background traffic; None: trained without.
-        recalibrations: The newest last.
+        engine: Engine that computed the hidden states.
+        states: How the hidden states were stored.
+        training: Texts that the parameters were fitted to.
+        training_sha256: Hash of everything that determines the probe.
+        contexts: Number of contexts of each kind in which training texts were also shown.
+        validation: Held-out texts used for calibration.
+        traffic: Metrics on background traffic; None if trained without.
+        recalibrations: Recalibrations, oldest first.
         threshold_rule: What the thresholds were chosen for, as ``--threshold`` takes it.
-        max_tokens: Longer training texts were cut to this.
-        folds: Folds of cross-fitting; 0 for a validation part.
-        seed: Of the training.
-        settings: How it was optimised.
-        epochs: How well.
-        parameters: How many were trained.
-        spans: How well spans of held-out texts were found.
-        lookaheads: The character F1 of each lookahead that was tried.
-        depths: The depths that were tried, the deepest first; the last accepted one is the
-            probe's. None of them: the depth was given.
-        labelling: The file of labels of a probe that ``sidelight label`` made.
-        copy_of: The version of the probe that this one is a copy of, for a copy of its model.
+        max_tokens: Length to which longer training texts were truncated.
+        folds: Number of cross-fitting folds; 0 with a validation set.
+        seed: Random seed of the training run.
+        settings: Optimisation settings.
+        epochs: Validation scores by epoch.
+        parameters: Number of trained parameters.
+        spans: Span metrics on held-out texts.
+        lookaheads: Character F1 by lookahead tried.
+        depths: Depths tried, deepest first; the probe has the last accepted one. Empty if the depth
+            was given.
+        labelling: Label file, if ``sidelight label`` trained the probe.
+        copy_of: Version of the original probe, if this is its copy for a copy of the model.
     """
 
     engine: str = ""
@@ -198,47 +198,47 @@ class TrainingRecord(_Record):
     parameters: NonNegativeInt = 0
     spans: SpanReport | None = None
     lookaheads: Mapping[str, float] = {}
-    # An entry that an artifact lacks leaves its version as it is.
+    # An entry that an artifact lacks does not change its version.
     depths: Annotated[tuple[DepthTrial, ...], Field(exclude_if=lambda depths: not depths)] = ()
     labelling: str = ""
     copy_of: str = ""
 
     @property
     def calibrated_on(self) -> CalibrationTexts:
-        """The texts of the newest recalibration that had some, or else those of validation."""
+        """The texts of the latest recalibration on texts, or else those of validation."""
         newest_first = (recalibration.texts for recalibration in reversed(self.recalibrations))
         return next((texts for texts in newest_first if texts is not None), self.validation)
 
     @property
     def curves(self) -> Mapping[str, OperatingCurve]:
-        """The curve of each label's threshold; none of several classes."""
+        """The operating curve of each label with a threshold; empty for multi-class tasks."""
         return self.calibrated_on.curves
 
     @property
     def flagged(self) -> tuple[int, int]:
-        """How many background conversations were flagged, and of how many; none of 0."""
+        """Number of flagged background conversations, and of all; (0, 0) without background."""
         if self.traffic is None:
             return 0, 0
         return self.traffic.flagged, len(self.traffic.background)
 
 
 class JudgeFit(_Record):
-    """How a probe and a judge decide together about the texts that a rule defers.
+    """How a probe and a judge jointly decide on the texts that a rule defers.
 
     A text is flagged if ``weight * logit(probe) + (1 - weight) * logit(judge)`` reaches the
     threshold.
 
     Attributes:
-        judge: ``JudgeSettings.digest`` of the judge that it holds for, and for no other.
-        model: What that judge's server calls its model.
-        weight: Of the probe, from 0 to 1.
-        threshold: Of the weighted sum, in log-odds.
-        threshold_rule: What it was chosen for, as ``--threshold`` takes it.
-        share: The share of background traffic that was deferred.
+        judge: ``JudgeSettings.digest`` of the only judge that the fit applies to.
+        model: Model name on the judge's server.
+        weight: Weight of the probe, from 0 to 1.
+        threshold: Threshold of the weighted sum, in log-odds.
+        threshold_rule: Objective that the threshold was chosen for, as in ``--threshold``.
+        share: Share of background traffic that is deferred.
         texts: The labelled texts.
-        deferred: How many of them were deferred.
-        recall: At 1 % false positives, out of fold.
-        recall_of_probe: Of the probe alone, on the same texts.
+        deferred: Number of texts that were deferred.
+        recall: Recall at 1 % false positives, out of fold.
+        recall_of_probe: Recall of the probe alone on the same texts.
         date: When, as an ISO date.
     """
 
@@ -266,7 +266,7 @@ class JudgeFit(_Record):
 
 
 class ProbeCard(_Record):
-    """Everything about a probe but its numbers.
+    """Everything about a probe but its tensors.
 
     Attributes:
         format: Version of this layout.
@@ -274,17 +274,17 @@ class ProbeCard(_Record):
         mechanism: Name and options of the mechanism.
         task: The classes.
         reads: The tokens that it reads.
-        prompt_format: How texts are rendered for it. A probe of ``both`` judges chats, and plain
-            text as it is; on plain text, a probe of ``chat`` fails.
-        calibration: From logits to probabilities.
-        thresholds: The probability from which a label holds: one for a binary task, one per label
+        prompt_format: How texts are rendered. A probe of ``both`` classifies chats, and plain text
+            without a template; a probe of ``chat`` fails on plain text.
+        calibration: Map from logits to probabilities.
+        thresholds: Lowest probability at which a label holds: one for a binary task, one per label
             for a multi-label task, none for a multi-class task.
         backbone: The fingerprint of the model that it belongs to.
         training: How it was trained.
         spans: How tokens are labelled; None for a probe of whole texts.
-        judge_fit: How it decides together with a judge; None: a judge decides alone.
+        judge_fit: How the probe decides together with a judge; None if a judge decides alone.
         is_normalised: As in ``Standardisation``; set on saving.
-        weights_sha256: Hash of the tensors beside it; "" before it is saved.
+        weights_sha256: Hash of the tensors in the same file; "" before the probe is saved.
     """
 
     format: int = FORMAT_VERSION
@@ -298,7 +298,7 @@ class ProbeCard(_Record):
     backbone: Fingerprint
     training: TrainingRecord = TrainingRecord()
     spans: SpanRule | None = None
-    # Left out where there is none, so that the versions of other probes stay as they are.
+    # Omitted if there is none, so that the versions of other probes do not change.
     judge_fit: JudgeFit | None = Field(default=None, exclude_if=lambda fit: fit is None)
     is_normalised: bool = False
     weights_sha256: str = ""
@@ -327,14 +327,14 @@ class ProbeCard(_Record):
 
     @cached_property
     def version(self) -> str:
-        """Twelve hexadecimal digits that stand for the whole artifact; "" before it is saved."""
+        """Twelve hexadecimal digits that identify the artifact; "" before it is saved."""
         if not self.weights_sha256:
             return ""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     @property
     def background(self) -> Conversations:
-        """The background conversations of training, which keep later thresholds above them."""
+        """Background conversations of training, which later thresholds must also respect."""
         traffic = self.training.traffic
         if traffic is None or not len(traffic.background):
             return Conversations.none(self.task.outputs)
@@ -346,15 +346,15 @@ class ProbeCard(_Record):
         return dict(zip(self.task.flaggable, self.thresholds, strict=True))
 
     def to_json(self) -> str:
-        """The text of the card."""
+        """The card as JSON."""
         return self.model_dump_json(indent=2) + "\n"
 
     def header(self) -> dict[str, str]:
-        """The header of the probe's file, beside its tensors."""
+        """The metadata in the header of the probe's file."""
         return {_ENTRY: self.to_json()}
 
     def changed(self, **fields: Any) -> "ProbeCard":
-        """The card of another probe that differs in these fields; it has not been saved."""
+        """A copy of the card with these fields replaced, not yet saved."""
         known = {name: getattr(self, name) for name in ProbeCard.model_fields}
         return ProbeCard.model_construct(None, **{**known, "weights_sha256": "", **fields})
 
@@ -363,16 +363,17 @@ def read_card(directory: str | Path) -> ProbeCard:
     """The card of an artifact, without its weights.
 
     Raises:
-        SidelightError: The folder holds no artifact, one of another format, or a damaged one.
+        SidelightError: The folder has no artifact, or the artifact is damaged or has another
+            format.
     """
     return read_artifact(directory, header_only=True)[0]
 
 
 def read_artifact(directory: str | Path, *, header_only: bool = False) -> tuple[ProbeCard, bytes]:
-    """The card of an artifact, with all bytes of its file or those of the header.
+    """The card of an artifact, and the bytes of its whole file or of its header.
 
-    The file is read once, and not mapped into memory: one that is replaced or overwritten later
-    must not change a probe that serves.
+    The file is read once and not memory-mapped, so that replacing or overwriting it later does not
+    change a probe that is being served.
 
     Raises:
         SidelightError: As for ``read_card``.
@@ -425,11 +426,11 @@ def _no_probe(directory: Path, why: str) -> SidelightError:
 
 
 def require_name(name: str) -> None:
-    """Checks the name of a probe, which stands in headers, paths, metrics and logs.
+    """Check the name of a probe, which appears in headers, paths, metrics and logs.
 
     Raises:
         SidelightError: It is not 1 to 64 of the characters A-Z, a-z, 0-9, ``.``, ``_`` and ``-``,
-            or it is dots alone.
+            or it consists only of dots.
     """
     if not _NAME.fullmatch(name):
         raise SidelightError(
@@ -439,10 +440,10 @@ def require_name(name: str) -> None:
 
 
 def require_distinct_names(names: Sequence[str]) -> None:
-    """Checks that the verdicts of probes that are served together can be told apart.
+    """Check that probes that are served together have distinct names.
 
     Raises:
-        SidelightError: Two have the same name.
+        SidelightError: Two probes have the same name.
     """
     if len(set(names)) < len(names):
         raise SidelightError(
@@ -459,15 +460,15 @@ def damaged(directory: Path, what: str) -> SidelightError:
 
 
 def holds_probe(directory: Path) -> bool:
-    """Whether there is a probe in the folder, also one that cannot be read."""
+    """Whether the folder contains a probe, even one that cannot be read."""
     return (directory / PROBE).exists()
 
 
 def require_free(directory: Path, *, force: bool) -> None:
-    """Checks that a probe may be written to a folder.
+    """Check that a probe may be written to a folder.
 
     Raises:
-        SidelightError: It holds a probe that is not to be replaced.
+        SidelightError: The folder contains a probe, and ``force`` is False.
     """
     if holds_probe(directory) and not force:
         raise SidelightError(
@@ -505,7 +506,7 @@ and measure on your own with `sidelight eval`.
 
 
 def summary(card: ProbeCard) -> dict[str, str]:
-    """The description of a probe for people, a line for each fact."""
+    """Human-readable description of a probe, one entry per fact."""
     training, backbone, reads = card.training, card.backbone, card.reads
     options = ", ".join(f"{k}={v}" for k, v in card.mechanism.options.items())
     lines = {
@@ -557,7 +558,7 @@ def _labelled_by(texts: TrainingTexts) -> dict[str, str]:
 
 
 def _flagging(card: ProbeCard) -> str:
-    """The texts that the thresholds flag, of those that they were chosen on."""
+    """What the thresholds flag among the texts that they were chosen on."""
     flagged: list[str] = []
     for label, threshold in card.label_thresholds.items():
         curve = card.training.curves[label]
@@ -569,7 +570,7 @@ def _flagging(card: ProbeCard) -> str:
 
 
 def model_card(card: ProbeCard) -> str:
-    """The card for people, in Markdown."""
+    """The human-readable card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(card).items())
     names = {"name": card.name, "backbone": card.backbone.name}
     return _CARD.format(library=CARD_LIBRARY, **names, version=card.version, rows=rows)

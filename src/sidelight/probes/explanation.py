@@ -1,6 +1,7 @@
-"""Why a probe said what it said: how its logit divides among a text's tokens and layers.
+"""Explanations of verdicts: how a logit divides among a text's tokens and layers.
 
-Made from the columns of the pass that judged the text, so it costs no pass of the model.
+They are computed from the projections of the pass that classified the text, so they need no further
+pass of the model.
 """
 
 from collections.abc import Sequence
@@ -26,19 +27,20 @@ Method = Literal["exact", "integrated_gradients"]
 class Explanation:
     """The shares of tokens and layers in the logit behind one verdict.
 
-    ``baseline`` and all ``shares`` sum to ``logit``, within 1e-4. It is the logit before
-    calibration: probabilities and thresholds are not divided.
+    ``baseline`` and all ``shares`` sum to ``logit`` within 1e-4. This is the logit before
+    calibration; probabilities and thresholds are not attributed.
 
     Attributes:
         verdict: At the probe's own thresholds.
-        label: Whose logit it is: the positive one of a binary probe, otherwise the verdict's.
-        logit: Of the turns that decided, if a verdict names a turn. If the probe has several
-            classes, less the mean of their logits: a shift of all changes no verdict.
+        label: The label of the logit: the positive one of a binary probe, otherwise the verdict's.
+        logit: The logit of the deciding turn, if the verdict names one. For a multi-class probe,
+            the mean of all logits is subtracted, because a common shift changes no verdict.
         baseline: The logit of a text whose tokens are all like the mean of the training texts.
-        steps: Gradients that were integrated; 0 if the shares are exact.
-        shares: In logits, for each token that the probe read for this logit and each layer; layer
-            0 is the embedding.
-        places: Where these tokens stand; None: the chat template or the tokenizer wrote them.
+        steps: Number of integrated gradients; 0 if the shares are exact.
+        shares: In logits, by token that the probe read for this logit and by layer; layer 0 is the
+            embedding.
+        places: Position of each token in the texts; None for tokens of the chat template or the
+            tokenizer.
     """
 
     verdict: Verdict
@@ -51,16 +53,16 @@ class Explanation:
 
     @property
     def method(self) -> Method:
-        """``exact`` where the logit is a sum of weights times values, such as gates times readouts.
+        """``exact`` if the logit is a sum of weights times values, such as gates times readouts.
 
-        Then a share is the token's own terms, with the weights as they are. Otherwise gradients are
-        integrated from the baseline to the text.
+        In this case, a share is the sum of the token's own terms, with the weights held fixed.
+        Otherwise gradients are integrated from the baseline to the text.
         """
         return "integrated_gradients" if self.steps else "exact"
 
     @property
     def template(self) -> float:
-        """The shares of the tokens that stand in no text, added up."""
+        """Total share of the tokens that are not part of the texts."""
         is_template = [place is None for place in self.places]
         return float(self.shares[is_template].sum())
 
@@ -97,15 +99,15 @@ class Explanation:
 def explain(
     probe: Probe, projections: Float[Tensor, "token layer projection"], prompt: EncodedPrompt
 ) -> Explanation:
-    """The verdict on one text, and why.
+    """Return the verdict on one text with its explanation.
 
     Args:
-        probe: In evaluation mode.
-        projections: The probe's own, of every token.
-        prompt: The text, with any response, and the places of its tokens.
+        probe: The probe, in evaluation mode.
+        projections: The probe's projections of every token.
+        prompt: The text, with any response, and the positions of its tokens.
 
     Raises:
-        VerdictError: A logit is not finite, or a probe of chats would have to judge plain text.
+        VerdictError: A logit is not finite, or a probe of chats was given plain text.
     """
     if not probe.can_classify(is_plain=prompt.is_plain):
         raise VerdictError(
@@ -117,7 +119,7 @@ def explain(
     is_read = read_tokens(token_roles, probe.reads)
     members = [*(segment.tokens for segment in segments), np.arange(len(token_roles))]
     read = [tokens[is_read[tokens]] for tokens in members]
-    # On the CPU, where there is float64: Apple's GPUs have none.
+    # On the CPU, because Apple's GPUs do not support float64.
     projections, mechanism = projections.cpu(), deepcopy(probe.mechanism).cpu()
     with torch.inference_mode():
         logits = mechanism.logits(_texts(projections, read)).double().numpy()
@@ -151,6 +153,6 @@ def _as_sent(prompt: EncodedPrompt, place: Place | None) -> Place | None:
 def _texts(
     projections: Float[Tensor, "token layer projection"], tokens: Sequence[Int[np.ndarray, " _"]]
 ) -> Ragged:
-    """These tokens of each text, end to end."""
+    """These tokens of each text, concatenated."""
     rows = torch.from_numpy(np.concatenate(tokens))
     return Ragged(projections[rows], torch.tensor([*map(len, tokens)]))

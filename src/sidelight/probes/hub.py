@@ -11,21 +11,21 @@ _NAME = re.compile(rf"{PREFIX}(?P<repository>[^@]+)@(?P<revision>[^@]+)")
 
 
 def is_on_hub(source: str | Path) -> bool:
-    """Whether it is the name of a probe on the hub, and no folder's."""
+    """Whether this names a probe on the hub rather than a folder."""
     return str(source).startswith(PREFIX)
 
 
 def download_probe(source: str | Path) -> Path:
-    """The folder of a probe in the hub's cache; downloaded first if it is not there.
+    """The folder of a probe in the hub's cache, downloaded first if necessary.
 
     Args:
         source: ``hf:OWNER/NAME@REVISION``, where the revision is a commit, a tag or a branch.
 
     Raises:
-        SidelightError: The name has no revision, the repository holds no probe, or the hub refuses
-            or cannot be reached.
+        SidelightError: The name has no revision, the repository contains no probe, or the hub
+            refuses or cannot be reached.
     """
-    # Imported here, so that commands without such a name start fast.
+    # Imported here so that commands that do not use the hub start fast.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -36,7 +36,7 @@ def download_probe(source: str | Path) -> Path:
             f"Cannot read '{source}' as a probe on the Hugging Face hub. Write "
             f"{PREFIX}OWNER/NAME@REVISION, where REVISION is a commit hash, a tag or a branch."
         )
-    # A probe takes a second to download, and an error of ours is one line.
+    # A probe downloads in a second, so no progress bar is needed, and errors stay on one line.
     disable_progress_bars()
     logging.set_verbosity_error()
     try:

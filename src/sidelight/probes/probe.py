@@ -1,4 +1,4 @@
-"""A trained probe: a mechanism and everything that turns its logits into a verdict."""
+"""A trained probe: a mechanism, and everything that turns its logits into a verdict."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,10 +21,10 @@ from sidelight.types import Span, Task, TokenLabel, Verdict
 
 @dataclass(frozen=True)
 class ProbeOutput:
-    """A probe's logits of a text: of each label those of the unit where they are highest.
+    """A probe's logits of a text: for each label, the highest over the classified segments.
 
     Attributes:
-        logits: The highest of each label, over the units that are judged.
+        logits: The highest logit of each label over the classified segments.
         turn: As ``Verdict.turn``.
         tokens: The logits of each token that the probe reads, if it labels spans.
     """
@@ -36,12 +36,12 @@ class ProbeOutput:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A trained probe: training makes it, an artifact stores it, and a bank serves it.
+    """A trained probe: created by training, stored as an artifact, and served in a bank.
 
     Attributes:
-        card: Everything but the numbers.
+        card: Everything but the tensors.
         mechanism: The trained mechanism.
-        standardisation: Mean and scale that hidden states are standardised by.
+        standardisation: Mean and scale for standardising hidden states.
     """
 
     card: ProbeCard
@@ -70,12 +70,12 @@ class Probe:
 
     @property
     def calibration(self) -> Calibration:
-        """From logits to probabilities."""
+        """The map from logits to probabilities."""
         return self.card.calibration
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """The probability from which each label holds, as in the card."""
+        """The lowest probability at which each label holds, as in the card."""
         return self.card.thresholds
 
     @property
@@ -84,7 +84,7 @@ class Probe:
         return self.card.spans
 
     def changed(self, **fields: Any) -> "Probe":
-        """The probe whose card differs in these fields; it has not been saved."""
+        """A copy of the probe with these card fields replaced, not yet saved."""
         return replace(self, card=self.card.changed(**fields))
 
     @cached_property
@@ -97,7 +97,7 @@ class Probe:
         """The probability that this share of the background conversations reaches.
 
         Args:
-            label: Whose probability.
+            label: The label.
             share: From 0 to 1; the probe has background conversations.
         """
         scores = self.background_scores
@@ -106,7 +106,7 @@ class Probe:
         return math.nextafter(float(scores[exceeding, output]), 1.0)
 
     def projection(self) -> Projection:
-        """The map from hidden states to the few numbers that the probe needs of each of them."""
+        """The map from hidden states to the few features that the probe needs of each."""
         projections = self.mechanism.projections()
         return self.standardisation.to(projections.device).fold(projections)
 
@@ -118,7 +118,7 @@ class Probe:
             turn: The turn that decided, as ``Verdict.turn``.
 
         Raises:
-            VerdictError: A logit is not finite. There is no verdict then, not even a harmless one.
+            VerdictError: A logit is not finite, so there is no verdict, not even a negative one.
         """
         self.require_finite(logits)
         probabilities = self.task.label_probabilities(self.calibration.apply(logits[None]))
@@ -130,12 +130,12 @@ class Probe:
     def labelled_verdict(
         self, verdict: Verdict, spans: Sequence[Span] | None, annotated: Iterable[str] = ()
     ) -> Verdict:
-        """The verdict with the words that are labelled, whose labels hold too.
+        """The verdict with its labelled spans; the labels of these spans also hold.
 
         Args:
-            verdict: On the text, by its probabilities.
-            spans: Of the text; None: the places of its tokens are unknown.
-            annotated: The labels of its tokens, which then hold.
+            verdict: The verdict on the text from its probabilities.
+            spans: Spans of the text; None if the positions of its tokens are unknown.
+            annotated: The labels of its tokens, which hold in that case.
         """
         scores, thresholds = verdict.probabilities, self.card.label_thresholds
         return self.task.decide(
@@ -155,12 +155,13 @@ class Probe:
         return self.spans.token_labels(text.tokens, self.task.output_labels)
 
     def can_classify(self, *, is_plain: bool) -> bool:
-        """Whether it classifies plain text, or chats; one of chats only fails on plain text."""
+        """Whether the probe can classify plain text, or chats; probes of chats fail on plain text.
+        """
         return not (is_plain and self.card.prompt_format == "chat")
 
     @property
     def classifies_turns(self) -> bool:
-        """Whether each turn of a prompt is judged; several classes say nothing of a part."""
+        """Whether each turn of a prompt is classified; multi-class probes read only the whole."""
         return self.reads.scope == "each_turn" and bool(self.task.flaggable)
 
     def highest(
@@ -169,15 +170,15 @@ class Probe:
         segments: Sequence[Segment],
         text_output: ProbeOutput,
     ) -> ProbeOutput:
-        """The highest logit of each label, of the units of a prompt and of the whole.
+        """The highest logit of each label over the segments of a prompt and the whole prompt.
 
-        If the probe does not judge turns, the whole counts. One logit that is not finite makes all
-        so: no turn goes unjudged.
+        If the probe does not classify turns, only the whole prompt counts. A single logit that is
+        not finite makes all of them so, and no turn goes unclassified.
 
         Args:
-            logits: Of each unit.
-            segments: What each of them is.
-            text_output: Of the whole prompt.
+            logits: Logits of each segment.
+            segments: Description of each segment.
+            text_output: Output of the whole prompt.
         """
         if not self.classifies_turns:
             return text_output

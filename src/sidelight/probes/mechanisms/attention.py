@@ -15,9 +15,9 @@ from sidelight.probes.mechanisms.shares import freeze_weights
 from sidelight.probes.mechanisms.stages import TwoStage, masked_softmax
 from sidelight.probes.ragged import Ragged
 
-# Tokens of a text whose queries are used in training; see ``DowncastAttention._queries``.
+# Number of tokens per text whose queries are used in training; see ``DowncastAttention._queries``.
 TRAINING_QUERIES = 32
-# Of a head in float32, for CUDA's kernel that needs no memory for scores.
+# Width of a head in float32 for CUDA's memory-efficient kernel, which stores no scores.
 _WIDTH_MULTIPLE = 4
 
 
@@ -29,9 +29,9 @@ class DowncastAttention(Aggregator):
     The state is the projected items themselves, so it grows like a small KV cache.
 
     Args:
-        groups: Groups with projections of their own.
+        groups: Number of groups, each with its own projections.
         width: Size of an item.
-        inner: Size of the narrow space, divisible by ``heads``.
+        inner: Width of the narrow space, divisible by ``heads``.
         heads: Attention heads.
         over_items: How the attended items become one vector.
         training_queries: Queries per segment that training samples; None uses all.
@@ -60,7 +60,7 @@ class DowncastAttention(Aggregator):
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
-        """Attends, projects back to full width, pools."""
+        """Attend, project back to full width, and pool."""
         projected = torch.einsum("bgnd,gdk->bgnk", hide(items, mask), self.query_key_value)
         query, key, value = (
             chunk.unflatten(-1, (self._heads, -1)) for chunk in projected.chunk(3, -1)
@@ -73,11 +73,11 @@ class DowncastAttention(Aggregator):
     def projections(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width projection"]:
-        """Query, key and value; what is carried is composed in ``finish``."""
+        """Query, key and value; the carry is composed in ``finish``."""
         return self.query_key_value
 
     def with_frozen_weights(self, items: Ragged) -> Ragged:
-        """Queries and keys only weigh."""
+        """The projections with queries and keys detached, as they only determine weights."""
         return Ragged(freeze_weights(items.values, items.values.shape[2] // 3 * 2), items.lengths)
 
     def summarise(self, items: Ragged) -> Ragged:
@@ -85,16 +85,16 @@ class DowncastAttention(Aggregator):
         return items
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """All items of both."""
+        """All items of both states."""
         return left.joined(right)
 
     def finish(
         self, state: Ragged, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "segment group carry"]:
-        """Attends within each segment, then pools what the carry needs.
+        """Attend within each segment, then pool what the carry needs.
 
-        Under mean pooling, the way back to full width is composed with the carry, so that no item
-        becomes as wide as a hidden state again.
+        Under mean pooling, the projection back to full width is composed with the carry, so that no
+        item is expanded to the width of a hidden state.
         """
         order: list[Tensor] = []
         pooled: list[Tensor] = []
@@ -112,7 +112,7 @@ class DowncastAttention(Aggregator):
         return torch.einsum("bge,gek->bgk", vectors, through)
 
     def _queries(self, is_present: Bool[Tensor, "batch item"]) -> Int[Tensor, "batch query"]:
-        """The items whose queries are used: all, or in training a sample of long segments.
+        """The items whose queries are used: all, or a sample of long segments in training.
 
         The mean over evenly spread queries estimates the mean over all, at a cost that grows with
         the length instead of its square.
@@ -139,7 +139,7 @@ class DowncastAttention(Aggregator):
         )  # (B, G * H, N, inner / H)
         mask = None if bool(is_present.all()) else is_present[:, None, None, :]
         width = query.shape[-1]
-        # Of other widths, CUDA writes down the scores of every pair of items.
+        # For other widths, CUDA materialises the scores of every pair of items.
         query, key, value = (
             functional.pad(tensor, (0, -width % _WIDTH_MULTIPLE)) for tensor in (query, key, value)
         )
@@ -158,9 +158,9 @@ def _padded(
         Bool[Tensor, "chosen item"],
     ]
 ]:
-    """Segments side by side, padded with zeros that the mask hides.
+    """Segments stacked into a batch and padded with zeros that the mask hides.
 
-    They come in groups in which none is a third longer than another, so that padding is cheap.
+    They are batched so that none is a third longer than another, which keeps padding cheap.
     """
     segments = state.values.split(state.lengths.tolist())
     order = state.lengths.argsort(stable=True)
@@ -186,9 +186,9 @@ def attention(
 
     Args:
         geometry: Sizes.
-        factor: Hidden-state width over inner width (the paper searches 4 to 64).
+        factor: Hidden-state width divided by inner width (the paper searches 4 to 64).
         heads: Attention heads.
-        pooling: Over the attended items.
+        pooling: Pooling over the attended items.
     """
     inner = geometry.width // factor
     if inner == 0 or inner % heads:
@@ -198,7 +198,7 @@ def attention(
         )
 
     def aggregator(groups: int) -> DowncastAttention:
-        # Tokens can be sampled. Layers are few and differ, and a maximum needs all items.
+        # Tokens can be sampled. Layers are few and differ, and max pooling needs all items.
         samples = groups == geometry.layers and pooling == "mean"
         return DowncastAttention(
             groups=groups,

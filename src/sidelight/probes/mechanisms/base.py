@@ -1,11 +1,11 @@
 """The contract of a mechanism, and the registry of mechanisms by name.
 
 The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
-needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
-``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
-both use the streaming form. Laws in ``tests/mechanism_contract.py`` prove it equal to the dense
-form for any chunking, merge order and packing. Knows hidden states, which the probe standardises
-if at all, and no text.
+needs a few numbers per token (``projections``) and keeps a small state (``summarise``, ``finish``);
+the states of two adjacent runs of tokens can be merged (``merge``). Training and serving both use
+the streaming form. The tests in ``tests/mechanism_contract.py`` check that it equals the dense form
+for any chunking, merge order and packing. This module works on hidden states, which the probe may
+have standardised, and never on text.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ class Mechanism(nn.Module, ABC):
     """Turns all hidden states of a text into logits.
 
     Attributes:
-        lookahead: How many of the next tokens the logits of a token depend on.
+        lookahead: Number of following tokens that the logits of a token depend on.
     """
 
     lookahead: int = 0
@@ -53,11 +53,11 @@ class Mechanism(nn.Module, ABC):
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
-        """The dense form; where the mask is False, ``hidden`` may hold anything, even NaN."""
+        """The dense form; where the mask is False, ``hidden`` may contain anything, even NaN."""
 
     @abstractmethod
     def projections(self) -> Float[Tensor, "layer width projection"]:
-        """The projection of each token and layer that the streaming form needs."""
+        """The projection weights, per layer, of the features that the streaming form needs."""
 
     @abstractmethod
     def summarise(self, tokens: Ragged) -> Ragged:
@@ -66,9 +66,9 @@ class Mechanism(nn.Module, ABC):
     def summary_kind(self) -> Hashable | None:
         """Equal for mechanisms that can be summarised and merged in one call.
 
-        They do the same to every layer's columns, whatever their parameters, so the layers of one
-        can stand beside those of another: their states have one row for each segment, whose first
-        axis is layers. None means that the mechanism must be called by itself.
+        Such mechanisms treat every layer's projections alike, regardless of their parameters, so
+        the layers of several can be stacked: their states have one row per segment, whose first
+        axis is layers. None means that the mechanism must be called separately.
         """
         return None
 
@@ -81,41 +81,42 @@ class Mechanism(nn.Module, ABC):
         """The logits of each segment; NaN for a segment without tokens."""
 
     def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
-        """The logits that training compares with the labels; each voter gets its own loss."""
+        """The logits that training compares with the labels; each voter has its own loss."""
         return self.finish(state)[:, None]
 
     def token_logits(self, state: Ragged) -> Ragged | None:
-        """The logits of each token, ``[token, output]``, of which spans are made.
+        """The logits of each token, ``[token, output]``, from which spans are made.
 
-        None, as by default, means that it labels texts alone. One that labels tokens is registered
-        as a class, keeps every token in its state, and has no ``summary_kind``.
+        None, the default, means that the mechanism labels only whole texts. A mechanism that labels
+        tokens is registered as a class, keeps every token in its state, and has no
+        ``summary_kind``.
         """
         return None
 
     def layer_parameters(self) -> Sequence[Float[Tensor, "layer width ..."]]:
-        """The parameters that multiply standardised states, if each layer has its own.
+        """The parameters that multiply standardised hidden states, if each layer has its own.
 
-        Such a mechanism can be trained on compressed states. By default there are none, and it is
-        trained on whole ones.
+        Such a mechanism can be trained on compressed states. By default there are none, and the
+        mechanism is trained on uncompressed states.
         """
         return ()
 
     def set_prior(self, logits: Float[Tensor, " output"]) -> None:
-        """Begins at the log-odds that tokens have each label, before it is trained to label them.
+        """Initialise the outputs at the log-odds of each token label, before training.
 
-        By default it begins wherever its parameters were drawn.
+        By default, the drawn parameters are left unchanged.
         """
 
     def rationale_loss(
         self, tokens: Ragged, rationales: Bool[Tensor, " token"]
     ) -> Float[Tensor, " segment"]:
-        """The loss for looking away from the tokens that a text has its label for; 0 if none are.
+        """Penalty for gate weight outside the rationale of each text; 0 without one.
 
-        By default, nothing is learnt of them. One that learns them is registered as a class.
+        By default, rationales are ignored. A mechanism that learns them is registered as a class.
 
         Args:
             tokens: As for ``summarise``.
-            rationales: Which of them; none of a text of which it is not known.
+            rationales: Mask of the tokens in the rationale; all False for a text without one.
         """
         return tokens.values.new_zeros(len(tokens.lengths), dtype=torch.float32)
 
@@ -127,14 +128,14 @@ class Mechanism(nn.Module, ABC):
         """The term that each token of each layer adds to a segment's target.
 
         Args:
-            tokens: As for ``summarise``, of segments that each have a token.
-            targets: For each segment the weights of its logits whose sum is the target.
+            tokens: As for ``summarise``; every segment has a token.
+            targets: For each segment, the weights of its logits in the target sum.
         """
         return integrated(self.logits, tokens, targets)
 
 
 class Aggregator(nn.Module, ABC):
-    """Reduces a group's items to one vector: a stage of the paper's mechanisms.
+    """Reduces the items of a group to one vector: a stage of the paper's mechanisms.
 
     In the token stage, groups are layers and items are tokens; in the layer stage there is one
     group, and items are layers. Everything after a stage's weights is linear, so instead of whole
@@ -146,18 +147,18 @@ class Aggregator(nn.Module, ABC):
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
-        """The dense form; where the mask is False, ``items`` may hold anything, even NaN."""
+        """The dense form; where the mask is False, ``items`` may contain anything, even NaN."""
 
     @abstractmethod
     def projections(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width projection"]:
-        """The projection of each item that the streaming form needs."""
+        """The projection weights of the features that the streaming form needs per item."""
 
     def with_frozen_weights(self, items: Ragged) -> Ragged:
         """The projected items, so that the aggregated vector is linear in them for autograd.
 
-        No gradient passes through what only weighs items, and no two of them share a maximum.
+        No gradient passes through features that only weigh items, and no two items share a maximum.
         """
         return items
 
@@ -177,14 +178,14 @@ class Aggregator(nn.Module, ABC):
     def finish(
         self, state: Ragged, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "segment group carry"]:
-        """The aggregated vector of each segment, seen through ``carry``."""
+        """The aggregated vector of each segment, projected by ``carry``."""
 
 
 def hide(
     items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
 ) -> Float[Tensor, "batch group item width"]:
     """The items, with masked ones set to zero."""
-    # Filled, not multiplied: padding can hold NaN, and NaN * 0 is NaN.
+    # Filled, not multiplied: padding can contain NaN, and NaN * 0 is NaN.
     return torch.where(mask[:, None, :, None], items, items.new_zeros(()))
 
 
@@ -196,10 +197,10 @@ _GROUP = "sidelight.mechanisms"
 
 
 def register(name: str) -> Callable[[_Builder], _Builder]:
-    """Registers the decorated class, or a function that builds a mechanism.
+    """Register the decorated class, or a function that builds a mechanism.
 
-    It is called with a ``Geometry``. Its keyword-only arguments are the options, each with a
-    default: positive whole numbers, or a ``Literal`` of names.
+    The builder is called with a ``Geometry``. Its keyword-only arguments are the options, each with
+    a default: positive whole numbers, or a ``Literal`` of names.
 
     Args:
         name: What users call the mechanism.
@@ -213,7 +214,7 @@ def register(name: str) -> Callable[[_Builder], _Builder]:
 
 
 def mechanism_names() -> tuple[str, ...]:
-    """All registered names, in alphabetical order; without those of entry points."""
+    """All registered names in alphabetical order, excluding entry points."""
     return tuple(sorted(_BUILDERS))
 
 
@@ -237,13 +238,13 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
 
 
 def labels_tokens(name: str) -> bool:
-    """Whether a mechanism has ``token_logits``."""
+    """Whether a mechanism implements ``token_logits``."""
     build = _registered(name)
     return isinstance(build, type) and build.token_logits is not Mechanism.token_logits
 
 
 def learns_rationales(name: str) -> bool:
-    """Whether a mechanism has a ``rationale_loss``."""
+    """Whether a mechanism implements ``rationale_loss``."""
     build = _registered(name)
     return isinstance(build, type) and build.rationale_loss is not Mechanism.rationale_loss
 
@@ -254,7 +255,7 @@ def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
 
 
 def _check_value(option: str, value: OptionValue, kind: Any) -> None:
-    """Options are positive whole numbers, or one of a few names."""
+    """Check that the value is a positive whole number, or one of the option's names."""
     names = get_args(kind)
     if names and value not in names:
         raise SidelightError(

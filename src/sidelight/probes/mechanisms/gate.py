@@ -43,7 +43,7 @@ class Gate(Aggregator):
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
-        """The gated sum over the items that the mask shows."""
+        """The gated sum over the unmasked items."""
         items = hide(items, mask)
         scores = self._bound(torch.einsum("bgnd,gd->bgn", items, self.score))
         weights = masked_softmax(scores[..., None], mask[:, None, :, None])
@@ -52,11 +52,11 @@ class Gate(Aggregator):
     def projections(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width projection"]:
-        """The score, then what is carried."""
+        """The score, then the carry."""
         return torch.cat([self.score[..., None], carry], -1)
 
     def with_frozen_weights(self, items: Ragged) -> Ragged:
-        """The score only weighs."""
+        """The projections with the score detached, as it only determines weights."""
         return Ragged(freeze_weights(items.values, 1), items.lengths)
 
     def summarise(self, items: Ragged) -> Ragged:
@@ -75,7 +75,7 @@ class Gate(Aggregator):
     def finish(
         self, state: Ragged, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "segment group carry"]:
-        """The gated sums, already projected."""
+        """The gated sums, which are already projected."""
         return finish_softmax(state)[:, :, 0]
 
 

@@ -1,4 +1,4 @@
-"""Direct pooling: the mean or the maximum over items, no parameters of its own."""
+"""Direct pooling: the mean or the maximum over items, without parameters."""
 
 from collections.abc import Hashable
 from typing import Literal
@@ -21,13 +21,13 @@ class MeanPooling(Aggregator):
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
-        """The mean over the items that the mask shows."""
+        """The mean over the unmasked items."""
         return hide(items, mask).sum(2) / mask.sum(1)[:, None, None]
 
     def projections(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width carry"]:
-        """The carried columns alone."""
+        """Only the carry."""
         return carry
 
     def summarise(self, items: Ragged) -> Ragged:
@@ -62,7 +62,7 @@ class MaxPooling(Aggregator):
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
-        """The maximum over the items that the mask shows; NaN where it shows none."""
+        """The maximum over the unmasked items; NaN if all are masked."""
         if items.shape[2] == 0:
             return items.sum(2) * torch.nan
         return _nan_if_empty(torch.where(mask[:, None, :, None], items, LOWEST).amax(2))
@@ -75,7 +75,7 @@ class MaxPooling(Aggregator):
         return eye.expand(carry.shape[0], -1, -1)
 
     def with_frozen_weights(self, items: Ragged) -> Ragged:
-        """Each maximum has one item."""
+        """The projections, with each maximum attained by a single item."""
         return items.without_ties()
 
     def summarise(self, items: Ragged) -> Ragged:

@@ -84,9 +84,10 @@ class Readout(Mechanism):
     def rationale_loss(
         self, tokens: Ragged, rationales: Bool[Tensor, " token"]
     ) -> Float[Tensor, " segment"]:
-        """-log of the weight that each layer's first gate gives them, in the mean over layers.
+        """-log of the weight that each layer's first gate gives the rationale, averaged over
+        layers.
 
-        The other gates stay free to look elsewhere.
+        The other gates are unconstrained.
         """
         scores = Ragged(tokens.values[:, :, 0].float(), tokens.lengths)
         highest = scores.maxima().detach()[scores.segments]
@@ -97,7 +98,7 @@ class Readout(Mechanism):
         return torch.where(is_known, -share.clamp(min=1e-9).log().mean(1), 0.0)
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-        """Exact: each token's own terms, with the gates' weights as they are."""
+        """Exact: each token's own terms, with the gates' weights held fixed."""
         return read_off(self._weighed, tokens, targets)
 
     def _weighed(self, tokens: Ragged) -> Float[Tensor, "segment output"]:

@@ -1,9 +1,10 @@
-"""The division of a logit among the tokens and layers that it is made from.
+"""Attribution of a logit to the tokens and layers that it is computed from.
 
-Two ways. A logit that is a sum of weights times values is *read off*: a token's share is its own
-term, with the weights as they are (Ali et al. 2022, "XAI for Transformers: Better Explanations
-through Conservative Propagation"). Any other is divided by *integrated gradients* (Sundararajan,
-Taly & Yan 2017). Knows columns and logits, and neither probes nor texts.
+There are two methods. A logit that is a sum of weights times values is *read off*: a token's share
+is its own term, with the weights held fixed (Ali et al. 2022, "XAI for Transformers: Better
+Explanations through Conservative Propagation"). Any other logit is attributed by *integrated
+gradients* (Sundararajan, Taly & Yan 2017). This module works on projections and logits, not on
+probes or texts.
 """
 
 from collections.abc import Callable
@@ -20,24 +21,26 @@ Logits = Callable[[Ragged], Tensor]
 """From tokens' columns, ``[row, layer, column]``, to logits, ``[segment, output]``."""
 
 COMPLETENESS = 5e-5
-"""In logits: steps are doubled until the integrated gradients miss no more of a logit."""
+"""Tolerance in logits: steps are doubled until the integrated gradients sum to the logit this
+closely.
+"""
 _FEWEST_STEPS, _MOST_STEPS = 16, 128
 # Gauss-Legendre points in u, where a = u^4: a normalised feature turns within the first hundredths
 # of the way.
 _POWER = 4
-# Most numbers that are differentiated in one call; short texts take all their steps in one.
+# Maximum number of values to differentiate in one call; short texts need only one call.
 _NUMBERS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class Shares:
-    """The terms of a logit by token and layer: ``baseline`` and ``values`` sum to it.
+    """The terms of a logit by token and layer; ``baseline`` and ``values`` sum to the logit.
 
     Attributes:
         values: In logits.
-        baseline: The logit where all columns are zero, which is every layer of every token at its
-            mean in training (at zero for a probe that reads raw states).
-        steps: Gradients that were integrated; 0 if the shares were read off, which is exact.
+        baseline: The logit with all projections zero: every layer of every token is at its training
+            mean (or at zero for a probe that reads raw states).
+        steps: Number of integrated gradients; 0 if the shares were read off, which is exact.
     """
 
     values: Float[Tensor, "row layer"]
@@ -46,13 +49,14 @@ class Shares:
 
 
 def read_off(logits: Logits, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-    """The shares of logits that are linear in the columns, less a constant: gradient times columns.
+    """The shares of logits that are affine in the projections: gradient times projections.
 
     Args:
-        logits: No gradient passes through what only weighs (``freeze_weights``). A maximum is
-            linear in the token that has it, if only one has (``Ragged.without_ties``).
+        logits: No gradient may pass through features that only weigh (``freeze_weights``). A
+            maximum is linear in the token that attains it, if only one does
+            (``Ragged.without_ties``).
         tokens: Columns.
-        targets: For each segment the weights of its logits whose sum is divided.
+        targets: For each segment, the weights of its logits in the sum to attribute.
     """
     values = _products(_gradient(logits, tokens, targets), tokens)
     return Shares(values, _at_zero(logits, tokens, targets), steps=0)
@@ -65,14 +69,14 @@ def integrated(
     *,
     sums_layers: bool = False,
 ) -> Shares:
-    """The shares of any logits, on the way from columns of zero to the text itself.
+    """The shares of any logits, on the path from zero projections to the text.
 
     Args:
         logits: Differentiable.
         tokens: Columns.
         targets: As for ``read_off``.
-        sums_layers: Whether a token's columns are added over the layers before anything else; then
-            the gradient of their sum, which is smaller, is that of each.
+        sums_layers: Whether a token's projections are summed over layers before anything else; the
+            gradient of the sum, which is smaller, then applies to each layer.
     """
     path = Ragged(tokens.values.sum(1, keepdim=True), tokens.lengths) if sums_layers else tokens
     baseline = _at_zero(logits, path, targets)
@@ -90,7 +94,7 @@ def integrated(
 def integrated_gradient(
     logits: Logits, tokens: Ragged, targets: Float[Tensor, "segment output"], *, steps: int
 ) -> Float[Tensor, "row layer projection"]:
-    """The integral over a in (0, 1) of the target's gradient at ``a`` times the columns."""
+    """The integral over a in (0, 1) of the target's gradient at ``a`` times the projections."""
     points, sizes = np.polynomial.legendre.leggauss(steps)
     places = (points + 1) / 2
     nodes, weights = places**_POWER, sizes / 2 * _POWER * places ** (_POWER - 1)
@@ -110,14 +114,14 @@ def integrated_gradient(
 def freeze_weights(
     projections: Float[Tensor, "*row projection"], scores: int
 ) -> Float[Tensor, "*row projection"]:
-    """The columns; no gradient passes through the first ``scores`` of them."""
+    """The projections, with the gradient of the first ``scores`` of them blocked."""
     return torch.cat([projections[..., :scores].detach(), projections[..., scores:]], -1)
 
 
 def _gradient(
     logits: Logits, tokens: Ragged, targets: Float[Tensor, "segment output"]
 ) -> Float[Tensor, "row layer projection"]:
-    # Columns can come from inference mode, which makes tensors that cannot be differentiated.
+    # Projections can come from inference mode, whose tensors cannot be differentiated.
     with torch.inference_mode(False), torch.enable_grad():
         projections = tokens.values.detach().clone().requires_grad_()
         target = (logits(Ragged(projections, tokens.lengths.clone())) * targets).sum()

@@ -1,4 +1,4 @@
-"""The spans mechanism: logits of every token, the largest of which are those of the text."""
+"""The spans mechanism: logits of every token, whose maximum gives the logits of the text."""
 
 import math
 from typing import Literal
@@ -19,14 +19,14 @@ class Spans(Mechanism):
     + sum_j M_1+j u_t+j) and u_t = (1 / sqrt(L + 1)) sum_l A_l x_lt: r features of the token itself,
     their mean over the last k tokens, and those of the tokens after it.
 
-    A causal model has not read on where it reads a token, so the next few tokens say more of it.
-    ``token_logits`` is what labels each token. A token costs r numbers, which the state keeps.
+    A causal model has not seen what follows a token, so the next few tokens add information about
+    it. ``token_logits`` labels each token. A token costs r numbers, which the state keeps.
 
     Args:
         geometry: Sizes.
-        rank: Features of a token (r).
-        window: k, of the mean; a text's first tokens have the mean of those before them.
-        lookahead: How many tokens after it count.
+        rank: Number of features per token (r).
+        window: Length of the mean (k); the first tokens of a text average over the tokens so far.
+        lookahead: Number of following tokens that are used.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Spans(Mechanism):
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
-        """The equation above, literally, over the tokens that the mask keeps."""
+        """The equation above, literally, over the unmasked tokens."""
         order = (~mask).byte().argsort(dim=1, stable=True)
         mask = mask.gather(1, order)
         hidden = hide(hidden.take_along_dim(order[:, None, :, None], 2), mask)
@@ -64,7 +64,7 @@ class Spans(Mechanism):
         return torch.where(mask[..., None], logits, -torch.inf).amax(1)
 
     def projections(self) -> Float[Tensor, "layer width projection"]:
-        """The share of each layer in the features."""
+        """The contribution of each layer to the features."""
         return self.features / math.sqrt(len(self.features))
 
     def layer_parameters(self) -> tuple[Tensor, ...]:
@@ -96,7 +96,7 @@ class Spans(Mechanism):
         position = rows - (state.lengths.cumsum(0) - state.lengths)[segments]
 
         def shifted(by: int) -> Tensor:
-            """Each token's neighbour at this distance; 0 outside of its segment."""
+            """Each token's neighbour at this distance; 0 outside its segment."""
             neighbours = (rows + by).clamp(0, max(len(rows) - 1, 0))
             is_inside = (neighbours == rows + by) & (segments[neighbours] == segments)
             return torch.where(is_inside[:, None], features[neighbours], 0)
@@ -110,8 +110,8 @@ class Spans(Mechanism):
         return gelu(read @ self.mixing + self.threshold) @ self.value
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-        """By integrated gradients, of the logits of the tokens that decide."""
-        # What inference mode makes cannot be part of a gradient.
+        """By integrated gradients, for the logits of the deciding tokens."""
+        # Inference-mode tensors cannot be differentiated.
         with torch.inference_mode(False), torch.no_grad():
             text = Ragged(tokens.values.clone(), tokens.lengths.clone())
             scores = Ragged(self._scores(self.summarise(text)), text.lengths).without_ties()

@@ -1,4 +1,4 @@
-"""The parts of mechanisms: the running softmax, the last token, and the paper's two stages.
+"""Building blocks of mechanisms: the running softmax, the last token, and the paper's two stages.
 
 Running softmax: per group and head, the state holds the largest score so far, the normaliser
 relative to it, and the weighted sums; two states merge exactly and in any order (Milakov &
@@ -26,8 +26,8 @@ def summarise_softmax(
 
     Args:
         scores: Logits of the weights, float32.
-        values: What is weighted, float32.
-        tokens: Gives the rows' segments.
+        values: The values to weight, float32.
+        tokens: Gives the segment of each row.
     """
     # The maximum only keeps exp() in range; its gradient cancels.
     top = Ragged(scores.detach(), tokens.lengths).maxima()
@@ -40,7 +40,7 @@ def summarise_softmax(
 
 
 def merge_softmax(left: Ragged, right: Ragged) -> Ragged:
-    """The state after both runs of tokens."""
+    """The merged state of two adjacent runs of tokens."""
     top = torch.maximum(left.values[..., :1], right.values[..., :1])
     sums = [(side.values[..., :1] - top).exp() * side.values[..., 1:] for side in (left, right)]
     return Ragged.one_row_each(torch.cat([top, sums[0] + sums[1]], -1))
@@ -54,7 +54,7 @@ def finish_softmax(state: Ragged) -> Float[Tensor, "segment group head value"]:
 def masked_softmax(
     scores: Float[Tensor, "*batch item head"], mask: Bool[Tensor, "*#batch item #head"]
 ) -> Float[Tensor, "*batch item head"]:
-    """Softmax over items, where masked ones have weight 0."""
+    """Softmax over items; masked items have weight 0."""
     return torch.where(mask, scores, LOWEST).softmax(-2)
 
 
@@ -66,7 +66,7 @@ def summarise_with_last(
 ) -> Ragged:
     """As ``summarise_softmax``, with the last token as one more head.
 
-    That head's values of every token are ``ends``; only a segment's last one counts.
+    ``ends`` has this head's value of every token; only the last token of a segment counts.
     """
     gated = summarise_softmax(scores, values, tokens).values
     has_token = tokens.lengths > 0
@@ -79,7 +79,8 @@ def summarise_with_last(
 
 
 def merge_with_last(left: Ragged, right: Ragged) -> Ragged:
-    """As ``merge_softmax``, with the last head of ``right`` wherever ``right`` has a token."""
+    """As ``merge_softmax``, but the last head comes from ``right`` wherever ``right`` has a token.
+    """
     merged = merge_softmax(left, right)
     earlier, later = (side.values[:, :, -1:] for side in (left, right))
     last = torch.where(later[..., :1] > LOWEST, later, earlier)
@@ -89,7 +90,7 @@ def merge_with_last(left: Ragged, right: Ragged) -> Ragged:
 def last_token(
     items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
 ) -> Float[Tensor, "batch group width"]:
-    """The dense form: each text's last item among those that the mask shows."""
+    """The dense form: the last unmasked item of each text."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     ends = torch.where(mask, positions, -1).argmax(1)
     return items[torch.arange(len(items), device=mask.device), :, ends]
@@ -99,10 +100,11 @@ class TwoStage(Mechanism):
     """v_l = A_l(h_l), v = A({v_l}), logits = W v + b (Meyoyan & Del Corro 2026, section 3).
 
     The streaming form never holds a vector of hidden-state width: the token stage carries only the
-    projections that the layer stage and the head ask for.
+    projections that the layer stage and the head need.
 
     Args:
-        aggregator: Builds a stage for a number of groups: one per layer, then one.
+        aggregator: Builds a stage for a number of groups: one per layer for the token stage, a
+            single one for the layer stage.
         geometry: Sizes.
     """
 
@@ -116,13 +118,13 @@ class TwoStage(Mechanism):
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
-        """The two stages and the head, one after the other."""
+        """The two stages, then the head."""
         vectors = self.token_stage(hidden, mask)  # (B, L, D)
         every_layer = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
         return self.head(self.layer_stage(vectors[:, None], every_layer)[:, 0])
 
     def projections(self) -> Float[Tensor, "layer width projection"]:
-        """The columns of the token stage for all that the layer stage needs."""
+        """The projections of the token stage that the layer stage needs."""
         return self.token_stage.projections(self._carried())
 
     def summarise(self, tokens: Ragged) -> Ragged:
@@ -135,11 +137,11 @@ class TwoStage(Mechanism):
         return self.token_stage.merge(left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
-        """Ends the token stage, then runs the layer stage on its carried projections."""
+        """Finish the token stage, then run the layer stage on its carried projections."""
         return self._classify(self._layers_of(state))
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-        """Exact: each token's own terms, with the weights of both stages as they are."""
+        """Exact: each token's own terms, with the weights of both stages held fixed."""
 
         def weighed(tokens: Ragged) -> Float[Tensor, "segment output"]:
             layers = self._layers_of(
@@ -150,7 +152,7 @@ class TwoStage(Mechanism):
         return read_off(weighed, tokens, targets)
 
     def _layers_of(self, state: Ragged) -> Ragged:
-        """The layers of each segment as the items of the layer stage's one group."""
+        """The layers of each segment as the items of the layer stage's single group."""
         vectors = self.token_stage.finish(state, self._carried())  # (S, L, K)
         segments, layers, _ = vectors.shape
         lengths = torch.full((segments,), layers, device=vectors.device)
