@@ -208,7 +208,7 @@ def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
         "1 of 20 validation texts were left out",
     ):
         (warning,) = (each for each in warnings if message in each)
-        assert re.search(r"first chats\.jsonl, line [46]\. .*--set max_tokens", warning)
+        assert re.search(r"The first is chats\.jsonl, line [46]\. .*--set max_tokens", warning)
     # Other texts that are longer are cut, and evaluation reads all of them whole.
     assert sum("left out" in warning for warning in warnings) == 2
     report = classifier.Classifier(tiny, untrained_probe(tiny, "toxicity")).evaluate(rest)
@@ -513,7 +513,7 @@ def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, optio
     copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])
     with_copies = replace(options, background=Background((*copies, *TRAFFIC)))
     dataset = prepare(tiny, examples, None, options=with_copies)
-    assert any("10 conversations" in warning for warning in warned())
+    assert any("10 background conversations" in warning for warning in warned())
     drawn_texts = {
         context.example.text for context in dataset.contexts if context.kind == "background"
     }
@@ -591,7 +591,7 @@ def test_several_classes_say_none_to_background_traffic(tiny, options):
 
 @pytest.mark.parametrize(
     ("flagged", "threshold", "told"),
-    [(2, 0.5, ""), (2, 0.8, "finds 10 of 20 texts that are 'toxic'"), (30, 0.5, "flags 30.0%")],
+    [(2, 0.5, ""), (2, 0.8, "finds 10 of 20 'toxic' texts"), (30, 0.5, "flags 30.0%")],
 )
 def test_the_cost_of_background_traffic_is_reported_with_its_remedy(
     flagged, threshold, told, warned

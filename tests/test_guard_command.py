@@ -290,7 +290,7 @@ def test_a_test_that_cannot_be_read_is_refused_before_training(
 @pytest.mark.parametrize(
     ("prefix", "named", "name", "error"),
     [
-        ("odd ", "odd shouts", "odd shouts", "A probe cannot be called 'odd shouts'"),
+        ("odd ", "odd shouts", "odd shouts", "'odd shouts' is not a valid name"),
         ("y", "yshouts", "Policy.toml", "The guard 'Policy.toml' would need a folder"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
             ("--data", "mine.jsonl", "--out", "g"),
             "--data adapts a single guard. Name it with --only",
         ),
-        (("--only", "shouts,letters", "--data", "m.jsonl", "--out", "g"), "--only shouts or lett"),
+        (("--only", "shouts,letters", "--data", "m.jsonl", "--out", "g"), "--only: shouts or lett"),
         (("--only", "shouts", "--data", "absent.jsonl", "--out", "g"), "No file 'absent.jsonl'"),
         (("--out", "/proc/guards"), "Cannot write to /proc/guards"),
         (("--only", "shouts", "--model", "/absent", "--out", "g"), "/absent"),

@@ -123,7 +123,7 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
     # Those of both read chats as those of chats do.
     both = [prompts.changed(prompt_format="both", reads=Reads()), answers]
     told = weaknesses(replace(SOUND, system_turns="trust"), both)
-    assert ["system_turns" in told[0], "earlier turn" in told[1], len(told)] == [True, True, 2]
+    assert ["system_turns" in told[0], "an earlier one" in told[1], len(told)] == [True, True, 2]
     # A probe of spans has the largest logit of a token, which no other token outweighs.
     spans = replace(spans_probe(tiny, "spans"), standardisation=prompts.standardisation)
     marking = replace(SOUND, input={"toxicity": BLOCK, "spans": BLOCK})

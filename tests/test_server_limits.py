@@ -169,7 +169,7 @@ def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
         assert error_of(beyond) == (400, "request_too_large")
         message = beyond.json()["error"]["message"]
         assert "text 357 of 512 brings the request to 65688" in message
-        assert "65536 (--max-request-tokens). Send fewer or shorter texts at a time." in message
+        assert "65536 (--max-request-tokens). Send fewer or shorter texts per request." in message
         # As many as may fit get as far as the engine.
         assert post(http, MODERATIONS, {"input": ["x" * 180] * 356}).status_code == 500
         assert engine.classify.call_count == 1

@@ -70,7 +70,7 @@ SERVED = 1e-4
         ([{"start": 5, "end": 12}], "expected a span with the keys"),
         ([[5, 12, "NAME"]], "expected a span with the keys"),
         ("NAME", "'NAME'. Write a list of spans"),
-        ([{**NAME, "label": "none"}], "cannot have the label 'none'"),
+        ([{**NAME, "label": "none"}], "'none' is not a valid label"),
         ([{**NAME, "label": ["a"]}], "expected one label"),
     ],
 )

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line. Ctrl-C during its imports ends the process at once."""
+    """Run the command line. Ctrl-C during its imports ends the process at once."""
     import signal
 
     handler = signal.getsignal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Errors and warnings that a user or the network can cause, and the hint for a misspelt name."""
+"""Errors and warnings caused by the user or the network, and the hint for a misspelt name."""
 
 import warnings
 from collections.abc import Generator, Iterable
@@ -12,32 +12,32 @@ _MOST_CHARACTERS = 200
 
 
 class SidelightError(Exception):
-    """An error that the user can fix; the message says what was got, wanted, and what to do."""
+    """An error that the user can fix; the message says what is wrong and how to fix it."""
 
 
 class SidelightWarning(UserWarning):
-    """Something that the user should know about the data or the result, in one sentence."""
+    """Something that the user should know about the data or the result."""
 
 
-# Every run in a process repeats its warnings; a user's own filters come first.
+# Every run in a process repeats its warnings; the user's own filters take precedence.
 warnings.filterwarnings("always", category=SidelightWarning, append=True)
 
 
 def warn(sentence: str) -> None:
-    """Warn the user with one sentence."""
+    """Issue a ``SidelightWarning`` with this message."""
     warnings.warn(sentence, SidelightWarning, stacklevel=2)
 
 
 @contextmanager
 def warnings_ignored() -> Generator[None]:
-    """Ignore the warnings of checks that are repeated later."""
+    """Suppress the warnings of checks that are repeated later."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SidelightWarning)
         yield
 
 
 class FingerprintMismatchError(SidelightError):
-    """A probe was given another backbone than the one it was trained on."""
+    """A probe was given a backbone that it was not trained on."""
 
 
 class ContextLengthError(SidelightError):
@@ -45,7 +45,7 @@ class ContextLengthError(SidelightError):
 
 
 class DisguisedTextError(SidelightError):
-    """A text has invisible characters or mixed-script words, and the policy refuses them.
+    """A text has invisible characters or mixed-script words, which the policy refuses.
 
     Attributes:
         code: ``invisible_characters`` or ``mixed_scripts``.
@@ -57,14 +57,14 @@ class DisguisedTextError(SidelightError):
 
 
 class VerdictError(SidelightError):
-    """A verdict could not be computed; this must never be taken for a harmless verdict."""
+    """A verdict could not be computed; this must never be treated as a negative verdict."""
 
 
 def checked(kind: Any, value: object, what: str, *, strict: bool = False) -> Any:
-    """The value as a type that pydantic knows, such as one with limits.
+    """Validate the value as a pydantic type, such as one with limits.
 
     Raises:
-        SidelightError: It is not of that type; the message begins with ``what``.
+        SidelightError: The value is not of this type; the message begins with ``what``.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -75,13 +75,13 @@ def checked(kind: Any, value: object, what: str, *, strict: bool = False) -> Any
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """The errors of the hub's client that reaches nothing: of httpx or httpx2, by its version."""
+    """The hub client's errors for a failed connection, from httpx or httpx2 by its version."""
     installed = [name for name in ("httpx", "httpx2") if find_spec(name) is not None]
     return tuple(import_module(name).HTTPError for name in installed)
 
 
 def how_to_install(package: str) -> str:
-    """The sentence on installing a part of Sidelight, none of which is on PyPI yet.
+    """The sentence that tells how to install a part of Sidelight, which is not on PyPI yet.
 
     Args:
         package: An extra, such as ``.[serve]``, or a package's folder, such as ``./packages/lab``.
@@ -90,16 +90,16 @@ def how_to_install(package: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the closest known name, and all known names.
+    """End an error message with the closest known name and all known names.
 
     Args:
-        name: What the user wrote.
-        known: The names that would have been accepted.
+        name: The name that the user wrote.
+        known: The names that are accepted.
 
     Returns:
         For example ``" Did you mean 'gate'? Known: attention, gate, pooling."``.
     """
-    # difflib takes seconds over names that are very long.
+    # difflib takes seconds on very long names.
     choices = sorted(choice[:_MOST_CHARACTERS] for choice in known)
     close = get_close_matches(name[:_MOST_CHARACTERS], choices, n=1)
     guess = f" Did you mean '{close[0]}'?" if close else ""

@@ -1,4 +1,4 @@
-"""scikit-learn's face: a classifier of texts for pipelines, cross-validation and grid search."""
+"""scikit-learn interface: a text classifier for pipelines, cross-validation and grid search."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,40 +31,42 @@ from sidelight.training.settings import (
 )
 from sidelight.types import Task
 
-# Arguments that are settings of a mechanism.
+# Arguments that are settings of the mechanism.
 _SETTINGS = "learning_rate", "weight_decay", "epochs", "batch_size", "class_weight"
 
 
 class SidelightClassifier(ClassifierMixin, BaseEstimator):
     """A probe on a frozen LLM, as a scikit-learn classifier of texts.
 
-    It is the probe that ``sidelight.train`` trains. Texts are a list, an array or a Series of
-    strings, each a message of a user. Each fold shows its texts in traffic of its own.
+    It trains the same probe as ``sidelight.train``. Texts are a list, an array or a Series of
+    strings, each a user message. Each fold embeds its texts in separate background traffic.
 
     Args:
         model: The LLM: ``smollm2``, a folder, or a hub id.
-        mechanism: ``auto`` is a readout; else one of ``mechanism_names()``.
-        learning_rate: Of the optimiser; this and the next three are the mechanism's own if None.
-        weight_decay: Of the optimiser.
-        epochs: The most.
+        mechanism: ``auto`` for a readout, or one of ``mechanism_names()``.
+        learning_rate: Learning rate of the optimiser; None for this and the next three arguments
+            uses the mechanism's defaults.
+        weight_decay: Weight decay of the optimiser.
+        epochs: Maximum number of epochs.
         batch_size: Texts per step.
-        background: Background traffic, as ``load_background`` takes it: a file of texts or chats,
-            ``packaged``, or ``none``, which shows texts alone.
-        context_tokens: The fewest tokens of it that texts are shown in; None: 40,000, and 400,000
-            on a GPU.
-        none: Whether a probe of several classes says ``none`` to background traffic once it is
-            saved and served; here, it always chooses among ``classes_``.
+        background: Background traffic, as in ``load_background``: a file of texts or chats,
+            ``packaged``, or ``none`` to train without context.
+        context_tokens: Minimum tokens of background that texts are embedded in; None means 40,000,
+            or 400,000 on a GPU.
+        none: Whether a multi-class probe predicts ``none`` for background traffic once it is saved
+            and served; here, it always chooses among ``classes_``.
         class_weight: ``balanced`` weighs classes by inverse frequency.
-        calibration: How logits become probabilities; None: a temperature for several classes, else
+        calibration: Kind of calibration; None means temperature scaling for multi-class tasks, else
             Platt scaling.
-        max_tokens: Longer texts are cut for training; judging never cuts.
-        keep_cache: Whether the hidden states of training stay in the cache folder for other fits,
-            so that the LLM reads a text once, however many folds and settings train on it.
-        random_state: Decides initial parameters and the order of the data; None is 0.
+        max_tokens: Length to which longer texts are truncated for training; prediction never
+            truncates.
+        keep_cache: Whether the hidden states of training are kept in the cache folder for other
+            fits, so that the LLM reads each text only once across folds and settings.
+        random_state: Seed of the initial parameters and the order of the data; None means 0.
         verbose: Whether to show progress.
 
     Attributes:
-        classes_: The labels, sorted. The last of two is the positive class.
+        classes_: The labels, sorted. With two labels, the second is the positive class.
         probe_: The trained probe.
     """
 
@@ -112,14 +114,14 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     # scikit-learn's names of the arguments.
     def fit(self, X: Any, y: Any) -> "SidelightClassifier":  # noqa: N803
-        """Trains a probe; doubts about the data come as warnings.
+        """Train a probe; problems with the data are reported as warnings.
 
         Args:
             X: The texts.
             y: Their labels, of two or more classes.
 
         Raises:
-            ValueError: The texts or the labels have another form.
+            ValueError: The texts or the labels have the wrong type or shape.
             SidelightError: The model or the settings cannot be used.
         """
         items = [as_example(text) for text in _texts(X)]
@@ -148,11 +150,13 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
         """The calibrated probability of each class, in the order of ``classes_``.
 
-        For a probe that also knows ``none``, that is the probability if the text is of a class.
+        For a probe that also has the class ``none``, probabilities are conditional on the other
+        classes.
 
         Raises:
-            ValueError: These are no texts.
-            SidelightError: A text is longer than the model reads, or the model is another one.
+            ValueError: The input is not a list of strings.
+            SidelightError: A text exceeds the model's context length, or the model differs from the
+                one used in training.
         """
         check_is_fitted(self)
         examples = [as_example(text) for text in _texts(X)]
@@ -165,16 +169,16 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         return known / known.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
-        """The most probable class of each text, whatever the probe's threshold."""
+        """The most probable class of each text, regardless of the probe's threshold."""
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(axis=1)]
 
     @property
     def classifier_(self) -> Classifier:
-        """The probe on its model: verdicts with the probe's threshold.
+        """The probe on its model, for verdicts at the probe's threshold.
 
         Raises:
-            SidelightError: The model is another one than the probe was trained on.
+            SidelightError: The model differs from the one that the probe was trained on.
         """
         check_is_fitted(self)
         backbone, probe = _backbone(str(self.model)), self.probe_
@@ -182,9 +186,9 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         return Classifier(backbone, probe)
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the probe as an artifact, to serve or to load with ``sidelight.load``.
+        """Write the probe as an artifact, to serve or to load with ``sidelight.load``.
 
-        The folder's name is the probe's.
+        The probe takes the folder's name.
         """
         check_is_fitted(self)
         folder = Path(directory)
@@ -192,7 +196,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
 
     def _options(self) -> FitOptions:
         spec = mechanism_spec(named_mechanism(self.mechanism))
-        # NumPy's numbers, as of a grid, cannot be written to a card.
+        # NumPy scalars, such as those of a grid search, cannot be written to a card.
         chosen = {
             name: value.item() if isinstance(value, np.generic) else value
             for name in _SETTINGS
@@ -212,10 +216,10 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         )
 
 
-# One, since a second LLM would double the memory.
+# Only one, because a second LLM would double the memory.
 @lru_cache(maxsize=1)
 def _backbone(model: str) -> TransformersBackbone:
-    """A model, which all classifiers of this process share."""
+    """The model, shared by all classifiers of this process."""
     return load_backbone(model, for_probing=True)
 
 
@@ -233,9 +237,9 @@ def _texts(values: Any) -> Sequence[str]:
 
 
 def _require_labels(labels: np.ndarray) -> None:
-    """Refuses missing labels, which NumPy cannot sort or takes for a class."""
+    """Refuse missing labels, which NumPy cannot sort or would treat as a class."""
     for number, label in enumerate(labels.tolist()):
-        # NaN differs from itself.
+        # NaN is not equal to itself.
         if not isinstance(label, str | Real) or label != label:
             raise ValueError(
                 f"Label {number + 1} is {label!r:.80}, expected a string or a number. Label the "

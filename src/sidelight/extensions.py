@@ -16,16 +16,16 @@ def extension_names(group: str) -> list[str]:
     """The names that installed packages have in a group, sorted.
 
     Args:
-        group: Of entry points, such as ``sidelight.engines``.
+        group: Group of entry points, such as ``sidelight.engines``.
     """
     return sorted({entry.name for entry in entry_points(group=group)})
 
 
 def find_extension(group: str, name: str) -> EntryPoint | None:
-    """The entry point of a name; None if no package has it.
+    """The entry point with this name; None if no package provides it.
 
     Raises:
-        SidelightError: Several packages have it, or its package does not fit this Sidelight.
+        SidelightError: Several packages provide it, or its package does not support this Sidelight.
     """
     found = {entry.value: entry for entry in entry_points(group=group, name=name)}
     if len(found) > 1:
@@ -41,29 +41,29 @@ def find_extension(group: str, name: str) -> EntryPoint | None:
 
 
 def load_extension(group: str, name: str) -> Any:
-    """The object of a name; None if no package has it.
+    """Load the object of an entry point; None if no package provides it.
 
     Raises:
-        SidelightError: As ``find_extension``.
+        SidelightError: As for ``find_extension``.
     """
     entry = find_extension(group, name)
     return None if entry is None else entry.load()
 
 
 def require_fit(package: str) -> None:
-    """Check that an installed package fits the version of Sidelight beside it.
+    """Check that an installed package supports the installed version of Sidelight.
 
     Args:
-        package: Its name, such as ``sidelight-vllm``.
+        package: Name of the package, such as ``sidelight-vllm``.
 
     Raises:
-        SidelightError: It requires another version.
+        SidelightError: The package requires another version.
     """
     _require_fit(distribution(package))
 
 
 def _require_fit(package: Distribution) -> None:
-    # Imported here, since every command imports this module and few load a package.
+    # Imported here, because every command imports this module but few load a package.
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

@@ -1,10 +1,10 @@
-"""Probes by name: ``guard:NAME`` stands wherever the folder of a probe is expected.
+"""Probes by name: ``guard:NAME`` can be used wherever the folder of a probe is expected.
 
-It resolves to the probe of this guard that was trained for the model: one from a package of guards,
-or one that ``sidelight guard`` trained on this machine. ``guard:NAME@VERSION`` pins a version of
-the guard's texts, ``guard:NAME,NAME`` names several, and ``guard:all`` every one.
-``hf:OWNER/NAME@REVISION`` is a probe on the Hugging Face hub. A name wins over a folder of that
-name in the working directory, which its absolute path names.
+The name resolves to the guard's probe for the model, either from an installed package of guards or
+trained on this machine by ``sidelight guard``. ``guard:NAME@VERSION`` pins a version of the guard's
+texts, ``guard:NAME,NAME`` names several guards, and ``guard:all`` names all of them.
+``hf:OWNER/NAME@REVISION`` is a probe on the Hugging Face hub. Such a name takes precedence over a
+folder of the same name in the working directory; name that folder by its absolute path.
 """
 
 import os
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(?P<name>[^@:]+)(?:@(?P<version>[0-9]{1,9}))?")
 
 
 class UntrainedGuardError(SidelightError):
-    """There are no probes of guards for a model; the message has the command that trains them.
+    """Guards have no probes for a model; the message gives the command that trains them.
 
     Attributes:
         guards: The names of the guards.
@@ -46,27 +46,27 @@ class UntrainedGuardError(SidelightError):
 
 
 def is_guard(source: str | Path) -> bool:
-    """Whether it is the name of a guard, and no folder's."""
+    """Whether this names a guard rather than a folder."""
     return str(source).startswith(PREFIX)
 
 
 def trained_guards(digest: str) -> Path:
-    """The folder of the guards that were trained on this machine for a model.
+    """The folder of the guards trained on this machine for a model.
 
     Args:
-        digest: Of the model's fingerprint.
+        digest: Digest of the model's fingerprint.
     """
     return _home() / digest
 
 
 def local_name(guard: Guard) -> str:
-    """The folder of a guard there, one for each version of its texts."""
+    """The name of a guard's folder there, one for each version of its texts."""
     return f"{guard.name}@{guard.card.version}"
 
 
 def named_sources(text: str) -> list[str]:
-    """The folders and names in a list with the separator of paths (``os.pathsep``)."""
-    # It may be the colon of guard:NAME or hf:NAME, at the start of a name.
+    """Split a list of folders and names at ``os.pathsep``."""
+    # The separator may be the colon of guard:NAME or hf:NAME, at the start of a name.
     separator, prefixes = re.escape(os.pathsep), (PREFIX[:-1], hub.PREFIX[:-1])
     within = "".join(f"(?<!^{prefix})(?<!{separator}{prefix})" for prefix in prefixes)
     return [*filter(None, re.split(within + separator, text))]
@@ -77,19 +77,19 @@ def probe_folders(
     model: str | None = None,
     digest: Callable[[], str] | None = None,
 ) -> list[Path]:
-    """The folders of probes that are named; a probe on the hub is downloaded.
+    """Resolve names to folders of probes; a probe on the hub is downloaded.
 
     Args:
         sources: Folders, names of guards, and of probes on the hub.
-        model: The name of the model that is to run them, for messages; None: that of the probes.
-        digest: Returns the digest of the model's fingerprint, in about a second; called at most
-            once. None: guards resolve to the probes of the embedded model, packaged or trained
-            on this machine.
+        model: Name of the model that runs the probes, for messages; None means the probes' own.
+        digest: Function that returns the digest of the model's fingerprint, in about a second; it
+            is called at most once. None resolves guards to the probes of the embedded model,
+            packaged or trained on this machine.
 
     Raises:
-        UntrainedGuardError: There are none for this model.
-        SidelightError: There is no such guard, or not of this version, or one is named twice; or
-            as for ``hub.download_probe``.
+        UntrainedGuardError: A guard has no probe for this model.
+        SidelightError: A guard or its version does not exist, or a guard is named twice; or as for
+            ``hub.download_probe``.
     """
     named = [(source, _guards(source) if is_guard(source) else []) for source in sources]
     names = [guard.name for _, guards in named for guard, _ in guards]
@@ -115,7 +115,7 @@ def probe_folders(
 def probe_folder(
     source: str | Path, model: str | None = None, digest: Callable[[], str] | None = None
 ) -> Path:
-    """The folder of the one probe that is named; arguments and errors as for ``probe_folders``."""
+    """The folder of a single named probe; arguments and errors as for ``probe_folders``."""
     if is_guard(source) and len(guards := _guards(source)) > 1:
         names = ", ".join(guard.name for guard, _ in guards)
         raise SidelightError(f"'{source}' names several guards. Name one of them here: {names}.")
@@ -124,7 +124,8 @@ def probe_folder(
 
 
 def packaged_folders(guard: Guard) -> list[Path]:
-    """The trained probes that a guard's package ships, that for the embedded model first."""
+    """The trained probes that a guard's package ships; the one for the embedded model comes first.
+    """
     return [path.parent for path in sorted(guard.folder.glob(f"**/{PROBE}"), key=_depth)]
 
 
@@ -137,16 +138,18 @@ def _home() -> Path:
 
 
 def _names(source: str) -> list[str]:
-    """``guard:a,guard:b`` and ``guard:a,b`` as ``a`` and ``b``; ``guard:all`` as every guard."""
+    """Expand ``guard:a,guard:b`` and ``guard:a,b`` to ``a`` and ``b``, and ``guard:all`` to all
+    guards.
+    """
     names = [name.strip().removeprefix(PREFIX) for name in source.split(",")]
     if names == [ALL]:
-        # Where there is none, the error says what to install.
+        # If no guard is installed, the error says what to install.
         return guard_names() or ["injection"]
     return names
 
 
 def _guards(source: str | Path) -> list[tuple[Guard, int]]:
-    """The guards of a name, each with the version that is wanted."""
+    """The guards of a name, each with the requested version."""
     try:
         return [_guard(name, source) for name in _names(str(source))]
     except SidelightError as error:
@@ -169,11 +172,11 @@ def _guard(named: str, source: str | Path) -> tuple[Guard, int]:
 
 
 def _trained(guard: Guard, version: int, digest: str | None) -> Path | None:
-    """The folder of the probe of a guard; None: this version has not been trained for the model."""
+    """The folder of a guard's probe; None if this version has not been trained for the model."""
     is_installed = version == guard.card.version
     for folder in packaged_folders(guard) if is_installed else ():
         trained_on = _packaged_digest(guard, folder)
-        # Without a model, it runs on that of the probe.
+        # Without a model, the probe's own model runs it.
         if digest is None or _fits(trained_on, digest):
             return folder
     for folder in _local_folders(f"{guard.name}@{version}", digest):
@@ -190,7 +193,7 @@ def _trained(guard: Guard, version: int, digest: str | None) -> Path | None:
 
 
 def _local_folders(name: str, digest: str | None) -> Iterator[Path]:
-    """Where a guard may have been trained on this machine, for the model itself first."""
+    """Candidate folders of a guard trained on this machine; the model's own comes first."""
     homes = [] if digest is None else [trained_guards(digest)]
     if (digest is None or accepted_copy()) and _home().is_dir():
         homes += sorted(_home().iterdir())
@@ -207,5 +210,5 @@ def _packaged_digest(guard: Guard, folder: Path) -> str:
 
 
 def _fits(trained_on: str, served: str) -> bool:
-    """Whether the probes of a model, by its digest, are for the served one, or accepted there."""
+    """Whether probes with this model digest belong to the served model, or are accepted on it."""
     return trained_on == served or hash_of(trained_on, served) == accepted_copy()

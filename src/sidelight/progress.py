@@ -16,7 +16,7 @@ Progress = Callable[[int | float], object]
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Shows no progress inside the block."""
+    """Show no progress inside the block."""
     token = _is_quiet.set(True)
     try:
         yield
@@ -25,7 +25,7 @@ def quiet() -> Generator[None]:
 
 
 def say(sentence: str) -> None:
-    """Prints a line where progress is shown."""
+    """Print a line where progress is shown."""
     if not _is_quiet.get():
         print(sentence, file=sys.stderr, flush=True)
 
@@ -59,4 +59,4 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Prints no line."""
+    """Print no line."""

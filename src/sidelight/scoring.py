@@ -1,4 +1,4 @@
-"""Texts judged by a probe: logits, spans, and figures on labelled rows or on a guard's tests."""
+"""Classification by a probe: logits, spans, and metrics on labelled rows or on a guard's tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ _LISTED_MISTAKES = 5
 
 
 def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedPrompt]:
-    """The examples' token ids.
+    """Encode the examples as token ids.
 
     Raises:
-        ContextLengthError: One is longer than the backbone reads.
-        SidelightError: One cannot be rendered.
+        ContextLengthError: A text exceeds the backbone's context length.
+        SidelightError: A text cannot be rendered.
     """
     prompts: list[EncodedPrompt] = []
     for index, example in enumerate(examples):
@@ -47,7 +47,7 @@ def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedP
 
 
 def classify(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> list[ProbeOutput]:
-    """A probe's output for each text.
+    """Return a probe's output for each text.
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads.
@@ -91,7 +91,7 @@ def find_spans(
 def score_characters(
     backbone: Backbone, probe: Probe, examples: Sequence[Example]
 ) -> list[tuple[ProbeOutput, Float[np.ndarray, "character label"]]]:
-    """The output of a probe of spans for each text, and its characters' probabilities."""
+    """The output of a span probe for each text, and the probabilities of its characters."""
     assert probe.spans is not None
     texts: list[str] = []
     for index, example in enumerate(examples):
@@ -106,7 +106,7 @@ def score_characters(
 
 
 class Mistake(NamedTuple):
-    """A wrong decision about a label, and the beginning of the text."""
+    """An error on a label, with the beginning of the text."""
 
     label: str
     is_missed: bool
@@ -116,14 +116,14 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """How a probe did.
+    """The result of measuring a probe.
 
     Attributes:
-        examples: The rows.
-        probe: What judged them.
-        probabilities: Its probabilities.
-        report: Its figures of whole texts.
-        spans: How well spans are found; None: whole texts are labelled.
+        examples: The labelled rows.
+        probe: The probe.
+        probabilities: Its probabilities for the rows.
+        report: Metrics on whole texts.
+        spans: Span metrics; None if whole texts are labelled.
     """
 
     examples: LabelledExamples
@@ -134,7 +134,9 @@ class Assessment:
 
     @property
     def operating_points(self) -> list[OperatingPoint]:
-        """Thresholds to choose from, by these rows; none but for a binary probe of whole texts."""
+        """Alternative thresholds measured on these rows; empty except for a binary probe of whole
+        texts.
+        """
         task, labels = self.probe.task, self.examples.labels
         if self.spans is not None or task.kind != "binary" or len(np.unique(labels)) < 2:
             return []
@@ -158,7 +160,7 @@ class Assessment:
         }
 
     def plot(self, folder: Path) -> None:
-        """Draws the probe's plots."""
+        """Draw the probe's plots."""
         from sidelight.data.plots import plot_report
 
         plot_report(self._predictions, folder, title=self.probe.name)
@@ -170,13 +172,13 @@ class Assessment:
 
     @property
     def mistakes(self) -> list[Mistake]:
-        """The wrong decisions of which the probe was surest."""
+        """The errors in which the probe was most confident."""
         task, probabilities, thresholds = self.probe.task, self.probabilities, self.probe.thresholds
         predictions = self._predictions
         holds = predictions.targets[:, predictions.headline]
         is_wrong = predictions.decisions[:, predictions.headline] != holds
         if task.kind == "multiclass":
-            # Two of its labels are wrong: the one that it names counts.
+            # Two of its labels are wrong; the one that it names counts.
             is_wrong &= ~holds
         distances = np.where(is_wrong, np.abs(probabilities - np.array(thresholds or 0)), 0)
         order = np.argsort(-distances, axis=None, kind="stable")[:_LISTED_MISTAKES].tolist()
@@ -194,12 +196,12 @@ class Assessment:
 
 
 def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Assessment:
-    """Measures a probe on labelled rows.
+    """Measure a probe on labelled rows.
 
     Args:
         backbone: The model that the probe was trained on.
         probe: The probe.
-        examples: Loaded with the task on its card, and with spans for a probe of spans.
+        examples: Rows loaded with the task of the probe's card, and with spans for a span probe.
 
     Raises:
         SidelightError: The probe and the texts do not fit each other.
@@ -216,18 +218,18 @@ def assess_logits(
     logits: Float[np.ndarray, "text output"],
     found: Sequence[Sequence[Span]] | None = None,
 ) -> Assessment:
-    """Measures a probe whose logits are known.
+    """Measure a probe whose logits are known.
 
     Args:
         probe: The probe.
         examples: As for ``assess``.
         logits: Its logits of each text.
-        found: The spans that it finds in each text; None: whole texts are labelled.
+        found: Spans found in each text; None if whole texts are labelled.
     """
     spans, row_thresholds = None, None
     if found is not None:
         spans = evaluate_spans(examples, found)
-        # What a span has holds for its text, whatever the text's own probability.
+        # The label of a span holds for its text, regardless of the text's own probability.
         names = [{span.label for span in found_spans} for found_spans in found]
         limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
         row_thresholds = np.array(
@@ -246,11 +248,11 @@ def assess_logits(
 
 @dataclass(frozen=True)
 class GuardTests:
-    """The packaged tests of a guard, on which it and TF-IDF are measured.
+    """The packaged tests of a guard, for measuring the guard and TF-IDF.
 
     Attributes:
-        texts: What the guard was trained on, and TF-IDF is.
-        tests: The texts of each test.
+        texts: Training texts of the guard and of TF-IDF.
+        tests: Texts by name of the test.
     """
 
     texts: LabelledExamples
@@ -261,7 +263,7 @@ class GuardTests:
         return fit_tfidf(self.texts.full_texts, self.texts.labels, self.texts.task)
 
     def measure(self, backbone: Backbone, probe: Probe, test: str) -> dict[str, Any]:
-        """The figures on a test, beside those of TF-IDF at as many false positives."""
+        """Measure a probe on a test, next to TF-IDF at the same number of false positives."""
         return self.results(assess(backbone, probe, self.tests[test]), test)
 
     def results(self, assessment: Assessment, test: str) -> dict[str, Any]:
@@ -271,7 +273,7 @@ class GuardTests:
             "title": find_guard(probe.name).card.tests[test].title,
             "rows": len(examples),
             "trained": trained_texts(probe.card.training, examples),
-            # By which figures of another probe, or of a corrected test, are recognised.
+            # Identifies stale results of another probe, or of a corrected test.
             "probe": probe.version,
             "texts_sha256": examples.content_hash,
         }

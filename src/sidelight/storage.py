@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes, and locks of folders."""
 
 import fcntl
 import json
@@ -15,26 +15,26 @@ from typing import Any
 
 from sidelight.errors import SidelightError
 
-# Processes of other machines may write too, so that only time tells who was killed.
+# Processes on other machines may write too, so only the age of a file shows that its writer died.
 _STALE_S = 3600
 _IN_USE = "in-use.lock"
 
 
 @contextmanager
 def replacing(path: Path, *, is_one_of_many: bool = False) -> Generator[Path]:
-    """A path to write to, whose file becomes ``path`` when the block ends without an error.
+    """Yield a temporary path, whose file replaces ``path`` when the block ends without an error.
 
-    The folder is made if absent.
+    The folder is created if necessary.
 
     Args:
-        path: The file.
-        is_one_of_many: Whether its folder has thousands of such files. What killed processes left
-            of it stays then: to look for it, the whole folder is read.
+        path: The file to replace.
+        is_one_of_many: Whether the folder has thousands of such files. Leftovers of killed
+            processes are then not removed, because finding them would read the whole folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_one_of_many:
         remove_stale(path.parent, f"{escape(path.name)}.*.partial")
-    # Two may write the same file, also from containers with equal numbers of processes.
+    # Two processes may write the same file, even from containers with equal process ids.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
@@ -44,7 +44,7 @@ def replacing(path: Path, *, is_one_of_many: bool = False) -> Generator[Path]:
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
-    """Removes what killed processes left: it was not written to for an hour."""
+    """Remove leftovers of killed processes: files that have not been written to for an hour."""
     for path in folder.glob(pattern):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_S:
@@ -52,7 +52,7 @@ def remove_stale(folder: Path, pattern: str) -> None:
 
 
 def check_folder(directory: Path) -> None:
-    """Checks that a folder can be written, before hours of work go into it. Makes none.
+    """Check that a folder can be written, before hours of work. Creates no folder.
 
     Raises:
         SidelightError: It cannot be written.
@@ -72,11 +72,11 @@ def check_folder(directory: Path) -> None:
 
 @contextmanager
 def only_writer(directory: Path) -> Generator[None]:
-    """Keeps other runs from a folder, which is made if absent; they are told by an error."""
+    """Lock a folder, created if necessary, against other runs, which raise an error."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        # Some disks have no locks.
+        # Some file systems have no locks.
         with suppress(OSError):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def only_writer(directory: Path) -> Generator[None]:
 
 @contextmanager
 def holding(folder: Path) -> Generator[None]:
-    """Keeps a folder, which is made if absent, from ``remove_unused`` of any process."""
+    """Protect a folder, created if necessary, from ``remove_unused`` in any process."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -100,26 +100,27 @@ def holding(folder: Path) -> Generator[None]:
         except FileNotFoundError:
             continue
         with file:
-            # Some disks have no locks.
+            # Some file systems have no locks.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_SH)
-            # Else it was removed while this waited.
+            # Otherwise it was removed while this waited.
             if _is_at(file.fileno(), folder / _IN_USE):
                 yield
                 return
 
 
 def has_files(folder: Path) -> bool:
-    """Whether a folder that ``holding`` keeps has anything in it."""
+    """Whether a folder protected by ``holding`` has any contents."""
     return folder.is_dir() and any(path.name != _IN_USE for path in folder.iterdir())
 
 
 def remove_unused(folder: Path, *, idle_s: float = 0) -> bool:
-    """Removes a folder unless a process is holding it. Returns whether it did.
+    """Remove a folder unless a process is holding it; return whether it was removed.
 
     Args:
-        folder: One that ``holding`` keeps.
-        idle_s: Only if nothing has been written to it for so many seconds, and its disk has locks.
+        folder: A folder that may be protected by ``holding``.
+        idle_s: Only remove it if it has not been written to for this many seconds, and its file
+            system has locks.
     """
     with suppress(OSError):
         written = max(path.stat().st_mtime for path in (folder, *folder.glob("*/")))
@@ -135,7 +136,7 @@ def remove_unused(folder: Path, *, idle_s: float = 0) -> bool:
                     return False
             if not _is_at(file.fileno(), folder / _IN_USE):
                 return False
-            # Under another name first: the next to hold the folder makes a new one.
+            # Renamed first, so that the next process to hold the folder creates a new one.
             removed = folder.rename(f"{folder}-{secrets.token_hex(8)}")
             shutil.rmtree(removed, ignore_errors=True)
             return True
@@ -143,7 +144,7 @@ def remove_unused(folder: Path, *, idle_s: float = 0) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of this path."""
+    """Whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -151,18 +152,18 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, "utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Returns once a file, or the list of files in a folder, would survive a power cut."""
+    """Flush a file, or the directory entries of a folder, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A probe's mechanism by name, its task, its verdict on a text; the verdicts of several probes."""
+"""Mechanism specifications, tasks, spans, and the verdicts of one or several probes on a text."""
 
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PlainSerializer, PlainValidator
 
-# The arrays of labels, probabilities and metrics; jaxtyping adds their axes.
+# Arrays of labels, probabilities and metrics; jaxtyping adds their axes.
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -17,11 +17,11 @@ AnyArray = NDArray[np.generic]
 
 
 def as_json(dtype: type[np.generic], *, axes: int | None = None) -> tuple[Any, ...]:
-    """Annotations by which pydantic reads and writes an array of numbers as lists.
+    """Annotations with which pydantic reads and writes an array of numbers as lists.
 
     Args:
-        dtype: Of the array.
-        axes: How many it has; None: any.
+        dtype: Dtype of the array.
+        axes: Number of axes; None allows any.
     """
 
     def read(values: Any) -> AnyArray:
@@ -40,9 +40,9 @@ def as_json(dtype: type[np.generic], *, axes: int | None = None) -> tuple[Any, .
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
 StatesChoice = Literal["auto", "disk", "stream", "whole"]
-"""How a user wants the hidden states of a training kept."""
+"""How to store the hidden states of a training run."""
 OptionValue = int | str
-# The class that training adds for background traffic, which is of no class of the file.
+# The class that training adds for background traffic that belongs to no class of the file.
 NONE = "none"
 
 
@@ -50,13 +50,13 @@ _MOST_LABEL_CHARACTERS = 1000
 
 
 def is_label(text: str) -> bool:
-    """Whether a text can name a class in headers, metrics and logs: one line, not too long."""
+    """Whether a text can name a class in headers, metrics and logs: a single line, not too long."""
     is_short = len(text) <= _MOST_LABEL_CHARACTERS
     return is_short and all(unicodedata.category(c) != "Cc" for c in text)
 
 
 def visible(text: str) -> str:
-    """A text with its control characters as escapes, so that it cannot steer a terminal."""
+    """The text with control characters escaped, so that it cannot control a terminal."""
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
         for c in text
@@ -65,7 +65,7 @@ def visible(text: str) -> str:
 
 @dataclass(frozen=True)
 class MechanismSpec:
-    """A mechanism and its options, as a probe's card records them."""
+    """A mechanism and its options, as recorded in a probe's card."""
 
     name: str
     options: Mapping[str, OptionValue]
@@ -91,29 +91,29 @@ class Task:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the labels are as many as its kind needs, distinct, and can be shown."""
+        """Whether the number of labels fits the kind, and the labels are distinct and printable."""
         count = len(self.labels)
         is_enough = count == 2 if self.kind == "binary" else count >= 2
         return is_enough and len({*self.labels}) == count and all(map(is_label, self.labels))
 
     @property
     def flaggable(self) -> tuple[str, ...]:
-        """The labels that have a threshold: none where the most probable class wins."""
+        """The labels that have a threshold; empty for a multi-class task."""
         return () if self.kind == "multiclass" else self.output_labels
 
     def holds(self, labels: AnyArray) -> Flags:
         """Whether each label holds, ``[text, label]``.
 
         Args:
-            labels: As in ``LabelledExamples.labels``, or decisions of that form.
+            labels: As in ``LabelledExamples.labels``, or decisions of the same form.
         """
         if self.kind == "multilabel":
-            # Also of no texts, whose array has one axis.
+            # Also for an empty array, which has one axis.
             return labels.reshape(len(labels), len(self.labels)).astype(np.bool_)
         return labels.reshape(-1, 1) == np.arange(len(self.labels))
 
     def targets(self, labels: AnyArray) -> Flags:
-        """Whether the label of each logit holds, ``[text, output]``; arguments as of ``holds``."""
+        """Whether the label of each logit holds, ``[text, output]``; arguments as for ``holds``."""
         return self.holds(labels)[:, -self.outputs :]
 
     def labels_of(self, targets: AnyArray) -> Numbers:
@@ -121,19 +121,19 @@ class Task:
         return (targets[:, 0] if self.kind == "binary" else targets).astype(np.int64)
 
     def label_probabilities(self, probabilities: Values) -> Values:
-        """Probability of each label, ``[text, label]``, from that of each output."""
+        """Probability of each label, ``[text, label]``, from the probability of each output."""
         if self.kind == "binary":
             return np.hstack([1 - probabilities, probabilities])
         return probabilities
 
     @property
     def output_labels(self) -> tuple[str, ...]:
-        """The label of each logit: of a binary task, that of the positive class."""
+        """The label of each logit; for a binary task, only the positive class."""
         return self.labels[-self.outputs :]
 
     @property
     def abstains(self) -> bool:
-        """Whether the last of several classes is ``none``, for what is of no other."""
+        """Whether the last of several classes is ``none``, for texts of no other class."""
         return self.kind == "multiclass" and self.labels[-1] == NONE
 
     @property
@@ -156,17 +156,18 @@ class Task:
         turn: int | None = None,
         version: str = "",
     ) -> "Verdict":
-        """The verdict of a probe at some thresholds.
+        """Return the verdict of a probe at the given thresholds.
 
         Args:
             probe: Name of the probe.
             probabilities: Calibrated probability of every label, in the order of ``labels``.
-            thresholds: The probability from which each label holds; a label without one never does.
-            spans: The labelled words: what they have holds too, since tokens and texts are
-                calibrated apart; those of labels without a threshold are left out.
-            annotated: Labels that also hold where the spans are unknown.
+            thresholds: Lowest probability at which each label holds; a label without one never
+                does.
+            spans: Labelled spans. Their labels hold too, because tokens and texts are calibrated
+                separately. Spans of labels without a threshold are left out.
+            annotated: Labels that hold as well if the spans are unknown.
             turn: The turn that decided, as ``Verdict.turn``.
-            version: Of the probe, as ``Verdict.version``.
+            version: Version of the probe, as in ``Verdict.version``.
         """
         best = max(probabilities, key=probabilities.__getitem__)
         if spans is not None:
@@ -191,12 +192,12 @@ class Span:
     """Characters of a text that have a label.
 
     Attributes:
-        start: The first, in Unicode code points.
-        end: The one after the last.
-        label: What they are.
+        start: Index of the first character, in Unicode code points.
+        end: Index after the last character.
+        label: The label.
         probability: Calibrated probability of the most confident token; None for ground truth.
-        message: The message that they are part of, from 0, if a conversation has several.
-        words: The text between them, which leaves neither the process nor ``repr``.
+        message: Index of the message that contains the span, from 0, if a conversation has several.
+        words: The text of the span; it never leaves the process and is not part of ``repr``.
     """
 
     start: int
@@ -207,7 +208,7 @@ class Span:
     words: str = field(default="", compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; those that are None are left out, and so are the words."""
+        """JSON-ready values, without the words and without values that are None."""
         values = {name: value for name, value in vars(self).items() if value is not None}
         del values["words"]
         return values
@@ -219,22 +220,22 @@ class Verdict:
 
     Attributes:
         probe: Name of the probe.
-        label: The class that was decided on (binary), else the most probable label, even if
-            nothing is flagged.
-        labels: The labels that hold at the probe's thresholds, and those that ``spans`` have, or
-            any token where these are not known; none to all if multi-label. One without a span is
-            of the text as a whole.
+        label: The predicted class (binary), else the most probable label, even if nothing is
+            flagged.
+        labels: The labels that hold at the probe's thresholds, and the labels of ``spans``, or of
+            any token if the spans are unknown; any number if multi-label. A label without a span
+            belongs to the text as a whole.
         probabilities: Calibrated probability of every label.
-        flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
-            is reached, or a span has it. A multi-class verdict is never flagged: it names a class,
-            not a danger.
-        turn: The turn that decided, counted from 0 without leading system turns (the first, if
-            several were judged together); None if the whole did.
-        spans: The words that have a label, in order, of the prompt or the response; None if the
-            probe labels none, or if the places of its tokens are unknown.
-        ignored: Words that have a label and do not count, since the rule ignores them.
-        version: ``Probe.version`` of the probe that gave it; "" for a probe that was not loaded
-            from an artifact. Equal statements of two versions are equal.
+        flagged: Whether the positive class (binary) or any label (multi-label) reaches its
+            threshold or has a span. A multi-class verdict is never flagged, because it names a
+            class, not a danger.
+        turn: Index of the deciding turn, counted from 0 without leading system turns (the first of
+            several turns classified together); None if the whole text decided.
+        spans: Labelled spans of the prompt or the response, in order; None if the probe labels no
+            spans, or if the positions of its tokens are unknown.
+        ignored: Labelled spans that do not count, because the rule ignores them.
+        version: ``Probe.version`` of the probe; "" if it was not loaded from an artifact. Ignored
+            by equality.
     """
 
     probe: str
@@ -248,8 +249,8 @@ class Verdict:
     version: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; ``spans`` and ``ignored`` only if there are any to tell of."""
-        # The dictionary keeps the places of the first two.
+        """JSON-ready values; ``spans`` only if known, and ``ignored`` only if there are any."""
+        # The dictionary keeps the positions of the first two keys.
         values = {"probe": self.probe, "version": self.version, **asdict(self)}
         del values["spans"], values["ignored"]
         if self.spans is not None:
@@ -260,24 +261,25 @@ class Verdict:
 
 
 def spans_json(spans: Iterable[Span]) -> list[dict[str, Any]]:
-    """The form in which spans are read from and written to files and answers."""
+    """Spans in the form used in files and responses."""
     return [span.to_dict() for span in spans]
 
 
 TokenLabel = tuple[int, str, float]
-"""A token, counted among those that a probe reads, a label of it, and the label's probability."""
+"""The index of a token among those that the probe reads, its label, and the label's probability."""
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The statements of several probes about one text, or about a part of it.
+    """The verdicts of several probes on one text, or on part of it.
 
     Attributes:
-        verdicts: One for each probe that gave one.
-        failed: Names of the probes that gave none; never to be taken for a harmless verdict.
-        token_labels: Of probes that label spans, by name: what an engine makes spans of, since it
-            knows the characters of tokens.
-        tools: Of a prompt, what they say of the turns of its tools alone; None: unknown.
+        verdicts: One verdict for each probe that gave one.
+        failed: Names of the probes that gave no verdict, which must never be treated as a negative
+            one.
+        token_labels: Labelled tokens by probe that labels spans; the engine turns them into spans,
+            because it knows the characters of the tokens.
+        tools: Verdicts on only the tool turns of a prompt; None if unknown.
     """
 
     verdicts: tuple[Verdict, ...] = ()
@@ -288,7 +290,7 @@ class Verdicts:
     tools: "Verdicts | None" = field(default=None, compare=False)
 
     def __or__(self, newer: "Verdicts") -> "Verdicts":
-        """Both together; where a probe is in both, the newer verdict or failure counts."""
+        """Merge both; for a probe in both, the newer verdict or failure counts."""
         renewed = {*(verdict.probe for verdict in newer.verdicts), *newer.failed}
         return Verdicts(
             tuple(verdict for verdict in self.verdicts if verdict.probe not in renewed)
@@ -303,7 +305,7 @@ class Verdicts:
         return next((verdict for verdict in self.verdicts if verdict.probe == probe), None)
 
     def of(self, names: Collection[str]) -> "Verdicts":
-        """The part of it that comes from these probes."""
+        """Only the verdicts and failures of these probes."""
         return Verdicts(
             tuple(verdict for verdict in self.verdicts if verdict.probe in names),
             tuple(name for name in self.failed if name in names),

@@ -143,7 +143,7 @@ def test_the_random_texts_lack_no_kind_of_text(trained):
     assert 50 <= len(at_random) < 80
     trained.queue.train()
     assert (
-        trained.queue.comparisons[0]["title"] == f"The {len(at_random)} texts that came at random"
+        trained.queue.comparisons[0]["title"] == f"The {len(at_random)} texts drawn at random"
     )
 
 

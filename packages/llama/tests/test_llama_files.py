@@ -108,7 +108,8 @@ def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
         # This architecture has what its file does not give.
         try_once(path, "qwen3", "this file")
     message = str(refused.value)
-    assert f"terminated by {signal.SIGABRT.name} while reading the first tokens of {path}" in message
+    name = signal.SIGABRT.name
+    assert f"terminated by {name} while reading the first tokens of {path}" in message
     assert "GGML_ASSERT(t_layer_inp[il] != nullptr" in message
     assert "\n" not in message
     # Only the result of a file that was read is kept.

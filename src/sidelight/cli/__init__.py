@@ -109,7 +109,7 @@ for _command in (*_COMMANDS, _serve()):
 
 
 def limit_threads() -> None:
-    """Sets OpenMP's wait policy, and its threads where there is a CPU quota; the user's word wins.
+    """Set OpenMP's wait policy, and its threads where there is a CPU quota; the user's word wins.
 
     By default OpenMP's threads spin while they wait: beside another busy process, two of them can
     be slower than one. This is settled before torch is imported.
@@ -122,7 +122,7 @@ def limit_threads() -> None:
 
 
 def main() -> None:
-    """Runs the command; what a user can put right is one line and exit code 2."""
+    """Run the command; what a user can put right is one line and exit code 2."""
     # Processes of vLLM and of multiprocessing would import from the working directory first.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:

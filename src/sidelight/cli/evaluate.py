@@ -159,7 +159,7 @@ def evaluate(
 
 
 def _require_full_texts(card: "ProbeCard") -> None:
-    """Refuses plots of a probe that labels spans."""
+    """Refuse plots of a probe that labels spans."""
     if card.spans is not None:
         raise SidelightError(
             f"--plots draws verdicts on whole texts, but '{card.name}' labels spans. Leave "
@@ -245,7 +245,7 @@ def predict(
 
 
 def _require_texts(texts: Sequence[str], data: str | None) -> None:
-    """Refuses a call without texts, or with texts of two kinds; says which file is read."""
+    """Refuse a call without texts, or with texts of two kinds; say which file is read."""
     if not texts and data is None:
         raise SidelightError(
             "There is no text to classify. Pass texts after the probe, or name a file with --data."
@@ -460,7 +460,7 @@ def _runtimes(
 
 
 def _print_differences(differences: "Sequence[Difference]", gate: float | None) -> None:
-    """Prints the differences, and ends the command if too many verdicts differ for the gate."""
+    """Print the differences, and end the command if too many verdicts differ for the gate."""
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "

@@ -159,7 +159,7 @@ def _train(
     takes_all: bool,
     force: bool,
 ) -> "LabelledExamples":
-    """Trains a guard that is not complete, and gives the texts that it is trained on."""
+    """Train a guard that is not complete, and give the texts that it is trained on."""
     from sidelight.cli.show import print_fit
     from sidelight.probes.card import holds_probe, read_card, require_free
     from sidelight.training import ready
@@ -190,7 +190,7 @@ def _measure(
     tests: "dict[str, LabelledExamples]",
     folder: Path,
 ) -> None:
-    """Writes and prints the figures on tests, of which a kill costs one at most."""
+    """Write and print the figures on tests, of which a kill costs one at most."""
     from sidelight.probes.artifact import load_probe
     from sidelight.progress import say
     from sidelight.scoring import GuardTests
@@ -241,7 +241,7 @@ def _line(test: Mapping[str, Any]) -> str:
 
 
 def _write_policy(path: Path, home: Path) -> None:
-    """Writes a policy for all guards of a folder, unless there is one, which may lack some."""
+    """Write a policy for all guards of a folder, unless there is one, which may lack some."""
     from sidelight.policy.rules import read_policy, side_of
     from sidelight.probes.card import PROBE, read_card
     from sidelight.training.ready import shadow_policy

@@ -56,14 +56,14 @@ class _Engines(click.Choice[str]):
 
 
 def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
-    """Refuses a folder that cannot be written, before the work begins."""
+    """Refuse a folder that cannot be written, before the work begins."""
     if folder is not None:
         check_folder(folder)
     return folder
 
 
 def checked_file(_context: click.Context, option: Any, path: Path | None) -> Path | None:
-    """Refuses a file that cannot be written, before the work begins."""
+    """Refuse a file that cannot be written, before the work begins."""
     if path is None:
         return None
     if path.is_dir():
@@ -113,7 +113,7 @@ def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, An
 
 
 def announce(step: str) -> None:
-    """Says on standard error what comes next, before imports and models that take seconds."""
+    """Say on standard error what comes next, before imports and models that take seconds."""
     click.echo(f"{step} ...", err=True)
 
 

@@ -66,7 +66,7 @@ class Runtime(EngineOptions):
 
     @contextmanager
     def _estimating(self) -> "Generator[None]":
-        """Says what training a guard would take, where it has not been trained."""
+        """Say what training a guard would take, where it has not been trained."""
         try:
             yield
         except UntrainedGuardError as error:

@@ -66,7 +66,7 @@ class SecondStageOptions:
         require_fittable(card, examples, self.share)
 
     def fit(self, assessment: "Assessment") -> "DeferralReport":
-        """Asks the judge and fits it.
+        """Ask the judge and fit it.
 
         Raises:
             SidelightError: It does not answer, or too few texts are deferred.

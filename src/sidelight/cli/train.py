@@ -135,7 +135,7 @@ def _require_agreement(
     spans: str | None,
     background: str | None,
 ) -> None:
-    """Refuses options of which one leaves another without a meaning."""
+    """Refuse options of which one leaves another without a meaning."""
     for target in assigned:
         owner, dot, _ = target.partition(".")
         if dot and owner != mechanism:

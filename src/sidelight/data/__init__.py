@@ -1,1 +1,1 @@
-"""Texts with labels, from files, the Hugging Face hub or memory. Knows texts, not token ids."""
+"""Labelled texts from files, the Hugging Face hub or memory. Works on texts, not token ids."""

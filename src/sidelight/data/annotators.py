@@ -1,7 +1,7 @@
-"""Who labelled texts: people, and judges whose labels a person has checked.
+"""Annotators of texts: people, and judges whose labels a person has checked.
 
-``sidelight label --judge`` writes a cell beside each label of a judge. The label counts as a
-person's if a person has changed it since.
+``sidelight label --judge`` writes a cell next to each label of a judge. If a person has changed the
+label since, it counts as the person's.
 """
 
 from collections import Counter
@@ -14,21 +14,21 @@ from pydantic import TypeAdapter, ValidationError
 from sidelight.data.examples import LabelledExamples
 from sidelight.statistics.agreement import Agreement
 
-# The column of the cell.
+# Column of this cell.
 LABELLED = "labelled"
 PEOPLE = "people"
-# From here on a judge means yes.
+# Probability from which a judge's answer means yes.
 JUDGE_SAYS_YES = 0.5
 
 
 @dataclass(frozen=True)
 class JudgeLabel:
-    """What a judge said of a text, and how far it is to be trusted.
+    """A judge's label of a text, and how reliable it is.
 
     Attributes:
-        judge: Its model, and the digits of ``JudgeSettings.digest``.
-        probability: That the text has the positive label.
-        agreement: Its balanced agreement with a person, on a blind sample.
+        judge: Model of the judge, followed by ``JudgeSettings.digest``.
+        probability: Probability of the positive label.
+        agreement: Balanced agreement of the judge with a person, on a blind sample.
     """
 
     judge: str
@@ -40,7 +40,7 @@ class JudgeLabel:
         return self.probability >= JUDGE_SAYS_YES
 
     def cell(self) -> dict[str, Any]:
-        """The cell beside the label, as JSON-ready values."""
+        """The cell next to the label, as JSON-ready values."""
         return _LABEL.dump_python(self, mode="json")
 
     @staticmethod
@@ -48,15 +48,15 @@ class JudgeLabel:
         """The judge's label in a row; None for a label that a person gave or changed.
 
         Args:
-            row: As it was read.
-            is_positive: Whether it has the positive label now.
+            row: Cells of the row, as read.
+            is_positive: Whether the row currently has the positive label.
         """
         label = _read(row)
         return label if label is not None and label.is_positive == is_positive else None
 
     @staticmethod
     def has_cell(row: Mapping[str, Any]) -> bool:
-        """Whether a row has the cell, also of a label that a person changed."""
+        """Whether a row has the cell, even if a person has changed the label."""
         return _read(row) is not None
 
 
@@ -72,12 +72,12 @@ _LABEL = TypeAdapter(JudgeLabel)
 
 @dataclass(frozen=True)
 class Annotator:
-    """One of those who labelled some texts.
+    """An annotator of some texts.
 
     Attributes:
-        name: ``people``, or a judge as in ``JudgeLabel``.
-        texts: How many have its labels.
-        agreement: A judge's balanced agreement with a person; None for people.
+        name: ``people``, or the judge as in ``JudgeLabel``.
+        texts: Number of texts with this annotator's labels.
+        agreement: Balanced agreement of a judge with a person; None for people.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Annotator:
 
 
 def annotators_of(examples: LabelledExamples) -> tuple[Annotator, ...]:
-    """Who labelled these texts; empty unless a judge labelled some."""
+    """The annotators of these texts; empty unless a judge labelled some."""
     if examples.task.kind != "binary":
         return ()
     texts, agreements = Counter[str](), dict[str, Agreement]()

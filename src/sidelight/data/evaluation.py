@@ -1,4 +1,4 @@
-"""Reports how good probabilities or spans are, with intervals."""
+"""Reports of the quality of probabilities or spans, with intervals."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ from sidelight.types import Numbers, Span, Task, Values, as_json
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its 95 % interval: by the bootstrap, or Wilson's of a share.
+    """A metric and its 95 % interval: from the bootstrap, or Wilson's for a share.
 
     Attributes:
         value: The metric on the rows themselves; None if undefined there.
         low: The 2.5th percentile over the resamples in which it is defined; None if there are none.
-        high: The 97.5th percentile, likewise.
+        high: The 97.5th percentile over the same resamples.
     """
 
     value: float | None
@@ -37,7 +37,9 @@ class Estimate:
 
     @staticmethod
     def of(draws: Float[Values, " draw"]) -> "Estimate":
-        """From the value on the rows, followed by the value on each resample; NaN is undefined."""
+        """Build from the value on the rows, followed by the value on each resample; NaN is
+        undefined.
+        """
         value, resampled = _number(draws[0]), draws[1:][~np.isnan(draws[1:])]
         if value is None or len(resampled) == 0:
             return Estimate(value, None, None)
@@ -45,7 +47,7 @@ class Estimate:
         return Estimate(value, float(low), float(high))
 
     def as_share(self, rows: int) -> "Estimate":
-        """With Wilson's interval for a share of so many rows; without one, as it is."""
+        """With Wilson's interval for a share of this many rows; unchanged if it has no interval."""
         if self.value is None or self.low is None or rows == 0:
             return self
         low, high = wilson(np.array([self.value]), np.array([rows]))[:, 0]
@@ -56,23 +58,23 @@ class Estimate:
         return {"value": self.value, "ci": [self.low, self.high]}
 
     def __str__(self) -> str:
-        """For example ``0.859 [0.831, 0.884]``; a dash stands for an undefined number."""
+        """For example ``0.859 [0.831, 0.884]``; a dash means an undefined number."""
         interval = "" if self.low is None else f" [{_short(self.low)}, {_short(self.high)}]"
         return _short(self.value) + interval
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """The figures of a task's probabilities on some rows.
+    """Metrics of a task's probabilities on some rows.
 
     Attributes:
         task: The classes.
         rows: Number of rows.
-        metrics: Those of `METRICS`, averaged over labels as `metrics.measure` says.
+        metrics: The metrics in `METRICS`, averaged over labels as in `metrics.measure`.
         per_class: Each label against the rest, both classes of a binary task: ``precision``,
             ``recall``, ``f1``, ``auprc`` and ``auroc``, None where undefined; and ``support``, the
             number of rows that have the label.
-        thresholds: What the decisions were made with; none for a multi-class task.
+        thresholds: Thresholds of the decisions; empty for a multi-class task.
         confusion_matrix: [actual, predicted] counts; for a multi-label task one 2 x 2 matrix per
             label, [label, actual, predicted].
     """
@@ -98,17 +100,17 @@ class Report:
 
 
 def evaluate(predictions: Predictions, *, bootstrap: int = 1000, seed: int = 0) -> Report:
-    """Measures probabilities and decisions against labels.
+    """Measure probabilities and decisions against labels.
 
     Args:
-        predictions: What ``decide`` makes of calibrated probabilities.
+        predictions: Result of ``decide`` on calibrated probabilities.
         bootstrap: Number of resamples of rows for the intervals; with 0 there are no intervals.
         seed: Seed of the resamples.
     """
     task, rows = predictions.task, len(predictions.scores)
     confusion = predictions.confusion_matrix()
     if task.abstains and not predictions.targets[:, -1].any():
-        # A class that no row has would count as one that is never right.
+        # A class without rows would count as never correct.
         predictions = replace(
             predictions,
             scores=predictions.scores[:, :-1],
@@ -118,7 +120,8 @@ def evaluate(predictions: Predictions, *, bootstrap: int = 1000, seed: int = 0) 
     draws = measure_resamples(predictions, resamples=bootstrap, seed=seed)
     metrics = {name: Estimate.of(draws[name]) for name in METRICS}
     metrics["accuracy"] = metrics["accuracy"].as_share(rows)
-    # Where no row is wrong, no resample is: the rows of the rarest label say how sure that is.
+    # If no row is wrong, neither is any resample, so the number of rows of the rarest label
+    # determines the interval.
     sides = [int(min(holds.sum(), (~holds).sum())) for holds in predictions.targets.T]
     rarest = min(filter(None, sides), default=0)
     for name, estimate in metrics.items():
@@ -151,16 +154,16 @@ def _per_class(predictions: Predictions) -> dict[str, dict[str, float | None]]:
 
 @dataclass(frozen=True)
 class SpanReport:
-    """The figures of spans that were found.
+    """Metrics of predicted spans.
 
     Attributes:
         texts: Number of texts.
-        metrics: Over all labels: ``character_f1``, the mean of texts' F1 of characters; and
-            ``precision``, ``recall`` and ``f1`` of whole spans, which must match exactly.
-        per_label: The same of each label.
-        spans: How many spans each label really has.
-        complete: How many of these have all their characters found, with their label.
-        partial: How many have some of them found.
+        metrics: Over all labels: ``character_f1``, the mean character F1 of the texts; and
+            ``precision``, ``recall`` and ``f1`` of spans, which must match exactly.
+        per_label: The same metrics for each label.
+        spans: Number of true spans of each label.
+        complete: Number of these whose characters are all found with the right label.
+        partial: Number of these with only some characters found.
     """
 
     texts: int
@@ -188,12 +191,12 @@ class SpanReport:
 def evaluate_spans(
     examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
 ) -> SpanReport:
-    """Compares found spans with labelled ones, text by text.
+    """Compare found spans with labelled ones, text by text.
 
     Args:
         examples: The texts and their spans.
-        predicted: The spans that were found in each.
-        bootstrap: Resamples of texts for the intervals; with 0 there are none.
+        predicted: Predicted spans of each text.
+        bootstrap: Number of resamples of texts for the intervals; with 0 there are none.
     """
     labels = examples.task.output_labels
     values = measure_span_resamples(examples, predicted, resamples=bootstrap)
@@ -216,12 +219,12 @@ def evaluate_spans(
 def measure_span_resamples(
     examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, resamples: int
 ) -> dict[str, Float[Values, "draw group"]]:
-    """The metrics of a ``SpanReport``, over all labels and of each, on the texts and on resamples.
+    """The metrics of a ``SpanReport``, over all labels and for each, on the texts and on resamples.
 
-    Every call draws the same resamples of as many texts.
+    Every call with the same number of texts draws the same resamples.
     """
     texts, labels = examples.text_spans, examples.task.output_labels
-    # All labels together, then each.
+    # All labels pooled, then each label.
     groups = [[*labels], *([label] for label in labels)]
     f1 = np.empty((len(texts), len(groups)))
     counts = np.empty((3, len(texts), len(groups)))  # hits, predicted, actual

@@ -1,4 +1,5 @@
-"""Texts with or without labels, and how to split them. Knows no file format and no token ids."""
+"""Texts with or without labels, and how to split them. Independent of file formats and token ids.
+"""
 
 import hashlib
 import json
@@ -18,7 +19,7 @@ from sidelight.errors import SidelightError, warn
 from sidelight.models.conversation import Conversation, Message, PlainText
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
-# Enough rows to choose a threshold and a calibration on.
+# Rows that suffice to choose a threshold and a calibration.
 _ENOUGH_VALIDATION_ROWS = 150
 
 
@@ -29,7 +30,7 @@ class Example:
     Attributes:
         messages: The prompt, oldest turn first; at least one message has some text.
         response: The assistant's answer, for probes that read responses.
-        place: Where it was read, such as `train.jsonl, line 17`, or "". Ignored by equality.
+        place: Origin of the text, such as `train.jsonl, line 17`, or "". Ignored by equality.
         is_plain: Whether the text is read without a chat template.
     """
 
@@ -45,7 +46,7 @@ class Example:
 
     @property
     def conversation(self) -> Conversation:
-        """The prompt as it is encoded."""
+        """The prompt in the form that is encoded."""
         return PlainText(self.text) if self.is_plain else self.messages
 
     @property
@@ -53,7 +54,7 @@ class Example:
         """The text whose characters spans label: the response if there is one.
 
         Raises:
-            SidelightError: There is no response, and there are several messages.
+            SidelightError: There is no response, but several messages.
         """
         if self.response is not None:
             return self.response
@@ -67,12 +68,13 @@ class Example:
 
     @property
     def text_key(self) -> str:
-        """Equal for prompts that differ only in case and spacing."""
+        """A key that is equal for prompts that differ only in case and spacing."""
         return " ".join(self.text.split()).casefold()
 
     @property
     def response_key(self) -> str:
-        """Equal for responses that differ only in case and spacing; "" if there is none."""
+        """A key that is equal for responses that differ only in case and spacing; "" without one.
+        """
         return " ".join((self.response or "").split()).casefold()
 
 
@@ -82,13 +84,13 @@ def as_example(text: str | Example) -> Example:
 
 
 def place_of(example: Example, index: int) -> str:
-    """Where an example was read, or else its number among the texts of the call."""
+    """Where an example was read, or else its number in the call."""
     return example.place or f"Text {index + 1}"
 
 
 @contextmanager
 def located(example: Example, index: int) -> Generator[None]:
-    """Begins the message of any error raised inside with the place of the example."""
+    """Prefix the message of any error raised inside with the place of the example."""
     try:
         yield
     except SidelightError as error:
@@ -97,14 +99,14 @@ def located(example: Example, index: int) -> Generator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """How many rows of the source were left out, and the place of the first empty one."""
+    """Number of rows of the source that were left out, and the place of the first empty one."""
 
     empty_text: int = 0
     missing_label: int = 0
     first_empty: str = ""
 
 
-# Not typing.Self, which run-time shape checks refuse in a method that is checked alone.
+# Not typing.Self, which run-time shape checks refuse in a method that is checked individually.
 _Rows = TypeVar("_Rows", bound="Examples")
 
 
@@ -115,9 +117,9 @@ class Examples:
     Attributes:
         items: The texts.
         rows: All cells of each text's row, as read.
-        skipped: What loading left out; nothing for a part made by `select` or `split`.
-        compared: Which texts are near-duplicates, if the whole that these are a part of was
-            compared; None compares them when it is needed.
+        skipped: Rows left out by loading; none for a part made by `select` or `split`.
+        compared: Near-duplicates, if the set that these were selected from was compared; None
+            compares the texts when needed.
         group_columns: Columns whose equal values keep rows together in `split` and `folds`, like
             near-duplicates.
     """
@@ -135,7 +137,7 @@ class Examples:
     def content_hash(self) -> str:
         """SHA-256 of texts, responses, label names, spans and rationales, in order.
 
-        It is the same for every format.
+        It does not depend on the file format.
         """
         digest = hashlib.sha256()
         for item, facts in zip(self.items, self._label_facts(), strict=True):
@@ -153,7 +155,7 @@ class Examples:
 
     @property
     def sources(self) -> list[str]:
-        """The column ``source`` of each row up to its colon; empty where a row has none."""
+        """The column ``source`` of each row, up to its colon; "" for a row without one."""
         cells = (row.get("source") for row in self.rows)
         return ["" if is_missing(cell) else str(cell).partition(":")[0] for cell in cells]
 
@@ -170,7 +172,7 @@ class Examples:
         )
 
     def split(self: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
-        """Two parts: the examples to train on, and about `fraction` of the whole held out.
+        """Split into the examples to train on, and a held-out part of about `fraction`.
 
         Each label keeps its share and, if it has two distinct texts, appears in both parts.
         Near-duplicates stay together, whatever their responses, and a warning counts them. If all
@@ -188,8 +190,8 @@ class Examples:
     def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
         """Row numbers, in order, of `count` random examples, or of all if there are fewer.
 
-        Each label keeps about its share, and none is lost. A text with several labels counts
-        towards the rarest of them.
+        Each label approximately keeps its share, and none is lost. A text with several labels
+        counts towards the rarest of them.
         """
         if count >= len(self):
             return np.arange(len(self))
@@ -209,7 +211,7 @@ class Examples:
         return np.sort(shuffled[np.argsort(rank[shuffled], kind="stable")[:count]])
 
     def folds(self, count: int, seed: int) -> tuple[Int[Numbers, " _"], ...]:
-        """Row numbers of two or more parts, each drawn like the part that `split` holds out."""
+        """Row numbers of two or more folds, each drawn like the part that `split` holds out."""
         if self.distinct < count:
             raise SidelightError(
                 f"{self.distinct} distinct texts cannot be split into {count} folds. Add more "
@@ -236,7 +238,7 @@ class Examples:
         return np.unique(self._grouping[0], return_index=True)[1]
 
     def warn_of_near_duplicates(self) -> None:
-        """Warn how many texts are near-duplicates of other texts, and what follows."""
+        """Warn about texts that are near-duplicates of other texts, and the consequences."""
         groups, divided = self._grouping
         first = np.unique(self._near_duplicates.texts, return_index=True)[1]
         alike = int((np.bincount(groups[first])[groups] > 1).sum())
@@ -256,7 +258,7 @@ class Examples:
 
     @cached_property
     def _near_duplicates(self) -> NearDuplicates:
-        """By the texts, or by the responses if all texts are the same."""
+        """Near-duplicates by text, or by response if all texts are the same."""
         if self.compared is not None:
             return self.compared
         keys = [item.text_key for item in self.items]
@@ -266,20 +268,22 @@ class Examples:
 
     @cached_property
     def _grouping(self) -> tuple[Int[Numbers, " row"], int]:
-        """The group of each row, which stays together, and how many rows' groups were divided."""
+        """The group of each row, which stays together, and the number of rows whose groups were
+        divided.
+        """
         columns = ([_group_of(cells, name) for cells in self.rows] for name in self.group_columns)
         return self._near_duplicates.joined_by(columns).groups(self._strata())
 
     def label_names(self) -> list[list[str]]:
-        """The labels of each text; none of texts without labels."""
+        """The labels of each text; empty for texts without labels."""
         return [[] for _ in self.items]
 
     def _label_facts(self) -> list[list[object]]:
-        """The label names of each text, then its spans and its rationale if it has any."""
+        """The label names of each text, followed by its spans and its rationale, if any."""
         return [[names] for names in self.label_names()]
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
-        """The groups of rows whose shares a split keeps: one per label, or all rows in one."""
+        """The strata whose shares a split preserves: one per label, or a single one."""
         return np.ones((len(self), 1), dtype=np.bool_)
 
 
@@ -291,16 +295,15 @@ def _group_of(cells: Mapping[str, object], column: str) -> object:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LabelledExamples(Examples):
-    """Texts with their labels, to train and evaluate on.
+    """Labelled texts for training and evaluation.
 
     Attributes:
         task: The label space.
         labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
-            multi-label task; of spans, those that a text has anywhere.
-        weights: How much each text counts in training; None: all count the same.
-        rationales: The words that each text has its label for, empty where they are not known; None
-            of texts without any.
-        spans: The labelled spans of each ``Example.span_text``, in order; None: whole texts are
+            multi-label task; with spans, the labels that occur anywhere in a text.
+        weights: Weight of each text in training; None if all are equal.
+        rationales: Words that justify each text's label, "" if unknown; None if no text has any.
+        spans: Labelled spans of each ``Example.span_text``, in order; None if whole texts are
             labelled.
     """
 
@@ -312,7 +315,7 @@ class LabelledExamples(Examples):
 
     @property
     def text_spans(self) -> list[tuple[str, tuple[Span, ...]]]:
-        """The text whose characters are labelled, and its spans, of each row."""
+        """For each row, the text whose characters are labelled, and its spans."""
         assert self.spans is not None
         texts = (item.span_text for item in self.items)
         return list(zip(texts, self.spans, strict=True))
@@ -358,14 +361,14 @@ class LabelledExamples(Examples):
 def balanced_order(
     strata: Sequence[tuple[Hashable, ...]], *, weights: Sequence[float] = (), seed: int = 0
 ) -> list[int]:
-    """An order of rows of which every beginning has each value of a column about equally often.
+    """An order of the rows in which every prefix has all values of a column about equally often.
 
-    The next row is always one whose values came least often so far.
+    The next row is always one whose values have occurred least often so far.
 
     Args:
         strata: The values of each row, which decide its weight.
-        weights: As how many rows each counts; all as one if there are none.
-        seed: Decides among rows that would do as well.
+        weights: Number of rows that each row counts as; None counts each as one.
+        seed: Seed that breaks ties between rows.
     """
     random = np.random.default_rng(seed)
     rows = random.permutation(len(strata))
@@ -402,13 +405,13 @@ def _hold_out(
     fraction: float,
     seed: int,
 ) -> Bool[Flags, " row"]:
-    """Chooses whole groups, the rarest stratum first, until each stratum has its share held out.
+    """Choose whole groups, rarest stratum first, until each stratum has its share held out.
 
     A greedy form of iterative stratification (Sechidis, Tsoumakas & Vlahavas 2011); with one label
     per row it is plain stratified sampling.
 
     Rows of one group, numbered from 0, stay together; each row is in at least one stratum. The seed
-    decides the order in which groups are tried.
+    determines the order in which groups are tried.
     """
     sizes = np.zeros((int(groups.max(initial=-1)) + 1, strata.shape[1]), dtype=np.int64)
     np.add.at(sizes, groups, strata)
@@ -417,7 +420,7 @@ def _hold_out(
     for stratum in np.argsort(sizes.sum(axis=0), kind="stable"):
         counts = sizes[:, stratum]
         free = [group for group in order if counts[group] and not training[group] | held_out[group]]
-        # Each side gets a group if it can.
+        # Each side gets a group if possible.
         if free and not counts[training].any():
             training[free.pop(0)] = True
         missing = fraction * counts.sum() - counts[held_out].sum()

@@ -1,9 +1,9 @@
-"""Ready guards: packaged training texts and tests, each set with a card that says what it is.
+"""Ready guards: packaged training texts and tests, each set described by a card.
 
-``guard:injection`` stands wherever a data file does, ``guard:injection,mine.jsonl`` adds rows of
-one's own, and ``guard:injection:agentdojo`` names a test. Packages offer guards by entry points of
-the group ``sidelight.guards``: the name of a guard, and the package whose resources are its card
-``NAME.toml``, ``NAME/train.jsonl.gz`` and ``NAME/test_*.jsonl.gz``.
+``guard:injection`` can be used in place of a data file, ``guard:injection,mine.jsonl`` adds the
+user's rows, and ``guard:injection:agentdojo`` names a test. Packages provide guards through entry
+points of the group ``sidelight.guards``: the name of a guard, and the package whose resources are
+its card ``NAME.toml``, ``NAME/train.jsonl.gz`` and ``NAME/test_*.jsonl.gz``.
 """
 
 import tomllib
@@ -26,13 +26,13 @@ from sidelight.types import Task, is_label
 _GROUP = "sidelight.guards"
 PREFIX = "guard:"
 _PACKAGED = ("harmful", "injection", "pii", "refusal", "toxicity")
-# Rows of one's own count as much as all packaged ones together, but each as so many at the least
-# and at the most.
+# The user's rows together count as much as all packaged rows, within these limits of the weight of
+# a row.
 _LEAST_WEIGHT, _MOST_WEIGHT = 2.0, 10.0
 
 
 class Origin(BaseModel, extra="forbid", frozen=True):
-    """Where texts are from, and under which licence."""
+    """Source and licence of some texts."""
 
     licence: str
     where: str
@@ -45,21 +45,22 @@ def _require_classes(labels: tuple[str, str]) -> tuple[str, str]:
 
 
 class TestCard(Origin, frozen=True):
-    """A packaged test; ``drawn`` says which of its rows are packaged, if not all."""
+    """A packaged test; ``drawn`` describes which of its rows are packaged, if not all."""
 
     title: str
     drawn: str = ""
 
 
 class Card(BaseModel, extra="forbid", frozen=True):
-    """What a guard is; docs/guards.md shows one.
+    """The description of a guard; see docs/guards.md for an example.
 
     Attributes:
-        labels: The negative and the positive class; None if it labels spans.
-        version: Of its texts; a change of them, or of the threshold of the trained probe, is one.
-        rationale: The column of the words that a text is positive for, where they are known.
-        groups: Columns whose equal values keep rows in one fold, such as the source document.
-        sources: Of the training texts, by the column ``source``.
+        labels: Negative and positive class; None if the guard labels spans.
+        version: Version of the texts; it changes with the texts or the threshold of the trained
+            probe.
+        rationale: Column of the words that make a text positive, where known.
+        groups: Columns whose equal values keep rows in the same fold, such as the source document.
+        sources: Origins of the training texts, by the column ``source``.
     """
 
     title: str
@@ -77,7 +78,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
 
     @property
     def columns(self) -> dict[str, str | None]:
-        """What each option that names a column or a class would be given."""
+        """The value of each option that names a column or a class."""
         return {
             "text": "text",
             "label": "label",
@@ -89,14 +90,14 @@ class Card(BaseModel, extra="forbid", frozen=True):
 
 @dataclass(frozen=True)
 class Guard:
-    """The texts that ``guard:...`` names.
+    """The texts named by ``guard:...``.
 
     Attributes:
-        name: Of the guard.
-        card: What it is.
-        folder: Holds its files.
-        test: The name of a test; None: the training texts.
-        user_file: A file of rows beside these.
+        name: Name of the guard.
+        card: Its description.
+        folder: Folder of its files.
+        test: Name of a test; None means the training texts.
+        user_file: File of additional rows from the user.
     """
 
     name: str
@@ -106,9 +107,9 @@ class Guard:
     user_file: str | None = None
 
     def rows(self, task: Task | None = None) -> list[Row]:
-        """The rows, with the class names of the card, or of another task of two classes.
+        """The rows, with the class names of the card or of another binary task.
 
-        Of a task with other names, the positive class is taken for that of the card.
+        If the task has other names, its positive class corresponds to that of the card.
         """
         stem = "train" if self.test is None else f"test_{self.test}"
         rows = read_file(self.folder / f"{stem}.jsonl.gz")
@@ -125,13 +126,13 @@ class Guard:
         index = {**TRUTH, labels[0]: False, labels[1]: True}
         for place, row in enumerate(rows):
             cell = row.cells.get("label")
-            # Another name is refused where all labels are.
+            # Other names are refused later, together with all wrong labels.
             if not is_missing(cell) and (name := label_name(cell, row.place)) in index:
                 rows[place] = replace(row, cells={**row.cells, "label": names[index[name]]})
         return rows
 
     def require(self, **options: str | None) -> None:
-        """Refuses columns, or a class, that contradict the card; None contradicts nothing."""
+        """Refuse columns or a class that contradict the card; None is always accepted."""
         for option, value in options.items():
             wanted = self.card.columns.get(option)
             if value not in (None, wanted):
@@ -141,7 +142,7 @@ class Guard:
                 )
 
     def _adapted(self, row: Row) -> Row:
-        """A row with ``messages`` as one with ``text``, and with their answer apart."""
+        """A row with ``messages`` converted to ``text`` and a separate response."""
         cells, columns = {**row.cells}, self.card.columns
         if cells.get("text") is None:
             cells["text"] = cells.get("messages")
@@ -167,12 +168,12 @@ class Guard:
 
 
 def _user_weight(packaged: int, users: int) -> float:
-    """How much each row of one's own counts in training."""
+    """Training weight of each of the user's rows."""
     return min(_MOST_WEIGHT, max(_LEAST_WEIGHT, packaged / max(1, users)))
 
 
 def guard_names() -> list[str]:
-    """The guards that are installed."""
+    """The names of the installed guards."""
     return extension_names(_GROUP)
 
 
@@ -180,7 +181,7 @@ def find_guard(name: str) -> Guard:
     """An installed guard.
 
     Raises:
-        SidelightError: There is none of this name, or several, or its card is wrong.
+        SidelightError: No guard or several guards have this name, or its card is not valid.
     """
     package = find_extension(_GROUP, name)
     if package is None and name in _PACKAGED:
@@ -191,9 +192,9 @@ def find_guard(name: str) -> Guard:
     if package is None:
         raise SidelightError(f"There is no guard '{name}'.{did_you_mean(name, guard_names())}")
     try:
-        # Of a package without code, files() is no path, and a file of it is.
+        # For a package without code, files() is not a path, but a file in it is.
         path = Path(str(files(package.value) / f"{name}.toml"))
-    except Exception as error:  # Whatever the code of others raises.
+    except Exception as error:  # Code of other packages may raise anything.
         raise SidelightError(
             f"Cannot read the package '{package.value}' of the guard '{name}' ({error}). Fix the "
             "package or uninstall it."
@@ -210,10 +211,10 @@ def find_guard(name: str) -> Guard:
 
 
 def guard_of(source: object) -> Guard | None:
-    """What ``guard:NAME``, ``guard:NAME,FILE`` or ``guard:NAME:TEST`` names; None of other sources.
+    """Parse ``guard:NAME``, ``guard:NAME,FILE`` or ``guard:NAME:TEST``; None for other sources.
 
     Raises:
-        SidelightError: There is no such guard, or no such test.
+        SidelightError: The guard or the test does not exist.
     """
     if not isinstance(source, str) or not source.startswith(PREFIX):
         return None
@@ -247,21 +248,22 @@ def draw_texts(
 ) -> LabelledExamples:
     """Draw some of the packaged texts, balanced by label and by source and label.
 
-    All rows of one's own stay, and count as they do beside so many.
+    All of the user's rows are kept, with the weight that fits the number of packaged texts.
 
     Args:
-        examples: Those of a guard, maybe with one's own.
-        count: How many; None draws as many as have ``most`` in all.
-        sizes: Of each text.
-        most: The sum of the sizes of what is drawn.
-        seed: Decides which texts are drawn.
+        examples: Examples of a guard, possibly with the user's rows.
+        count: Number of texts to draw; None draws as many as fit within ``most``.
+        sizes: Size of each text.
+        most: Limit on the total size of the drawn texts.
+        seed: Seed of the draw.
     """
     is_users = np.zeros(len(examples)) if examples.weights is None else examples.weights > 1
     packaged, users = np.flatnonzero(is_users == 0), np.flatnonzero(is_users)
-    # All background is one source: its many would outweigh the others.
+    # All background counts as one source, because its many sources would outweigh the others.
     sources, labels = examples.sources, examples.label_names()
-    # Balanced separately, sources with both labels would contribute positives alone beside many
-    # negative sources, and the probe would learn the style of a source instead of the label.
+    # If both were balanced separately, sources with both labels would contribute only positives
+    # next to many negative sources, and the probe would learn the style of a source instead of the
+    # label.
     strata = [((sources[row], *labels[row]), tuple(labels[row])) for row in packaged]
     order = packaged[balanced_order(strata, seed=seed)]
     if count is None:

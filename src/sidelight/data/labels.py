@@ -1,4 +1,4 @@
-"""Turns label cells into a task and an array of numbers. Knows no file format and no texts."""
+"""Conversion of label cells to a task and an array. Independent of file formats and texts."""
 
 import re
 import unicodedata
@@ -24,12 +24,12 @@ _MOST_LABELS = 200
 
 
 def is_missing(cell: object) -> bool:
-    """Whether a cell holds no label: None, NaN, or the texts "", "nan" and "null"."""
+    """Whether a cell has no label: None, NaN, or one of the texts "", "nan" and "null"."""
     return cell is None or str(cell).strip().lower() in _MISSING
 
 
 def truth_value(cell: object, place: str, column: str) -> bool:
-    """The truth value in a cell: 0/1, true/false or no/yes, in any spelling."""
+    """The truth value of a cell: 0/1, true/false or no/yes, in any spelling."""
     name = label_name(cell, f"{place}, column '{column}'")
     if name not in TRUTH:
         raise SidelightError(
@@ -41,16 +41,16 @@ def truth_value(cell: object, place: str, column: str) -> bool:
 def encode_labels(
     rows: Sequence[Row], columns: Sequence[str], *, positive: str | None, task: Task | None
 ) -> tuple[Task, Int[Numbers, "row ..."]]:
-    """Encodes one column of labels or of lists of labels, or several columns of 0/1.
+    """Encode one column of labels or of lists of labels, or several columns of 0/1.
 
     Args:
-        rows: At least one row, none with a missing label.
+        rows: One or more rows without missing labels.
         columns: Names of the columns.
         positive: The positive class of a binary task.
         task: The label space to map to, for evaluation; None infers one from the labels.
 
     Returns:
-        The task, the labels as in ``LabelledExamples``.
+        The task, and the labels as in ``LabelledExamples``.
     """
     is_single = len(columns) == 1 and not is_list(rows[0].cells[columns[0]])
     if positive is not None and (task is not None or not is_single):
@@ -80,7 +80,7 @@ def encode_labels(
 
 
 def label_name(cell: object, place: str) -> str:
-    """The spelling of a label, which is the same for every file format.
+    """The normalised spelling of a label, independent of the file format.
 
     1, 1.0, "1" and " 1 " all become "1"; True and "TRUE" become "true", "Yes" becomes "yes". All
     other names keep their case.
@@ -102,9 +102,9 @@ def label_name(cell: object, place: str) -> str:
 def _infer_classes(
     rows: Sequence[Row], names: Sequence[str], column: str, positive: str | None
 ) -> Task:
-    """A binary task from two distinct names, a multi-class one from more."""
+    """Infer a binary task from two distinct names, a multi-class task from more."""
     if set(names) <= TRUTH.keys():
-        # One spelling for all; 0 and 1 if the column mixes several.
+        # Use a single spelling, or 0 and 1 if the column mixes several.
         pair = next((pair for pair in _PAIRS if set(names) <= set(pair)), _PAIRS[0])
         names = [pair[TRUTH[name]] for name in names]
     counts = Counter(names)
@@ -132,7 +132,7 @@ def _infer_classes(
         return Task("binary", labels if index[name] == 1 else labels[::-1])
     if set(labels) <= TRUTH.keys() or set(labels) == {"-1", "1"}:
         return Task("binary", labels)
-    # The sort is stable and labels are in order: of two equal counts the last one is positive.
+    # The sort is stable and labels are in order, so the last label is positive in a tie.
     major, chosen = sorted(labels, key=lambda name: -counts[name])
     warn(
         f"No positive class was named, so '{chosen}' is used: the rarer label, or the last one "
@@ -144,7 +144,7 @@ def _infer_classes(
 
 
 def _require_classes(counts: Mapping[str, int], column: str) -> None:
-    """Refuses a column of one label, or of too many to be classes, by the rows of each."""
+    """Refuse a column with a single label, or with too many distinct values to be classes."""
     rows = sum(counts.values())
     if len(counts) == 1:
         raise SidelightError(
@@ -167,7 +167,7 @@ def _warn_of_all(sentences: Iterable[str]) -> None:
 
 
 def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
-    """A sentence for each label of a few rows that resembles one of many."""
+    """A sentence for each rare label that resembles a frequent one."""
     counts = Counter(name for name in names if not _INTEGER.fullmatch(name))
     sentences: list[str] = []
     for name, count in counts.items():
@@ -182,7 +182,7 @@ def _misspelt(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _warn_of_alike(labels: Sequence[str]) -> None:
-    """Warn about labels that a reader would take for one."""
+    """Warn about labels that look alike."""
     by_form = {unicodedata.normalize("NFKC", name).casefold(): name for name in labels}
     pairs = [
         f"'{name}' and '{another}'"
@@ -197,7 +197,7 @@ def _warn_of_alike(labels: Sequence[str]) -> None:
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """In alphabetical order, or by value if all are whole numbers; each can name a class."""
+    """Sort labels alphabetically, or by value if all are whole numbers; refuse invalid names."""
     labels = sorted(names)
     if all(_INTEGER.fullmatch(name) for name in labels):
         labels.sort(key=int)
@@ -211,7 +211,7 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _label_index(task: Task) -> dict[str, int]:
-    """Number of each label; a task of 0/1, false/true or no/yes knows all six names."""
+    """Index of each label; a task of 0/1, false/true or no/yes accepts all six names."""
     index = {name: number for number, name in enumerate(task.labels)}
     if task.kind == "binary" and index.keys() <= TRUTH.keys():
         number_of = {TRUTH[name]: number for name, number in index.items()}

@@ -1,4 +1,4 @@
-"""Loads examples: reads rows, then checks and encodes their texts and labels."""
+"""Loading of examples: read rows, then check and encode their texts and labels."""
 
 import json
 from collections import Counter
@@ -58,11 +58,11 @@ def load_examples(
     rationale: str | None = None,
     groups: str | None = None,
 ) -> Examples:
-    """Loads texts with their labels, and infers the task from the labels.
+    """Load texts with their labels, and infer the task from the labels.
 
-    Two distinct labels make a binary task, more make a multi-class one. Lists of labels, or several
-    columns of 0/1, make a multi-label one. Rows with an empty text or response are left out and
-    counted.
+    Two distinct labels make a binary task, and more make a multi-class task. Lists of labels, or
+    several 0/1 columns, make a multi-label task. Rows with an empty text or response are left out
+    and counted.
 
     Args:
         source: A file (.jsonl, .json, .csv or .tsv, each also with .gz, or .parquet), a Hugging
@@ -76,7 +76,7 @@ def load_examples(
         response: Column of the assistant's answer, for probes that read responses.
         split: Split of a Hugging Face data set; None means `train`.
         positive: Positive class of a binary task; None means 1 (of 0/1 or -1/1), true or yes, else
-            the rarer label, else the last in the alphabet.
+            the rarer label, else the alphabetically last one.
         task: Label space to map to, such as a trained probe's; None infers one.
         on_missing_label: Whether a row without a label is an error, or is left out and counted.
         spans: Column of spans in place of labels: a list of ``{"start": 0, "end": 5, "label":
@@ -84,11 +84,11 @@ def load_examples(
             one, the end exclusive. Spans of different labels may overlap; rows without any are
             negatives. A ``probability``, which ``predict`` writes, is ignored, and spans of labels
             that ``task`` lacks are left out and counted.
-        rationale: Column of the words that a text has its label for, where they are known, as they
-            stand in it; training then teaches a readout where to look.
+        rationale: Column of the words that justify a text's label, where known, copied verbatim
+            from the text; a readout is then trained to attend to them.
         groups: Columns, separated by commas, whose equal values keep rows together in a split or
-            fold, such as a customer or a source document. Empty cells join nothing. If groups
-            become too large, the last column is ignored first.
+            fold, such as a customer or a source document. Empty cells join nothing. If a group
+            becomes too large, the last column is ignored first.
 
     Raises:
         SidelightError: The source cannot be read, or a row is malformed; the message names the
@@ -158,7 +158,7 @@ def _usable(
     *,
     on_missing_label: OnMissingLabel,
 ) -> tuple[list[Row], Examples]:
-    """The rows that have texts and a cell in each of these columns of labels, and their texts."""
+    """The rows with a text and a cell in each label column, and their texts."""
     usable: list[Row] = []
     items: list[Example] = []
     empty: list[Row] = []
@@ -185,7 +185,7 @@ def _usable(
             "other columns, or fill in what is missing."
         )
     if unlabelled and (on_missing_label == "error" or not usable):
-        # `sidelight guard` has no such option.
+        # `sidelight guard` does not have this option.
         remedy = (
             "remove them"
             if unlabelled[0].is_beside_guard
@@ -207,7 +207,7 @@ def _usable(
 
 
 def _warn_of_new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) -> None:
-    """Warn if the user's rows beside those of a guard have labels that these lack."""
+    """Warn if the user's rows have span labels that the guard's own rows lack."""
     packaged, each = Counter[str](), Counter[str]()
     for row, annotated in zip(rows, spans, strict=True):
         (each if row.is_beside_guard else packaged).update(span.label for span in annotated)
@@ -220,7 +220,7 @@ def _warn_of_new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) ->
 
 
 def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> tuple[str, ...]:
-    """The words that each text has its label for; empty where the row has none."""
+    """The words that justify each text's label; "" for a row without any."""
     cells = [row.cells.get(column) for row in rows]
     words = tuple("" if is_missing(cell) else str(cell).strip() for cell in cells)
     for row, item, rationale_text in zip(rows, items, words, strict=True):
@@ -238,9 +238,9 @@ def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> t
 def _find_columns(
     rows: Sequence[Row], label: str | None, named: Sequence[tuple[str, str | None]]
 ) -> tuple[str, ...]:
-    """The columns of labels: `label` names several, or a single one whose name has a comma.
+    """The label columns: `label` names several, or a single one whose name contains a comma.
 
-    Those that other options have named must be there too.
+    Columns named by other options must exist too.
     """
     known = tuple(dict.fromkeys(name for row in rows for name in row.cells))
     labels = () if label is None else (label,)
@@ -265,7 +265,7 @@ def _find_columns(
 
 
 def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
-    """The row's example, where a string is one user message; None if text or response is empty."""
+    """Parse a row, where a string is one user message; None if the text or response is empty."""
     cell, place = row.cells.get(text), row.place
     turns = cell if is_list(cell) else [{"role": "user", "content": cell}]
     messages = [_parse_message(turn, place) for turn in turns]
@@ -277,7 +277,7 @@ def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
 
 
 def _parse_message(turn: object, place: str) -> Message:
-    """A chat message as servers read it: content as text or text parts, then its tool calls."""
+    """Parse a chat message as servers do: content as text or text parts, then its tool calls."""
     fields = turn if is_mapping(turn) else {}
     role, content, calls = (fields.get(name) for name in ("role", "content", "tool_calls"))
     if not (isinstance(role, str) and role and ("content" in fields or calls)):

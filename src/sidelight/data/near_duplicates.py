@@ -1,8 +1,8 @@
-"""Which texts are near-duplicates: alike but for a number, a name, a word or a typing error.
+"""Near-duplicates: texts that are the same except for a number, a name, a word or a typo.
 
-A text that is left out says nothing about new texts if another version of it was trained on, so
-splits and folds keep such texts together. Two texts are alike by the cosine of their character
-4-grams, where all numbers count as one and the same.
+A held-out text says nothing about new texts if another version of it was used in training, so
+splits and folds keep such texts together. Similarity is the cosine of character 4-grams, with all
+numbers treated as equal.
 """
 
 import re
@@ -17,32 +17,33 @@ from jaxtyping import Bool, Int
 
 from sidelight.types import Flags, Numbers
 
-# Cosine from which two texts are alike.
+# Cosine from which two texts are near-duplicates.
 _COSINE = 0.75
-# Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
+# Number of folds that the groups must allow: a group has at most the rows of one fold, and a label
+# has at least this many groups.
 _FOLDS = 5
-# Total length of the pieces sampled from a long text, and the longest piece.
+# Total length of the chunks sampled from a long text, and the longest chunk.
 _MOST_CHARACTERS, _CHUNK = 2000, 125
-# Mean distance of piece boundaries, in characters.
+# Mean distance of chunk boundaries, in characters.
 _BETWEEN = 64
 _FEATURES = 2**16
-# More texts are compared within parts of neighbours in the alphabet: a minute a part on one core.
+# More texts are compared in blocks of alphabetical neighbours, at a minute per block on one core.
 _MOST_TEXTS = 10_000
 _MEMORY_MIB = 64
-# Of a text that is like many others, the most similar ones; one of each group then finds the rest.
+# Number of most similar texts found for each text; one text of each group then finds the rest.
 _NEIGHBOURS = 20
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Which rows have alike texts.
+    """The near-duplicates among some rows.
 
     Attributes:
-        texts: The number of each row's text; equal texts have one number.
-        left: A text of each pair of alike texts.
-        right: The other one.
-        priorities: Where a group would become too large, pairs of the lowest priority stop joining
-            first.
+        texts: Index of each row's text; equal texts share an index.
+        left: First text of each pair of near-duplicates.
+        right: Second text of each pair.
+        priorities: Priority of each pair; if a group would become too large, the pairs with the
+            lowest priority are dropped first.
     """
 
     texts: Int[Numbers, " row"]
@@ -52,14 +53,14 @@ class NearDuplicates:
 
     @staticmethod
     def among(keys: Sequence[str]) -> "NearDuplicates":
-        """Compares the rows' texts; equal keys are equal texts."""
+        """Compare the texts of the rows; equal keys mean equal texts."""
         numbers: dict[str, int] = {}
         texts = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
         left, right = _pairs([*numbers])
         return NearDuplicates(texts, left, right, np.zeros_like(left))
 
     def select(self, rows: Sequence[int]) -> "NearDuplicates":
-        """Only these rows; nothing is compared again."""
+        """Restrict to these rows without comparing texts again."""
         present, texts = np.unique(self.texts[list(rows)], return_inverse=True)
         numbers = np.full(int(self.texts.max(initial=-1)) + 1, -1)
         numbers[present] = np.arange(len(present))
@@ -71,8 +72,8 @@ class NearDuplicates:
         """Also join the texts of rows that share a value in a column.
 
         Args:
-            columns: A value for each row; None joins the row to no other. If groups become too
-                large, the last column stops joining first, and all columns before near-duplicates.
+            columns: Values of each row; None joins the row to no other. If groups become too large,
+                columns are dropped from the last to the first, before near-duplicates.
         """
         columns = [*columns]
         pairs = [(self.left, self.right, self.priorities + len(columns))]
@@ -88,10 +89,10 @@ class NearDuplicates:
         return NearDuplicates(self.texts, *map(np.concatenate, zip(*pairs, strict=True)))
 
     def groups(self, strata: Bool[Flags, "row stratum"]) -> tuple[Int[Numbers, " row"], int]:
-        """The number of each row's group, and how many rows' groups had to be divided.
+        """The group of each row, and the number of rows whose groups had to be divided.
 
-        Where a group would have more than a fifth of the rows, or a label fewer than five groups,
-        its columns stop joining texts, the last one first, and then its near-duplicates do.
+        If a group would have more than a fifth of the rows, or a label fewer than five groups, its
+        column links are dropped, from the last column to the first, and then its near-duplicates.
 
         Args:
             strata: The labels of each row.
@@ -100,7 +101,7 @@ class NearDuplicates:
         from scipy.sparse.csgraph import connected_components
 
         count = int(self.texts.max(initial=-1)) + 1
-        # The least priority that joins a text; one more than the highest joins none.
+        # Lowest priority that joins a text; one above the highest joins none.
         levels = np.zeros(count, dtype=np.int64)
         most = int(self.priorities.max(initial=0)) + 1
         holds = np.zeros((count, strata.shape[1]), dtype=np.bool_)
@@ -127,7 +128,7 @@ class NearDuplicates:
 def are_alike(
     texts: Sequence[str], references: Sequence[str], *, cosine: float
 ) -> Bool[Flags, " text"]:
-    """Which of some texts are like one of the others."""
+    """Whether each text is a near-duplicate of one of the others."""
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
@@ -143,7 +144,7 @@ def are_alike(
 
 
 def _pairs(texts: Sequence[str]) -> tuple[Int[Numbers, " pair"], Int[Numbers, " pair"]]:
-    """Texts that are alike."""
+    """Pairs of near-duplicates."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn import config_context
@@ -168,7 +169,8 @@ def _pairs(texts: Sequence[str]) -> tuple[Int[Numbers, " pair"], Int[Numbers, " 
                 break
             right = neighbours[left, rank]
             pairs.append((chunk[rows[left]], chunk[rows[right]]))
-            # Those that have more alike than are looked for are found by one of each group.
+            # Texts with more near-duplicates than are searched for are found through one text of
+            # each group.
             graph = coo_array((np.ones(len(left)), (left, right)), (len(rows), len(rows)))
             groups = connected_components(graph, directed=False)[1]
             rows = rows[np.unique(groups, return_index=True)[1]]
@@ -186,16 +188,16 @@ def _vectors(texts: Sequence[str]) -> Any:
     )
     counts: Any = counting.transform(texts)
     weighting: Any = TfidfTransformer(sublinear_tf=True).fit(counts)
-    # The square root of the usual weight: an instruction that many texts share does not make them
-    # alike, and a rare word in place of another does not make them differ.
+    # Square root of the usual weight: an instruction that many texts share does not make them
+    # near-duplicates, and replacing a rare word does not separate them.
     weighting.idf_ = np.sqrt(weighting.idf_)
     return weighting.transform(counts)
 
 
 def _form(text: str) -> str:
-    """Normalised text: every number becomes 0, and a long text is reduced to a sample of pieces.
+    """Normalised text: every number becomes 0, and a long text is reduced to a sample of chunks.
 
-    Piece boundaries depend on the surrounding characters, and the pieces with the lowest hashes are
+    Chunk boundaries depend on the surrounding characters, and the chunks with the lowest hashes are
     sampled. An inserted paragraph leaves most of them unchanged (Broder 1997, "On the resemblance
     and containment of documents").
     """
@@ -223,7 +225,7 @@ def _rank(chunk: str) -> tuple[int, str]:
 
 
 def _chunk_starts(text: str) -> list[int]:
-    """Piece boundaries, by a hash of the four preceding characters."""
+    """Chunk boundaries, by a hash of the four preceding characters."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     # xxHash's multipliers; uint32 overflow is intended.
     factors = (668265263, 3266489917, 2246822519, 2654435761)

@@ -1,4 +1,4 @@
-"""Plots of probabilities on labelled rows, by scikit-learn's displays."""
+"""Plots of probabilities on labelled rows, based on scikit-learn's displays."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +24,7 @@ except ImportError as error:
         f"Plots need the matplotlib package. {how_to_install('.[plots]')}"
     ) from error
 
-# matplotlib and scikit-learn leave the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
+# matplotlib and scikit-learn do not type **kwargs. pyright: reportUnknownMemberType=false
 
 _DPI = 200
 _CURVES, _NUMBERED_CLASSES, _NAMED_CLASSES, _MATRICES = 8, 30, 80, 24
@@ -33,12 +32,12 @@ _NAME_LENGTH = 24
 
 
 def plot_report(predictions: Predictions, directory: Path, *, title: str) -> list[Path]:
-    """Draws the three plots that go with an evaluation.
+    """Draw the three plots that go with an evaluation.
 
     Args:
-        predictions: What ``decide`` makes of calibrated probabilities.
-        directory: Where to write; made if absent. Plots of the same names are replaced.
-        title: What was measured on what, for example ``toxicity on ToxicChat test``.
+        predictions: Result of ``decide`` on calibrated probabilities.
+        directory: Output folder, created if necessary. Plots of the same names are replaced.
+        title: Probe and data, for example ``toxicity on ToxicChat test``.
 
     Returns:
         The paths of ``precision_recall.png``, ``reliability.png`` and ``confusion.png``.
@@ -61,15 +60,15 @@ def plot_deferral(
     path: Path,
     title: str,
 ) -> Path:
-    """Draws recall at 1 % false positives against the share of texts that a judge is asked about.
+    """Plot recall at 1 % false positives against the share of texts deferred to a judge.
 
     Args:
-        shares: Of the texts, rising.
-        recalls: Of each share the recall, and the ends of its interval.
-        probe: The recall of the probe alone.
-        judge: That of the judge alone; None: unknown.
-        path: Of the PNG.
-        title: What was measured.
+        shares: Shares of the texts, ascending.
+        recalls: Recall at each share, and both ends of its interval.
+        probe: Recall of the probe alone.
+        judge: Recall of the judge alone; None if unknown.
+        path: Path of the PNG file.
+        title: Title of the plot.
     """
     figure, (axes,) = _figure(7.2, 5.4, title)
     percent = 100 * np.array(shares)
@@ -85,7 +84,7 @@ def plot_deferral(
     axes.axhline(probe, linestyle="--", color="grey", label="probe alone")
     if judge is not None:
         axes.axhline(judge, linestyle=":", color="black", label="judge alone, on every text")
-    # Small shares are the interesting ones.
+    # Small shares matter most.
     axes.set_xscale("symlog", linthresh=1)
     ticks = [0, 1, 2, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -100,14 +99,14 @@ def plot_deferral(
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG, whole or not at all, and makes its folder."""
+    """Write a PNG atomically, and create its folder."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": None})
     return path
 
 
 def _precision_recall(predictions: Predictions, names: Sequence[str], title: str) -> Figure:
-    """A curve of each label with texts, of many those with the lowest areas."""
+    """Plot the curve of each label that occurs; of many, those with the lowest areas."""
     figure, (axes,) = _figure(7.2, 5.4, title)
     columns = zip(names, predictions.scores.T, predictions.targets.T, strict=False)
     drawable = [column for column in list(columns)[predictions.headline] if column[2].any()]
@@ -119,7 +118,7 @@ def _precision_recall(predictions: Predictions, names: Sequence[str], title: str
 
 
 def _reliability(predictions: Predictions, title: str) -> Figure:
-    """The frequency of labels at each predicted probability."""
+    """Plot the frequency of labels at each predicted probability."""
     from sklearn.calibration import CalibrationDisplay
 
     figure, (axes,) = _figure(5.4, 5.4, title)
@@ -132,7 +131,9 @@ def _reliability(predictions: Predictions, title: str) -> Figure:
 
 
 def _confusion(predictions: Predictions, names: Sequence[str], title: str) -> Figure:
-    """Actual by predicted class; of a multi-label task a matrix for each of the first labels."""
+    """Plot actual by predicted class; for a multi-label task, a matrix for each of the first
+    labels.
+    """
     counts = predictions.confusion_matrix()
     style: dict[str, Any] = {"colorbar": False, "cmap": "Blues"}
     if predictions.task.kind == "multilabel":
@@ -164,5 +165,5 @@ def _figure(
 
 
 def _escape(text: str) -> str:
-    # A dollar sign starts a formula in matplotlib, and a leading underscore hides a name.
+    # In matplotlib, a dollar sign starts a formula and a leading underscore hides a name.
     return text.replace("$", r"\$").lstrip("_")

@@ -1,6 +1,6 @@
-"""Rows of a table, from a file, the Hugging Face hub or memory. Knows no texts and no labels.
+"""Rows of a table from a file, the Hugging Face hub or memory. Independent of texts and labels.
 
-The files are read by hand, for errors that name the line (docs/dependencies.md says more).
+Files are parsed by hand so that errors can name the line (see docs/dependencies.md).
 """
 
 import csv
@@ -31,9 +31,9 @@ class Row:
     """The cells of one row.
 
     Attributes:
-        place: Where the row was, such as ``train.csv, line 17``, as error messages begin.
-        cells: The value of each column.
-        weight: How much it counts in training.
+        place: Origin of the row, such as ``train.csv, line 17``; error messages begin with it.
+        cells: Value of each column.
+        weight: Weight in training.
     """
 
     place: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def is_beside_guard(self) -> bool:
-        """Whether it is a user's own, beside those of a guard, whose card names its columns."""
+        """Whether this is a user's row for a guard, whose card names the columns."""
         return self.weight > 1
 
 
@@ -58,7 +58,9 @@ def is_list(value: object) -> TypeGuard[Sequence[object]]:
 def read_rows(
     source: str | Path | InMemory, *, split: str | None, text: str, label: str
 ) -> list[Row]:
-    """All rows of a source, in order; at least one. ``text`` and ``label`` name halves of pairs."""
+    """Read all rows of a source, in order; at least one. ``text`` and ``label`` name halves of
+    pairs.
+    """
     if isinstance(source, str):
         path = Path(source)
         if _HUB_NAME.fullmatch(source) and not path.exists() and not is_readable(path):
@@ -73,7 +75,7 @@ def read_rows(
 
 
 def read_file(path: Path) -> list[Row]:
-    """All rows of a file, in order; at least one.
+    """Read all rows of a file, in order; at least one.
 
     Raises:
         SidelightError: The file is absent, empty, of another format, or malformed. The message
@@ -104,20 +106,20 @@ def read_file(path: Path) -> list[Row]:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether the name has the ending of a format that can be read; no file need exist."""
+    """Whether the file name ends like a supported format; the file need not exist."""
     return _format_suffix(path) in _READERS
 
 
 def _format_suffix(path: Path) -> str:
-    """The ending that names the format: ``.csv`` for ``train.csv.gz``."""
+    """The suffix of the format: ``.csv`` for ``train.csv.gz``."""
     suffix = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
-    # Parquet has compression of its own.
+    # Parquet has built-in compression.
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
 def _absence(path: Path) -> str:
-    """Names the readable files in the folder, or beside the file."""
+    """A message about an absent file, with the readable files in its folder."""
     folder = path if path.is_dir() else path.parent
     names = [file.name for file in folder.glob("*") if is_readable(file) and file.is_file()]
     nearest = get_close_matches(path.name, names, n=10, cutoff=0.0)

@@ -21,7 +21,7 @@ _FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any
 def encode_spans(
     items: Sequence[Example], cells: Sequence[object], column: str, *, task: Task | None
 ) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...]]:
-    """Reads a column of spans.
+    """Read a column of spans.
 
     Returns:
         The task, the labels and the spans as in ``LabelledExamples``.

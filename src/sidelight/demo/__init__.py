@@ -157,7 +157,7 @@ def _client(url: str) -> OpenAI:
 
 
 def _train_intent(backbone: TransformersBackbone) -> Path:
-    """Trains the probe on the texts alone: a rest of all other traffic is one of its classes.
+    """Train the probe on the texts alone: a rest of all other traffic is one of its classes.
 
     Few epochs take a third of the time, and cost little accuracy.
     """

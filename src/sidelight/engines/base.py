@@ -202,15 +202,15 @@ class Engine(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Starts the engine in the running event loop."""
+        """Start the engine in the running event loop."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Stops the engine; requests still in it fail with ``EngineUnavailableError``."""
+        """Stop the engine; requests still in it fail with ``EngineUnavailableError``."""
 
     @abstractmethod
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """Serves these probes from now on, once each has given a verdict (``require_verdicts``).
+        """Serve these probes from now on, once each has given a verdict (``require_verdicts``).
 
         A request in the engine keeps the probes that were loaded when it was made, or it fails; it
         is never silently judged by other ones. After an error nothing has changed.
@@ -247,7 +247,7 @@ class Engine(ABC):
         monitored: Collection[str] = (),
         admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
-        """Yields ``PromptClassified``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
+        """Yield ``PromptClassified``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
         Closing the generator cancels the request. It is judged to its end by the probes that are
         loaded when this is called, not when the first event is requested. Probes that were trained
@@ -316,7 +316,7 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
 
 
 def require_verdicts(probes: Iterable[Probe], *, device: torch.device | str = "cpu") -> None:
-    """Checks that probes can judge a text: see ``gives_verdicts``.
+    """Check that probes can judge a text: see ``gives_verdicts``.
 
     Raises:
         VerdictError: Some cannot.
@@ -326,7 +326,7 @@ def require_verdicts(probes: Iterable[Probe], *, device: torch.device | str = "c
 
 
 def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
-    """Checks that the probes were trained on this model, or are accepted on this copy of it.
+    """Check that the probes were trained on this model, or are accepted on this copy of it.
 
     Raises:
         SidelightError: Some read chats and others raw texts, which are two models to a fingerprint.

@@ -126,7 +126,7 @@ class Generation:
         self._gate = StopGate(request.sampling.stop)
 
     def accept(self, token: int) -> TextDelta | None:
-        """Takes the token that was drawn; returns the text that can now be sent."""
+        """Take the token that was drawn; return the text that can now be sent."""
         self.last_token = token
         self.tokens += 1
         if token in self._end_tokens:
@@ -234,13 +234,13 @@ class Batch:
         return [request for work in works for request in work]
 
     def begin(self, requests: Sequence[Request]) -> None:
-        """Takes prompts, to be read together as far as they have the same panel."""
+        """Take prompts, to be read together as far as they have the same panel."""
         for banks in dict.fromkeys(request.banks for request in requests):
             members = tuple(request for request in requests if request.banks is banks)
             self.prefills[members] = self._prefill(members)
 
     def drop(self, requests: Collection[Request]) -> None:
-        """Writes no more for these requests, and frees what they hold.
+        """Write no more for these requests, and free what they hold.
 
         A prompt that is read together with others is dropped when their prefill ends.
         """
@@ -252,7 +252,7 @@ class Batch:
             self._put(group, rows.without([g for g in rows.generations if g.request in gone]))
 
     def read_on(self, prefill: Prefill) -> list[Emission]:
-        """Reads the next part of these prompts."""
+        """Read the next part of these prompts."""
         try:
             next(self.prefills[prefill])
         except StopIteration as end:
@@ -261,7 +261,7 @@ class Batch:
         return []
 
     def _prefill(self, requests: Sequence[Request]) -> Generator[None, None, list[Emission]]:
-        """Reads prompts in one pass or several, judges them, and writes the first tokens.
+        """Read prompts in one pass or several, classify them, and write the first tokens.
 
         The texts being written are touched last, once everything went well.
 
@@ -320,7 +320,7 @@ class Batch:
         return emissions + written
 
     def decode(self, group: Group) -> list[Emission]:
-        """Reads the newest token of each text, judges the response so far, and writes the next."""
+        """Read the newest token of each text, classify the response so far, and write the next."""
         banks, rows = group[0], self.rows[group]
         scored, logits = self._read_step(banks, rows)
         left, written = _write(banks, rows, logits)
@@ -396,7 +396,7 @@ def _classify_responses(banks: ProbeBanks, generations: Sequence[Generation]) ->
 def _write(
     banks: ProbeBanks, rows: Rows, logits: Float[Tensor, "row vocabulary"]
 ) -> tuple[Rows | None, list[Emission]]:
-    """Writes a token of each text that is not complete, and ends those that are settled.
+    """Write a token of each text that is not complete, and end those that are final.
 
     Returns:
         The rows that go on, and what happened.

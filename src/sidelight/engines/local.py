@@ -103,7 +103,7 @@ class LocalEngine(Engine):
         )
 
     async def close(self) -> None:
-        """Stops the engine after the pass in progress."""
+        """Stop the engine after the pass in progress."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.wait({self._loop})
@@ -247,7 +247,7 @@ class LocalEngine(Engine):
     async def _pass(
         self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]
     ) -> None:
-        """Works in the model's thread; if that fails, these requests fail and leave the batch."""
+        """Work in the model's thread; if that fails, these requests fail and leave the batch."""
         future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         await asyncio.wait({future})
         error = future.exception()

@@ -109,7 +109,7 @@ class RequestQueue:
         return len(self._waiting)
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Adds all of them, at one place in the queue.
+        """Add all of them, at one place in the queue.
 
         Raises:
             EngineBusyError: The queue is full.
@@ -129,7 +129,7 @@ class RequestQueue:
         self._waiting = [request for request in self._waiting if request in self.awaited]
 
     def serve(self, requests: Iterable[Request]) -> None:
-        """Gives these their turn, so that they stand behind all others."""
+        """Give these their turn, so that they stand behind all others."""
         self._turn += 1
         for request in requests:
             if request in self.awaited:
@@ -153,7 +153,7 @@ class RequestQueue:
         return batch
 
     def take(self, requests: Sequence[Request]) -> None:
-        """Removes those that no longer wait."""
+        """Remove those that no longer wait."""
         taken = {*requests}
         self._waiting = [request for request in self._waiting if request not in taken]
 

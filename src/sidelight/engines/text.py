@@ -178,7 +178,7 @@ class TextCodec:
         return await result
 
     def close(self) -> None:
-        """Ends its threads, once they have encoded what waits."""
+        """End its threads, once they have encoded what waits."""
         for thread in self._threads:
             thread.shutdown()
 

@@ -78,7 +78,7 @@ class Checkpoint:
 
     @staticmethod
     def read(folder: Path) -> "Checkpoint":
-        """Reads a folder; takes milliseconds and no memory, however large the model is.
+        """Read a folder; takes milliseconds and no memory, however large the model is.
 
         Raises:
             FileNotFoundError: It has no weights in safetensors files.

@@ -91,7 +91,7 @@ class ContentTokenizer:
         return not self._names.keys().isdisjoint(tokens.ids)
 
     def encode_chat(self, text: str, template: Sequence[Range]) -> list[Token]:
-        """Encodes a rendered conversation.
+        """Encode a rendered conversation.
 
         Where no content holds a control token, the ids are the tokenizer's own for the whole text.
 
@@ -119,7 +119,7 @@ class ContentTokenizer:
         return self._checked(tokens, controls, text)
 
     def encode_raw(self, text: str) -> list[Token]:
-        """Encodes a text without a template, between the tokenizer's own special tokens."""
+        """Encode a text without a template, between the tokenizer's own special tokens."""
         controls = self._controls_in(self._tokenise(""), "")
         tokens = self._tokenise(text)
         if self._has_only(controls, tokens, text):
@@ -133,7 +133,7 @@ class ContentTokenizer:
         return [(token_id, start, end) for token_id, (start, end) in pairs]
 
     def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> list[Token]:
-        """Encodes a run without looking for control tokens; it begins at character ``at``."""
+        """Encode a run without looking for control tokens; it begins at character ``at``."""
         tokenizer = self._continuing if at else self._prefix_tokenizer
         run = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         pairs = zip(run.ids, run.offsets, strict=True)

@@ -162,7 +162,7 @@ class Reads:
 
 
 def require_valid_unicode(text: str, *, place: str) -> None:
-    """Checks that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
+    """Check that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -258,7 +258,7 @@ class EncodedPrompt:
         return sum(role not in (*_TEXT, TokenRole.RESPONSE) for role in self.token_roles)
 
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
-        """Removes tokens of the text, and none of the template, until ``limit`` remain.
+        """Remove tokens of the text, and none of the template, until ``limit`` remain.
 
         For training only, where the caller counts and reports what was dropped. A probe of the
         prompt loses the text's last tokens. A probe of the response loses the prompt's first

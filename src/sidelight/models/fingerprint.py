@@ -60,7 +60,7 @@ class Fingerprint:
         return layers or self.layers
 
     def require(self, served: "Fingerprint", *, probe: str, accepted: str | None = None) -> None:
-        """Checks that ``served`` is the backbone that the probe was trained on.
+        """Check that ``served`` is the backbone that the probe was trained on.
 
         Args:
             served: What would run the probe.

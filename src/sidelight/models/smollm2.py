@@ -66,7 +66,7 @@ def cache_root() -> Path:
 
 
 def require_model(name: str) -> None:
-    """Checks that a name is not that of a folder without a model; reads none, and asks no hub.
+    """Check that a name is not that of a folder without a model; reads none, and asks no hub.
 
     Raises:
         SidelightError: It is, or it is the embedded model's misspelt.
@@ -127,7 +127,7 @@ def _hub_copy() -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Unpacks the GGUF file to ``target``; if killed, it leaves nothing there."""
+    """Unpack the GGUF file to ``target``; if killed, it leaves nothing there."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     from transformers.utils.logging import disable_progress_bar

@@ -390,7 +390,7 @@ _DAY = "|".join([*calendar.day_name, *calendar.day_abbr])
 
 
 def _ending_pattern(literals: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of these with which a text ends."""
+    """Find the longest of these with which a text ends."""
     longest_first = sorted(filter(None, literals), key=len, reverse=True)
     return re.compile(f"(?:{'|'.join(map(_as_pattern, longest_first)) or _NEVER})\\Z")
 

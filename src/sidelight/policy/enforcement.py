@@ -267,7 +267,7 @@ async def checked_decisions(
 
 
 def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None:
-    """Refuses conversations that begin with turns that no probe reads, unless they are trusted."""
+    """Refuse conversations that begin with turns that no probe reads, unless they are trusted."""
     if not policy.refuses_system_turns:
         return
     for text in texts:

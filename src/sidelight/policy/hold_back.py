@@ -196,7 +196,7 @@ class HoldBack:
         return released
 
     def _drop_unsettled_words(self, characters: int, spans: Iterable[Span]) -> None:
-        """Drops the words held after the first characters that are not labelled."""
+        """Drop the words held after the first characters that are not labelled."""
         for span in sorted(spans):
             if not self._text[characters : span.start].strip():
                 characters = max(characters, span.end)
@@ -262,7 +262,7 @@ class _RuleState:
         return self._deferral is not None and self._deferral.is_due(tokens, is_end=is_end)
 
     def answer(self, opinion: SecondOpinion, *, tokens: int) -> None:
-        """Takes what its judge said of the text up to this token."""
+        """Take what its judge said of the text up to this token."""
         assert self._deferral is not None, "only rules that defer have a judge"
         flagged = self._deferral.answer(opinion, tokens)
         if flagged is None:
@@ -271,7 +271,7 @@ class _RuleState:
             self._has_flagged |= flagged
 
     def step(self, verdicts: Verdicts, *, tokens: int) -> None:
-        """Takes the scores of one more token; one without a score is a failure."""
+        """Take the scores of one more token; one without a score is a failure."""
         verdict = decide(self.bound, verdicts, tokens=tokens).verdict
         is_next, self._tokens = tokens == self._tokens + 1, tokens
         if verdict is not None and not all(map(math.isfinite, verdict.probabilities.values())):
@@ -288,7 +288,7 @@ class _RuleState:
                 self._deferral.is_flagged_by_probe = True
 
     def finish(self, verdicts: Verdicts, *, tokens: int, is_scored: bool) -> None:
-        """Takes the verdict on the whole text; an empty one has nothing to judge."""
+        """Take the verdict on the whole text; an empty one has nothing to judge."""
         if not tokens:
             return
         verdict = decide(self.bound, verdicts, tokens=tokens).verdict
@@ -322,7 +322,7 @@ class _Streak:
         self._wanted, self._length = wanted, 0
 
     def step(self, *, counts: bool, is_next: bool) -> bool:
-        """Takes one more token; whether the streak is complete."""
+        """Take one more token; whether the streak is complete."""
         self._length = (self._length if is_next else 0) + 1 if counts else 0
         return self._length >= self._wanted
 

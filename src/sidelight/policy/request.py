@@ -241,7 +241,7 @@ class RequestResult:
         self.adapter: str | None = None
 
     def begin(self, texts: int, *, stream_scores: bool = False) -> list[Enforcement]:
-        """Notes a prompt that so many texts follow; its decisions are recorded with the first."""
+        """Note a prompt that so many texts follow; its decisions are recorded with the first."""
         context = self.context
         begun = [
             Enforcement(

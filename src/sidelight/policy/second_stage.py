@@ -30,7 +30,7 @@ class AsksJudges(Protocol):
         ...
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does work that no client waits for."""
+        """Do work that no client waits for."""
         ...
 
 

@@ -155,8 +155,7 @@ class Probe:
         return self.spans.token_labels(text.tokens, self.task.output_labels)
 
     def can_classify(self, *, is_plain: bool) -> bool:
-        """Whether the probe can classify plain text, or chats; probes of chats fail on plain text.
-        """
+        """Whether the probe can classify plain text (if ``is_plain``), or chats."""
         return not (is_plain and self.card.prompt_format == "chat")
 
     @property
@@ -190,7 +189,7 @@ class Probe:
         return replace(text_output, logits=every.max(0), turn=turn)
 
     def require_finite(self, logits: np.ndarray) -> None:
-        """Checks that a text's logits, ``[output]``, can be judged.
+        """Check that a text's logits, ``[output]``, can be judged.
 
         Raises:
             VerdictError: One is not finite.

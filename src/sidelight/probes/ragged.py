@@ -103,7 +103,7 @@ BATCH_TOKENS = 4096
 
 
 def by_length(lengths: Sequence[int], *, batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
-    """Groups prompts of similar length into batches, so that little is padding.
+    """Group prompts of similar length into batches, so that little is padding.
 
     Args:
         lengths: Tokens of each prompt.

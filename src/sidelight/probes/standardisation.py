@@ -167,7 +167,7 @@ class Standardisation:
 
     @staticmethod
     def identity(geometry: Geometry, *, is_normalised: bool = False) -> "Standardisation":
-        """Leaves hidden states as they are, or only divides them by their root mean square."""
+        """Leave hidden states as they are, or only divide them by their root mean square."""
         shape = (geometry.layers, geometry.width)
         return Standardisation(torch.zeros(shape), torch.ones(shape), is_normalised)
 

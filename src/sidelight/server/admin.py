@@ -175,7 +175,7 @@ def _served(request: ServerRequest) -> Probes[ServedProbe]:
 
 @admin_probes_router.put("/admin/probes")
 async def replace(body: Replacement, request: ServerRequest) -> Probes[ServedProbe]:
-    """Replaces all probes and the policy at once; if that fails, the old ones serve on."""
+    """Replace all probes and the policy at once; if that fails, the old ones serve on."""
     folders = None if body.probe is None else list(map(Path, body.probe))
     path = None if body.policy is None else Path(body.policy)
 

@@ -148,7 +148,7 @@ def application(
 
 
 def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
-    """Serves until SIGINT or SIGTERM, which is raised again once running requests have finished.
+    """Serve until SIGINT or SIGTERM, which is raised again once running requests have finished.
 
     The port is taken at once; who connects before ``load`` has returned waits until then.
 
@@ -188,7 +188,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """Takes the server's address.
+    """Take the server's address.
 
     Raises:
         SidelightError: It cannot be listened on.

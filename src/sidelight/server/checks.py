@@ -130,7 +130,7 @@ async def _after_second_stage(
 
 
 def require_prompt_probe(context: RequestContext) -> None:
-    """Refuses a prompt that no chosen probe reads."""
+    """Refuse a prompt that no chosen probe reads."""
     if any(bound.side == "input" for bound in context.chosen):
         return
     message = (
@@ -148,7 +148,7 @@ def require_prompt_probe(context: RequestContext) -> None:
 def _require_verdicts(
     which: str, turns: Sequence[Message], tokens: int, decisions: Sequence[Decision]
 ) -> None:
-    """Refuses a text on which a chosen probe has no verdict, and says why."""
+    """Refuse a text on which a chosen probe has no verdict, and say why."""
     for decision in decisions:
         if decision.is_too_long:
             raise RequestError(

@@ -94,7 +94,7 @@ def as_request_error(error: SidelightError, *, is_admin: bool = False) -> Reques
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes every failure of ``app`` an answer in its shape; ``RequestScope`` answers crashes."""
+    """Make every failure of ``app`` an answer in its shape; ``RequestScope`` answers crashes."""
     app.exception_handler(SidelightError)(_failed)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)

@@ -207,7 +207,7 @@ def _reject_disguises(
 
 
 def _refuse(context: RequestContext, side: Side) -> None:
-    """Refuses texts that no chosen probe can judge."""
+    """Refuse texts that no chosen probe can judge."""
     if side == "input":
         require_prompt_probe(context)
     raise RequestError(

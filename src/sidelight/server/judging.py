@@ -29,7 +29,7 @@ class Judges:
         self._later: set[asyncio.Task[None]] = set()
 
     def prepare(self, policy: Policy) -> None:
-        """Makes the clients of a policy; takes seconds at first.
+        """Make the clients of a policy; takes seconds at first.
 
         Raises:
             SidelightError: A judge has no key, or is this server.

@@ -141,7 +141,7 @@ class Metrics(Collector):
             yield family
 
     def count(self, decisions: Sequence[Decision], beside: Sequence[Decision] = ()) -> None:
-        """Counts verdicts, what followed from them, and whether shadows agreed.
+        """Count verdicts, what followed from them, and whether shadows agreed.
 
         Args:
             decisions: To count.

@@ -146,7 +146,7 @@ def _stopping() -> RequestError:
 
 
 def _crash(request_id: str) -> RequestError:
-    """Logs the exception in flight; returns what the client gets."""
+    """Log the exception in flight; return what the client gets."""
     _log.exception("Request %s failed.", request_id, extra={"request_id": request_id})
     message = f"Internal server error. Look for {request_id} in the server's log."
     return RequestError(message, status=500)

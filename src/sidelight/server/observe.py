@@ -78,7 +78,7 @@ class RequestObserver:
         return observer
 
     def annotate_span(self) -> None:
-        """Sets the verdicts as attributes of the current span, if OpenTelemetry records one.
+        """Set the verdicts as attributes of the current span, if OpenTelemetry records one.
 
         Those of a probe are lists with one entry per verdict: a request may have several texts. An
         event is added once, however often this is called.
@@ -110,7 +110,7 @@ class RequestObserver:
             span.add_event(EVALUATION["event"], attributes)
 
     def annotating(self, send: Send) -> Send:
-        """Annotates the span before the last message: instrumentation ends it with that."""
+        """Annotate the span before the last message: instrumentation ends it with that."""
 
         async def send_annotated(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
@@ -120,7 +120,7 @@ class RequestObserver:
         return send_annotated
 
     def change(self, rules: Sequence[BoundRule]) -> None:
-        """Audits which probes are served by which rules after a change.
+        """Audit which probes are served by which rules after a change.
 
         The change stands even if that fails.
         """
@@ -133,7 +133,7 @@ class RequestObserver:
             self.append([line])
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes lines to the audit log, if there is one.
+        """Write lines to the audit log, if there is one.
 
         Raises:
             RequestError: It cannot be written.
@@ -278,7 +278,7 @@ class AuditLog(WatchedFileHandler):
             ) from error
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Appends the lines.
+        """Append the lines.
 
         Raises:
             RequestError: They could not be written, or only in part.
@@ -305,7 +305,7 @@ class AuditLog(WatchedFileHandler):
         return hmac.new(self._salt, words.encode(), hashlib.sha256).hexdigest()
 
     def close(self) -> None:
-        """Closes the file; requests whose lines it has not taken were refused already."""
+        """Close the file; requests whose lines it has not taken were refused already."""
         with suppress(OSError):
             super().close()
 

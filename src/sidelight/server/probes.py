@@ -77,7 +77,7 @@ class ProbeRegistry:
     async def replace(
         self, folders: Sequence[Path] | None = None, policy_path: Path | None = None
     ) -> None:
-        """Serves other probes under another policy from now on; if that fails, nothing changes.
+        """Serve other probes under another policy from now on; if that fails, nothing changes.
 
         Args:
             folders: Of all probes; None: the served ones, read again from where they came.

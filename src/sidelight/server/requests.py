@@ -101,7 +101,7 @@ class ServerRequest(Request):
         self._value: Any = None
 
     async def read(self) -> None:
-        """Reads the body, which must be strict JSON within the server's limit of size.
+        """Read the body, which must be strict JSON within the server's limit of size.
 
         Refused with 400: a name twice in an object, of which two readers might take different
         ones; ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting. The
@@ -143,7 +143,7 @@ class ServerRequest(Request):
         return self.state.caller.is_admin
 
     def require_model(self, name: str) -> None:
-        """Refuses a request for another model than the served one."""
+        """Refuse a request for another model than the served one."""
         served = self.engine.model
         if name != served:
             raise RequestError(

@@ -112,7 +112,7 @@ def _as_parts(value: Any) -> Any:
 
 
 def few(*lists: str) -> BeforeValidator:
-    """Refuses a list that has too many items with those of its items' lists of these names.
+    """Refuse a list that has too many items with those of its items' lists of these names.
 
     Every object costs time that no other request gets.
     """
@@ -163,7 +163,7 @@ class StrictBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, value: Any) -> Any:
-        """Reports the first unknown field alone; pydantic would report each."""
+        """Report the first unknown field alone; pydantic would report each."""
         if not isinstance(value, dict) or cls.model_config.get("extra") != "forbid":
             return value
         fields: dict[Any, Any] = {}

@@ -242,7 +242,7 @@ class ActivationCache:
         return [row for row in rows.values() if not self.path(row).exists()]
 
     def open(self) -> list[int]:
-        """Makes the folder, and checks that there is room.
+        """Make the folder, and check that there is room.
 
         Returns:
             The texts to write, as ``missing`` gives them.
@@ -268,7 +268,7 @@ class ActivationCache:
         return self.token_bytes * self.lengths[row]
 
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
-        """Stores the states of each row."""
+        """Store the states of each row."""
         for row, tensors in self._stored(texts).items():
             write_tensors(tensors, self.path(row))
 

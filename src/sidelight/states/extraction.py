@@ -27,7 +27,7 @@ def extract(
     *,
     title: str = "Extracting",
 ) -> ActivationCache:
-    """Writes the missing texts; after a kill, a second call writes only the rest.
+    """Write the missing texts; after a kill, a second call writes only the rest.
 
     Args:
         reader: Computes the hidden states.
@@ -130,7 +130,7 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
 
 
 def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype: str) -> None:
-    """Refuses states that overflowed, and names the text."""
+    """Refuse states that overflowed, and name the text."""
     for row, hidden in texts.items():
         is_finite = hidden.isfinite().flatten(1).all(1)
         if not is_finite.all():

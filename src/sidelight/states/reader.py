@@ -95,13 +95,13 @@ class Backbone(Reader, Protocol):
         ...
 
     def tapped(self, tap: Tap) -> AbstractContextManager[None]:
-        """Calls ``tap`` with every hidden state of this thread's passes in the block."""
+        """Call ``tap`` with every hidden state of this thread's passes in the block."""
         ...
 
     def run(
         self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
     ) -> None:
-        """Reads prompts, for what the tap sees of them.
+        """Read prompts, for what the tap sees of them.
 
         Args:
             prompts: The batch. The tap sees them padded on the right to the longest.

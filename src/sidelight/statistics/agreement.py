@@ -1,4 +1,4 @@
-"""How well one annotator agrees with another, where one label may be rare."""
+"""Agreement of one annotator with another, where one label may be rare."""
 
 import math
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from sidelight.statistics.metrics import wilson
 class Agreement:
     """Balanced agreement of an annotator with a reference: the mean over both labels.
 
-    An annotator that always gives the same label has 0.5, however rare the other one is.
+    An annotator that always gives the same label scores 0.5, however rare the other label is.
 
     Attributes:
-        texts: How many both have labelled.
-        positives: How many the reference calls positive.
-        value: The mean of the shares of its positives and of its negatives on which the annotator
-            agrees; None if it has none of one label.
-        low: Lower end of the 95 % interval; None where ``value`` is.
-        high: Upper end.
+        texts: Number of texts that both have labelled.
+        positives: Number of texts that are positive by the reference.
+        value: Mean of the shares of the reference's positives and negatives on which the annotator
+            agrees; None if the reference has only one label.
+        low: Lower end of the 95 % interval; None if ``value`` is None.
+        high: Upper end of the interval.
     """
 
     texts: int
@@ -42,13 +42,13 @@ def measure_agreement(
 ) -> Agreement:
     """The agreement on a sample.
 
-    The interval joins Wilson's of both shares (Zou and Donner 2008), each for the size that the
-    weights leave of its texts (Kish 1965).
+    The interval combines Wilson's intervals of both shares (Zou and Donner 2008), each at the
+    effective sample size under the weights (Kish 1965).
 
     Args:
         reference: Whether each text is positive.
-        annotator: Whether the annotator calls it positive.
-        weights: How many texts each stands for: the inverse of its chance to be drawn.
+        annotator: Whether each text is positive by the annotator.
+        weights: Number of texts that each text represents: the inverse of its sampling probability.
     """
     truth, output = np.asarray(reference, dtype=bool), np.asarray(annotator, dtype=bool)
     counts = np.asarray(weights, dtype=np.float64)
@@ -70,6 +70,6 @@ def measure_agreement(
 def _weighted(
     agrees: Bool[np.ndarray, " text"], weights: Float[np.ndarray, " text"]
 ) -> tuple[float, float]:
-    """The weighted share, and how many texts of equal weight would tell as much."""
+    """The weighted share, and the effective sample size."""
     share = float(weights @ agrees / weights.sum())
     return share, float(weights.sum() ** 2 / (weights @ weights))

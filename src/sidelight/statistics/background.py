@@ -1,8 +1,8 @@
-"""Background traffic: which thresholds let it pass, and what a probe flags of it.
+"""Background traffic: the thresholds that let it pass, and how much of it a probe flags.
 
-Conversations lie in parts, and those of one source in one part. Each part is judged by a probe of
-the other parts, at the threshold that lets these pass, so what is counted is of conversations, and
-of sources, that set neither.
+Conversations are divided into folds by source. Each fold is classified by a probe trained on the
+other folds, at the threshold that lets those pass. The counts are therefore of conversations, and
+sources, that determined neither the probe nor the threshold.
 """
 
 import math
@@ -18,20 +18,20 @@ from sidelight.statistics.calibration import Calibration
 from sidelight.statistics.thresholds import ThresholdRule
 from sidelight.types import Flags, Numbers, Task, Values, as_json
 
-# The share of background conversations that may be flagged, unless a rule says otherwise. Of
-# sources that it has never seen it flags more.
+# Share of background conversations that may be flagged, unless a rule sets another. On unseen
+# sources, more are flagged.
 FALSE_ALARMS = 0.03
-# No threshold is raised further.
+# Upper limit of a raised threshold.
 _HIGHEST = 1 - 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Conversations:
-    """Background conversations, as a probe judges them.
+    """Background conversations, as a probe classifies them.
 
     Attributes:
-        logits: Out-of-fold, not rounded: a threshold may lie just above one of them.
-        folds: The part of each.
+        logits: Out-of-fold logits, not rounded, because a threshold may lie just above one of them.
+        folds: Fold of each conversation.
     """
 
     logits: Annotated[Float[Values, "conversation output"], *as_json(np.float64, axes=2)]
@@ -46,7 +46,7 @@ class Conversations:
 
     @staticmethod
     def none(outputs: int) -> "Conversations":
-        """No conversation, where a probe has so many outputs."""
+        """No conversations, for a probe with this number of outputs."""
         return Conversations(np.empty((0, outputs)), np.empty(0, dtype=np.int64))
 
     def thresholds_at_fpr(
@@ -54,25 +54,25 @@ class Conversations:
     ) -> tuple[float, ...]:
         """Thresholds that flag little background traffic, unless the rule sets the cost of a miss.
 
-        Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
-        ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
+        Each threshold is raised until at most a given share of conversations reaches it: the rate
+        of ``fpr``, or else ``FALSE_ALARMS``. Labelled texts alone, half of which may be positive,
+        lead to lower thresholds.
 
         Args:
-            thresholds: What the rule gives on texts alone.
-            calibration: Makes logits probabilities.
-            rule: What the thresholds are chosen for.
+            thresholds: Thresholds that the rule gives without background.
+            calibration: Map from logits to probabilities.
+            rule: Objective of the thresholds.
         """
-        # A rate that was asked for holds; that of few conversations is rough in any case.
+        # A requested rate is respected; with few conversations, it is imprecise in any case.
         is_asked, count = rule.kind == "fpr", len(self.logits)
         allowed = int((rule.value if is_asked else FALSE_ALARMS) * count)
-        # Fewer conversations cannot tell such a rate; at one that was asked for, none may be
-        # flagged.
+        # Fewer conversations cannot resolve such a rate; if it was requested, none may be flagged.
         is_told = allowed or (is_asked and count)
         if rule.kind in ("recall", "cost") or not is_told or not thresholds:
             return tuple(thresholds)
         # Just above the probability of the first conversation that may not be flagged.
         bounds = np.sort(calibration.apply(self.logits), 0)[::-1][allowed].tolist()
-        # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
+        # A threshold that no score reaches would find nothing, so the highest scores stay flagged.
         return tuple(
             max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
             for threshold, bound in zip(thresholds, bounds, strict=True)
@@ -81,7 +81,7 @@ class Conversations:
     def left_out_thresholds(
         self, thresholds: Sequence[float], calibration: Calibration, rule: ThresholdRule
     ) -> Float[Values, "part label"]:
-        """For each part the thresholds that the conversations of the other parts ask for."""
+        """For each fold, the thresholds derived from the conversations of the other folds."""
         inclusions = [self.folds != fold for fold in range(int(self.folds.max(initial=0)) + 1)]
         rests = [
             Conversations(self.logits[is_included], self.folds[is_included])
@@ -92,7 +92,7 @@ class Conversations:
     def count_flagged(
         self, task: Task, thresholds: Sequence[float], calibration: Calibration, rule: ThresholdRule
     ) -> int:
-        """How many are flagged at the thresholds of the other parts."""
+        """Number of conversations flagged at the thresholds of the other folds."""
         applied = self.left_out_thresholds(thresholds, calibration, rule)[self.folds]
         return int(flags_of(task, calibration.apply(self.logits), applied).sum())
 
@@ -110,13 +110,13 @@ def flags_of(
 
 @dataclass(frozen=True)
 class Detections:
-    """What a probe finds and flags of some texts.
+    """Counts of true and false positives of a probe on some texts.
 
     Attributes:
-        positives: Texts that have a label.
-        found: How many of these are flagged.
-        negatives: Texts without a label.
-        flagged: How many of these are flagged.
+        positives: Number of texts that have a label.
+        found: Number of these that are flagged.
+        negatives: Number of texts without a label.
+        flagged: Number of these that are flagged.
     """
 
     positives: NonNegativeInt
@@ -128,23 +128,23 @@ class Detections:
     def count(
         flags: Bool[Flags, " text"], positive: Bool[Flags, " text"], negative: Bool[Flags, " text"]
     ) -> "Detections":
-        """Counts the flags of positive texts and of others."""
+        """Count the flags among positive and other texts."""
         rows = (positive, positive & flags, negative, negative & flags)
         return Detections(*(int(selected.sum()) for selected in rows))
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """A probe in front of background traffic.
+    """Metrics of a probe on background traffic.
 
     Attributes:
         background: The conversations.
-        flagged: How many of them are flagged, at thresholds that the other parts gave.
-        kinds: The same of those of some words or turns, as texts without a label.
-        surroundings: By the most words of other text, the positives inside it, and the background
-            of that length alone; none of several classes.
-        worst: The highest probabilities, with the beginnings of these conversations. They may be
-            private or under a licence of their own: no artifact and no JSON has them.
+        flagged: Number of flagged conversations, at the thresholds of the other folds.
+        kinds: The same by length in words or turns, as texts without a label.
+        surroundings: By maximum number of surrounding words, the embedded positives, and background
+            of that length; empty for multi-class tasks.
+        worst: The highest probabilities, with the beginnings of these conversations. Artifacts and
+            JSON output omit them, because they may be private or separately licensed.
     """
 
     background: Conversations

@@ -1,4 +1,4 @@
-"""From logits to calibrated probabilities, and to those of texts with other shares of classes."""
+"""Calibration of logits to probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,23 @@ from sidelight.types import AnyArray, Flags, Task, TaskKind, Values
 CalibrationKind = Literal["none", "temperature", "platt"]
 
 # In units of the logits' root mean square, so that logits of any size can be fitted. The lower
-# bound keeps every calibration rising: it may change the size of scores, never their order. Logits
-# that are next to constant may stay so.
+# bound keeps every calibration increasing, so that it never changes the order of scores. Nearly
+# constant logits may stay so.
 _SCALE_BOUNDS = (1e-2, 1e2)
-# In pseudo-rows. Softmax ignores a shift that all classes share; the penalty settles it, and
-# changes nothing else from 50 rows on.
+# In pseudo-rows. Softmax ignores a shift that all classes share; the penalty determines it, and has
+# no other effect from 50 rows on.
 _SHIFT_PENALTY = 1e-3
-# Of Student's t with 4 degrees of freedom for the logarithm of the scale, before any row is seen:
-# training minimised the log loss, so logits are about right as they are, and few rows cannot tell
-# how far they are not. Its tails are heavy, so that logits of any other size can be fitted.
+# Width of the prior of the log scale, a Student's t with 4 degrees of freedom. Training minimised
+# the log loss, so the logits are approximately calibrated, and a few rows cannot show by how much
+# they are off. The heavy tails allow logits of any other size to be fitted.
 _SCALE_WIDTH, _SCALE_FREEDOM = 0.5, 4
-# Root mean squares of logits as training makes them.
+# Typical root mean squares of trained logits.
 _USUAL_LOGITS = (0.5, 20.0)
 
 
 def link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
-    """Probabilities of logits: the softmax if multi-class, else the sigmoid of each output."""
+    """Probabilities of logits: the softmax for a multi-class task, else the sigmoid of each output.
+    """
     if task == "multiclass":
         return np.exp(_log_softmax(logits))
     return np.exp(-np.logaddexp(0, -logits))
@@ -54,10 +55,10 @@ class Calibration:
     the sigmoid otherwise.
 
     Attributes:
-        kind: How it was fitted.
-        task: The kind of task, which decides the link.
-        scale: The factor of each output: 1 / temperature.
-        shift: What is added to each output.
+        kind: Kind of the fitted map.
+        task: Kind of task, which determines the link.
+        scale: Factor of each output: 1 / temperature.
+        shift: Term added to each output.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -89,7 +90,9 @@ class Calibration:
 
 
 def suggested_calibration(task: Task) -> CalibrationKind:
-    """Temperature for several classes, since shifts would change which of them wins; else Platt."""
+    """Temperature for multi-class tasks, because shifts could change the predicted class; else
+    Platt.
+    """
     return "temperature" if task.kind == "multiclass" else "platt"
 
 
@@ -101,30 +104,29 @@ def fit_calibration(
     *,
     around: Sequence[float] = (),
 ) -> Calibration:
-    """Fits a calibration on validation rows.
+    """Fit a calibration on validation rows.
 
     ``none`` only applies the link. ``temperature`` divides the logits by one number, or one per
     label if multi-label (Guo et al. 2017, section 4.2). ``platt`` also shifts them (Platt 1999);
     its multi-class form is ``softmax(logits / T + b)``, with one shift per class.
 
-    With few rows, the factor of temperature and Platt stays near 1, or near the one that it had:
-    its logarithm has a prior, Student's t.
+    With few rows, the factor of temperature and Platt stays near 1, or near its earlier value,
+    because its logarithm has a Student's t prior.
 
-    Separable rows do not give certainty. Temperature and Platt fit targets that stay 1 / (2 N + 2)
-    away from 0 and 1 for the N rows of a class (Jeffreys' prior, half of what Platt took;
-    multi-class: 1 / (rows + 2)). They leave a label of a multi-label task as it is if all rows or
-    no rows have it.
+    Separable rows do not lead to certainty. Temperature and Platt fit targets at a distance of 1 /
+    (2 N + 2) from 0 and 1 for the N rows of a class (Jeffreys' prior, half of Platt's; multi-class:
+    1 / (rows + 2)). A label of a multi-label task that all rows or no rows have is left unchanged.
 
     Args:
         kind: The map to fit: none, temperature or platt.
-        logits: What the probe's head gives; a binary task has one column.
+        logits: Output of the probe; a binary task has one column.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         task: The classes.
-        around: The ``scale`` of an earlier calibration of the same probe; 1 if there is none.
+        around: ``scale`` of an earlier calibration of the same probe; 1 if there is none.
 
     Raises:
-        SidelightError: As `checked_labels`; or the kind is unknown; or all rows have the same class
-            and the kind is not ``none``.
+        SidelightError: As for `checked_labels`, or the kind is unknown, or all rows have the same
+            class and the kind is not ``none``.
     """
     kinds = get_args(CalibrationKind)
     if kind not in kinds:
@@ -154,7 +156,7 @@ def fit_calibration(
 def require_calibratable(
     kind: CalibrationKind, labels: Shaped[AnyArray, "..."], task: Task
 ) -> None:
-    """Checks that ``fit_calibration`` will accept these labels, before there are logits."""
+    """Check, before logits are computed, that ``fit_calibration`` will accept these labels."""
     fit_calibration(kind, np.zeros((len(labels), task.outputs)), labels, task)
 
 
@@ -181,10 +183,10 @@ def _fit_affine(
 ) -> tuple[float, Float[Values, " label"]]:
     """The scale and, for Platt, the shifts that minimise the log loss of the softmax.
 
-    ``errors`` says how far each row's targets stay away from 0 and 1, ``around`` where the scale's
-    prior is; some hundred rows outweigh it.
+    ``errors`` is the distance of each row's targets from 0 and 1; ``around`` is the centre of the
+    scale's prior, which a few hundred rows outweigh.
     """
-    # Imported here: serving applies a calibration and never fits one.
+    # Imported here, because serving applies calibrations but never fits them.
     from scipy.optimize import minimize  # pyright: ignore
 
     targets = np.where(holds, 1 - errors, errors / (holds.shape[1] - 1))
@@ -209,7 +211,7 @@ def _fit_affine(
 
     low, high = min(likely, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1]
     bounds = [(low, high)] + [shift_bounds] * outputs
-    # The prior is not convex: with logits far too small or too large, one start may not be enough.
+    # The prior is not convex, so with logits far too small or too large, one start may not suffice.
     is_usual = _USUAL_LOGITS[0] < likely < _USUAL_LOGITS[1]
     starts = (likely,) if is_usual else (min(likely, high), 1.0)
     fit = partial(cast(Any, minimize), loss_and_slope, jac=True, method="L-BFGS-B", bounds=bounds)

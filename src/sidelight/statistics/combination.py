@@ -9,15 +9,15 @@ from jaxtyping import Bool, Float
 
 from sidelight.types import Flags, Values
 
-# A judge that is surer than this, either way, counts as no surer: log-odds of 11.5.
+# Probabilities of a judge closer to 0 or 1 than this are clipped: log-odds of 11.5.
 _SUREST = 1e-5
-# How strongly few texts hold the coefficients at one half each, and the shift at 0.
+# Strength of the prior that keeps the coefficients at one half each and the shift at 0.
 _PENALTY = 1.0
 _EQUAL = 0.5
 
 
 def log_odds(probability: Float[Values, "*rows"]) -> Float[Values, "*rows"]:
-    """The log-odds of probabilities; those closest to 0 and 1 are limited."""
+    """The log-odds of probabilities, clipped near 0 and 1."""
     within = np.clip(probability, _SUREST, 1 - _SUREST)
     return np.log(within / (1 - within))
 
@@ -34,9 +34,9 @@ class Combination:
     """A logistic regression on the log-odds of a probe and of a judge.
 
     Attributes:
-        weight: Of the probe, from 0 to 1; the judge has the rest.
-        scale: What the weighted sum is multiplied by.
-        shift: What is added then.
+        weight: Weight of the probe, from 0 to 1; the judge has the remainder.
+        scale: Factor of the weighted sum.
+        shift: Term added after scaling.
     """
 
     weight: float
@@ -51,7 +51,7 @@ class Combination:
         return 1 / (1 + np.exp(-logits))
 
     def threshold(self, probability: float) -> float:
-        """The combined log-odds at which the combined probability is this one."""
+        """The combined log-odds at which the combined probability has this value."""
         logit = float(log_odds(np.array(probability)))
         return (logit - self.shift) / self.scale
 
@@ -59,14 +59,14 @@ class Combination:
 def fit_combination(
     probe: Float[Values, " row"], judge: Float[Values, " row"], holds: Bool[Flags, " row"]
 ) -> Combination:
-    """Fits by the log loss. Neither coefficient is negative, and few rows leave both alike.
+    """Fit by log loss. Neither coefficient is negative, and with few rows they stay nearly equal.
 
     Args:
         probe: The probe's calibrated probabilities.
         judge: The judge's probabilities.
         holds: Whether the label holds.
     """
-    # Imported here: serving applies a combination and never fits one.
+    # Imported here, because serving applies combinations but never fits them.
     from scipy.optimize import minimize  # pyright: ignore
 
     inputs = np.stack([log_odds(probe), log_odds(judge)], axis=1)
@@ -88,6 +88,6 @@ def fit_combination(
     probe_slope, answer_slope, shift = fit(start).x.tolist()
     scale = probe_slope + answer_slope
     if scale <= 0:
-        # Neither says anything, or both say the opposite: the probe decides as before.
+        # Neither is informative, or both are inverted, so the probe decides as before.
         return Combination(1.0, 1.0, 0.0)
     return Combination(probe_slope / scale, scale, shift)

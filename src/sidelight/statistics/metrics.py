@@ -1,8 +1,8 @@
 """Metrics of probabilities against labels.
 
-All resamples of the rows are measured at once: weights say how often each resample counts each row.
-A loop over scikit-learn's metrics gives the same numbers far more slowly (docs/dependencies.md).
-An undefined metric is NaN.
+All resamples of the rows are measured at once: weights give the count of each row in each resample.
+A loop over scikit-learn's metrics gives the same numbers far more slowly (docs/dependencies.md). An
+undefined metric is NaN.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ METRICS = (
 
 _ECE_BINS = 15
 _BLOCK_CELLS = 2**20
-# The least probability whose logarithm counts.
+# Floor before log().
 _SURE = 1e-15
 
 
 def _ratio(numerator: Values, denominator: Values) -> Values:
-    """The quotient; NaN where the denominator is not positive."""
+    """The quotient; NaN unless the denominator is positive."""
     undefined = np.full(numerator.shape, np.nan)
     return np.divide(numerator, denominator, out=undefined, where=denominator > 0)
 
@@ -42,17 +42,18 @@ def _ratio(numerator: Values, denominator: Values) -> Values:
 def wilson(
     shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"] | Float[Values, " bin"]
 ) -> Float[Values, "2 bin"]:
-    """The 95 % interval of a share (Wilson 1927), which suits small bins, unlike the usual one."""
+    """The 95 % interval of a share (Wilson 1927), which unlike the Wald interval suits small bins.
+    """
     z = 1.96
     inflation = 1 + z**2 / sizes
     centre = (shares + z**2 / (2 * sizes)) / inflation
     half = z * np.sqrt(shares * (1 - shares) / sizes + z**2 / (4 * sizes**2)) / inflation
-    # Rounding must not leave [0, 1].
+    # Rounding could leave [0, 1].
     return np.stack([centre - half, centre + half]).clip(0, 1)
 
 
 def _mean_of_defined(values: Float[Values, "label resample"]) -> Float[Values, " resample"]:
-    """The mean over labels, without those that are NaN; NaN if all are."""
+    """The mean over the labels that are not NaN; NaN if all are."""
     return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
 
 
@@ -61,7 +62,8 @@ class Predictions:
     """The input of every metric: one column per label, whatever the task.
 
     Attributes:
-        task: The classes; its kind decides which labels the metrics are about, and how to average.
+        task: The classes; the kind decides which labels the metrics cover and how they are
+            averaged.
         thresholds: One for a binary task, one per label if multi-label, none if multi-class.
         scores: Probability of each label; a binary task has two columns, the negative class first.
         targets: Whether the label holds.
@@ -76,7 +78,7 @@ class Predictions:
 
     @property
     def headline(self) -> slice:
-        """The columns that the metrics are about: the positive class if binary, else all."""
+        """The columns that the metrics cover: the positive class if binary, else all."""
         return slice(-self.task.outputs, None)
 
     @property
@@ -97,10 +99,10 @@ class Predictions:
         return np.einsum("arl,prl->lap", actual, predicted)
 
     def confidences(self) -> tuple[Float[Values, "row item"], Bool[Flags, "row item"]]:
-        """The probabilities that a reliability diagram or ECE is about, and what came true.
+        """The probabilities for a reliability diagram or ECE, and their outcomes.
 
-        Of the positive class if binary, of the most probable class if multi-class, of every label
-        if multi-label.
+        They belong to the positive class if binary, to the most probable class if multi-class, and
+        to every label if multi-label.
         """
         stated, correct = self.scores[:, self.headline], self.targets[:, self.headline]
         if self.task.kind == "multiclass":
@@ -118,17 +120,17 @@ def decide(
     thresholds: tuple[float, ...],
     row_thresholds: Float[Values, "row threshold"] | None = None,
 ) -> Predictions:
-    """Probabilities, labels and decisions in the form that the metrics read.
+    """Return probabilities, labels and decisions in the form that the metrics read.
 
-    A label is predicted where its probability reaches its threshold, or, in a multi-class task,
-    where it is the most probable one (the first of equals).
+    A label is predicted if its probability reaches its threshold or, in a multi-class task, if it
+    is the most probable one (the first in a tie).
 
     Args:
         task: The classes.
         probabilities: Each in [0, 1]; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-        thresholds: As ``choose_thresholds`` gives them for validation rows.
-        row_thresholds: Those that each row is decided by, if they differ from row to row.
+        thresholds: From ``choose_thresholds`` on validation rows.
+        row_thresholds: Thresholds of each row, if they differ between rows.
 
     Raises:
         SidelightError: As `checked_labels`.
@@ -166,7 +168,7 @@ def checked_labels(
 def log_losses(
     task: Task, probabilities: Float[Values, "row output"], labels: Shaped[AnyArray, "..."]
 ) -> Float[Values, " row"]:
-    """The log loss of each row, over the labels of a multi-label task their mean.
+    """The log loss of each row, averaged over the labels of a multi-label task.
 
     Args:
         task: The classes.
@@ -188,10 +190,10 @@ def log_losses(
 def decision_metrics(
     predictions: Predictions, weights: Float[Values, "row resample"], *, is_pooled: bool = False
 ) -> dict[str, Float[Values, "label resample"]]:
-    """Precision, recall and F1 of each label's decisions, or of all labels' together.
+    """Precision, recall and F1 of each label's decisions, or of all labels pooled.
 
-    Precision and F1 are NaN if the label neither holds nor is predicted; precision is 0 if it holds
-    but is never predicted, and recall NaN if it holds nowhere.
+    Precision and F1 are NaN if no row has the label or its prediction. Precision is 0 if the label
+    occurs but is never predicted; recall is NaN if it never occurs.
     """
     targets, decisions = predictions.targets, predictions.decisions
     confusion = (targets & decisions, ~targets & decisions, targets & ~decisions)
@@ -213,11 +215,11 @@ def ranking_metrics(
     targets: Bool[Flags, " row"],
     weights: Float[Values, "row resample"],
 ) -> dict[str, Float[Values, " resample"]]:
-    """The ranking figures of one label's scores; NaN if it holds nowhere or everywhere.
+    """The ranking metrics of one label's scores; NaN if no row or every row has the label.
 
-    Recall rises at the distinct scores of positive rows. Rows with equal scores count together, as
-    in scikit-learn. ``auprc`` is the average precision, not interpolated; ``auroc`` is the chance
-    that a positive outranks a negative, where ties count half.
+    Recall increases at the distinct scores of positive rows. Rows with equal scores are handled
+    together, as in scikit-learn. ``auprc`` is the average precision, not interpolated; ``auroc`` is
+    the probability that a positive outranks a negative, where ties count half.
     """
     order = np.argsort(-scores, kind="stable")
     positive_rows = order[targets[order]]
@@ -227,7 +229,7 @@ def ranking_metrics(
     np.cumsum(weights[order], axis=0, out=seen[1:])
     hits = np.add.reduceat(weights[positive_rows], first, axis=0)  # (step, resample)
     recalled = hits.cumsum(axis=0)
-    # Negatives with a higher score than the step's, and with at least the step's.
+    # Negatives with a higher score than the step's, and with at least the same score.
     alarms_before, alarms = seen[before] - (recalled - hits), seen[through] - recalled
     negatives = seen[-1] - hits.sum(axis=0)
     positives = np.where(negatives > 0, hits.sum(axis=0), 0)
@@ -248,10 +250,10 @@ def calibration_error(
 ) -> Float[Values, " resample"]:
     """Expected calibration error: the sum over bins of the share of items times the gap.
 
-    The gap is |mean probability - share that is true| (Guo et al. 2017, equation 3). A multi-label
-    task pools its labels in the same bins. The error is biased upwards, since chance gaps of small
-    bins add up. A resample adds more of them, so the bootstrap interval of a small value can lie
-    above the value.
+    The gap is |mean probability - share of positives| (Guo et al. 2017, equation 3). The labels of
+    a multi-label task share the same bins. The error is biased upwards, because random gaps of
+    small bins add up. A resample adds more of them, so the bootstrap interval of a small value can
+    lie above the value.
     """
     stated, correct = predictions.confidences()
     rows, items = stated.shape
@@ -264,12 +266,12 @@ def calibration_error(
 def measure(
     predictions: Predictions, weights: Float[Values, "row resample"]
 ) -> dict[str, Float[Values, " resample"]]:
-    """Every metric of `METRICS` in every resample.
+    """Compute every metric of `METRICS` in every resample.
 
     `f1`, `precision`, `recall`: of the positive class (binary), macro average (multi-class) or
     micro average (multi-label). `macro_f1`: the mean over all labels, both classes if binary.
     `auprc`, `auroc`, `recall_at_1pct_fpr`: of the positive class, or else the mean over labels,
-    each against the rest. `accuracy`: the share of rows that are right, in all labels if
+    each against the rest. `accuracy`: the share of rows that are correct, in all labels if
     multi-label. `ece`: see `calibration_error`. A mean over labels leaves out labels whose metric
     is undefined: those that hold nowhere and, for F1 and precision, are never predicted either.
     """
@@ -295,7 +297,7 @@ def measure(
 def measure_resamples(
     predictions: Predictions, *, resamples: int, seed: int
 ) -> dict[str, Float[Values, " draw"]]:
-    """Every metric, first on the rows themselves, then on each of `resamples` bootstrap draws.
+    """Compute every metric on the rows themselves, then on each of `resamples` bootstrap draws.
 
     The draws depend only on the number of rows, the number of resamples and the seed.
     """
@@ -305,7 +307,7 @@ def measure_resamples(
 
 
 def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values, "row resample"]]:
-    """The count of each row in each draw, in blocks that fit the processor's cache."""
+    """The count of each row in each draw, in blocks that fit the CPU cache."""
     random = np.random.default_rng(seed)
     block = max(1, _BLOCK_CELLS // rows)
     for start in range(0, resamples, block):

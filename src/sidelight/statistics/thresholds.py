@@ -1,4 +1,5 @@
-"""The threshold of a label: the rule that it follows, and the curve that it is chosen on."""
+"""The threshold of a label: the rule that it follows, and the operating curve that it is chosen on.
+"""
 
 import math
 import re
@@ -14,16 +15,16 @@ from sidelight.errors import SidelightError, warn
 from sidelight.statistics.metrics import checked_labels
 from sidelight.types import AnyArray, Flags, Numbers, Task, Values
 
-# Scores this close to 0 or 1 count as equal, since no threshold within (0, 1) could part them.
+# Scores this close to 0 or 1 count as equal, because no threshold within (0, 1) can separate them.
 _SATURATED = 1e-9
-# The most points of a stored curve.
+# Maximum number of points of a stored curve.
 POINTS = 128
-# Rates of false positives for which an operator is shown a threshold.
+# False-positive rates for which a threshold is reported.
 RATES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
-# With fewer positive texts, a threshold moves from draw to draw.
+# With fewer positive texts, the threshold varies between draws.
 ENOUGH_POSITIVES = 30
-# What the calibration says of a text weighs as much as so many texts of the rarer side. On draws of
-# 60 to 1,000 texts of three sets, F1 on other texts is .003 to .011 higher than by labels alone.
+# Weight of the calibrated probabilities, as a number of texts of the rarer class. On draws of 60 to
+# 1,000 texts of three data sets, F1 on other texts is 0.003 to 0.011 higher than with labels alone.
 PRIOR_TEXTS = 100.0
 
 _FORMS = (
@@ -49,7 +50,7 @@ class ThresholdRule:
 
     @staticmethod
     def parse(text: str) -> "ThresholdRule":
-        """Reads ``f1``, ``fpr=0.01``, ``recall=0.95`` or ``cost=10:1``.
+        """Read ``f1``, ``fpr=0.01``, ``recall=0.95`` or ``cost=10:1``.
 
         Raises:
             SidelightError: It is none of them.
@@ -163,15 +164,15 @@ class OperatingCurve:
         )
 
     def threshold(self, rule: ThresholdRule = F1, *, prior_texts: float = PRIOR_TEXTS) -> float:
-        """The threshold that follows the rule best; of several equally good ones the middle one.
+        """The threshold that satisfies the rule best; the middle one in a tie.
 
-        Without a positive text it is 0.5. Where no threshold keeps the false-positive rate or
+        Without a positive text, it is 0.5. If no threshold respects the false-positive rate or
         reaches the recall, it is the highest or the lowest.
 
-        Each text counts as positive by a mean of its label and its probability. The probability
-        weighs as much as ``prior_texts`` texts of the rarer side, so many texts speak for
-        themselves, and few lean on the calibration. With the calibration alone, the best cost is
-        at Bayes' threshold and the best F1 at half its value (Lipton et al. 2014).
+        Each text counts as positive by a weighted mean of its label and its probability. The
+        probability has the weight of ``prior_texts`` texts of the rarer class, so with many texts
+        the labels dominate, and with few texts the calibration does. With the calibration alone,
+        the best cost is at Bayes' threshold and the best F1 at half its value (Lipton et al. 2014).
         """
         if self.positives == 0:
             return 0.5
@@ -201,9 +202,9 @@ class OperatingCurve:
         return self.thresholds[point]
 
     def operating_points(self, rates: Sequence[float] = RATES) -> list[OperatingPoint]:
-        """For each rate of false positives, the threshold that finds most texts within it.
+        """For each false-positive rate, the threshold with the highest recall within that rate.
 
-        Rates that differ in no text have one point.
+        Rates that lead to the same decisions share one point.
         """
         alarms = np.array(self.false_positives)
         found: dict[int, OperatingPoint] = {}
@@ -217,7 +218,7 @@ class OperatingCurve:
         return [*found.values()]
 
     def at(self, threshold: float) -> tuple[int, int]:
-        """Positive and negative texts flagged by the point closest to a threshold."""
+        """Positive and negative texts flagged at the point closest to a threshold."""
         point = int(np.abs(np.array(self.thresholds) - threshold).argmin())
         return self.true_positives[point], self.false_positives[point]
 
@@ -225,7 +226,7 @@ class OperatingCurve:
 def _spread(
     recall: Float[Values, " point"], alarms: Float[Values, " point"], *, points: int
 ) -> Int[Numbers, " kept"]:
-    """At most so many points, the ends among them.
+    """At most this many points, including both ends.
 
     They are evenly spaced by the arcsine of the rates' roots, whose sampling error is the same for
     all rates, so that small rates of false positives and high recalls keep their detail.
@@ -241,7 +242,7 @@ def _spread(
 def operating_curves(
     task: Task, probabilities: Float[Values, "text output"], labels: Shaped[AnyArray, "..."]
 ) -> dict[str, OperatingCurve]:
-    """The curve of each label that has a threshold: none in a multi-class task.
+    """The operating curve of each label that has a threshold; empty for a multi-class task.
 
     Args:
         task: The classes.
@@ -264,16 +265,16 @@ def choose_thresholds(
     *,
     rule: ThresholdRule = F1,
 ) -> tuple[float, ...]:
-    """The threshold of each label: one for a binary task, none for a multi-class task.
+    """Choose the threshold of each label: one for a binary task, none for a multi-class task.
 
-    The arguments are those of ``operating_curves``, and what each threshold is chosen for.
+    The arguments are those of ``operating_curves``, and the objective of each threshold.
     """
     curves = operating_curves(task, probabilities, labels)
     return tuple(curve.threshold(rule) for curve in curves.values())
 
 
 def require_thresholds(task: Task, rule: ThresholdRule) -> None:
-    """Refuses a rule for several classes, of which the most probable one wins.
+    """Refuse a rule for a multi-class task, which has no thresholds.
 
     Raises:
         SidelightError: The task has no thresholds.
@@ -288,13 +289,13 @@ def require_thresholds(task: Task, rule: ThresholdRule) -> None:
 def warn_of_few_texts(
     task: Task, positives: Mapping[str, int], texts: int, rule: ThresholdRule
 ) -> bool:
-    """Warn about thresholds that rest on too few texts; returns whether it did.
+    """Warn about thresholds that are based on too few texts; return whether it did.
 
     Args:
         task: The classes.
-        positives: How many texts have each label.
-        texts: All texts that thresholds are chosen on.
-        rule: What they are chosen for.
+        positives: Number of texts with each label.
+        texts: Number of texts that thresholds are chosen on.
+        rule: Objective of the thresholds.
     """
     if not task.flaggable:
         return False
@@ -308,7 +309,7 @@ def warn_of_few_texts(
             "of these texts first."
         )
     negatives = texts - max(classified.values())
-    # Of fewer, none flagged is no evidence for the rate (the rule of three).
+    # With fewer negatives, zero flagged texts are no evidence for the rate (rule of three).
     wanted = math.ceil(3 / rule.value) if rule.kind == "fpr" else 0
     if negatives < wanted:
         warn(

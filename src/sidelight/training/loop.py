@@ -51,7 +51,7 @@ def train_mechanisms(
     shares_matmuls: bool = False,
     checkpoint: Path | None = None,
 ) -> list[TrainingRun | None]:
-    """Trains all candidates side by side; the result of one does not depend on its neighbours.
+    """Train all candidates side by side; the result of one does not depend on its neighbours.
 
     In cross-fitting, every text trains the probe, and is scored by a probe that did not train on
     it: calibration, threshold and figures are made from these logits. A part held out of few texts
@@ -165,7 +165,7 @@ class _Trainer:
         return steps + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
     def train(self, validation: Split | None, checkpoint: Path | None = None) -> None:
-        """Trains every run, and restores its best epoch."""
+        """Train every run, and restore its best epoch."""
         tokens = sum(self._states.lengths)
         epochs = max(run.settings.epochs for run in self.runs)
         run_sha256 = "" if checkpoint is None else self._run_sha256()
@@ -332,7 +332,7 @@ class _Trainer:
 
 
 def _grouped(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
-    """Runs with up to so many columns, all of normalised states or none; one with more is alone."""
+    """Run with up to so many columns, all of normalised states or none; one with more is alone."""
     groups: list[list[TrainingRun]] = []
     filled = 0
     for run in sorted(runs, key=lambda run: (run.standardisation.is_normalised, run.depth)):

@@ -90,7 +90,7 @@ def calibrate_examples(
     around: Sequence[float] = (),
     background: Conversations | None = None,
 ) -> Calibrated:
-    """Calibrates logits of labelled texts, and measures each fold by what calibrates on the others.
+    """Calibrate logits of labelled texts, and measure each fold by what calibrates on the others.
 
     Args:
         logits: Of each text, by a model that did not train on it.

@@ -220,7 +220,7 @@ class TrainingRun:
             return loss + _RATIONALE_SHARE * (missed * targets.weights).mean()
 
     def take(self, share: float) -> None:
-        """Counts the gradients just computed as this share of a batch; a full batch makes a step.
+        """Count the gradients just computed as this share of a batch; a full batch makes a step.
 
         The texts of a wide backbone's shard can be fewer than a batch.
         """
@@ -230,7 +230,7 @@ class TrainingRun:
             self.step()
 
     def step(self) -> None:
-        """Updates the parameters by the gradients of the batch, if it has any."""
+        """Update the parameters by the gradients of the batch, if it has any."""
         if self._filled:
             self._filled = 0.0
             self._optimizer.step()
@@ -238,7 +238,7 @@ class TrainingRun:
             self._schedule.step()
 
     def end_epoch(self, score: float | None) -> None:
-        """Records the validation score, and keeps the parameters if it is the best so far.
+        """Record the validation score, and keep the parameters if it is the best so far.
 
         Args:
             score: None without validation texts: the latest epoch is then the best.
@@ -296,7 +296,7 @@ class TrainingRun:
         self.has_diverged = bool(numbers["has_diverged"])
 
     def restore_best(self, compression: Compression | None = None) -> None:
-        """Puts the best epoch's parameters back and freezes them.
+        """Put the best epoch's parameters back and freeze them.
 
         Args:
             compression: Compression of the states it was trained on. Parameter components outside
@@ -314,7 +314,7 @@ class TrainingRun:
 
 @contextmanager
 def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
-    """Seeds what is drawn in the block; the caller's random state is back after it.
+    """Seed what is drawn in the block; the caller's random state is back after it.
 
     Only that of the CPU and of this device: asking for all of a machine's GPUs would start them.
     """

@@ -74,7 +74,7 @@ def prepare(
     options: FitOptions,
     candidates: Sequence[Candidate] = (),
 ) -> ProbeDataset:
-    """Chooses the validation texts, draws contexts, and runs the model over all texts.
+    """Choose the validation texts, draw contexts, and run the model over all texts.
 
     A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
     Takes the arguments of ``fit``, and the candidates to train. States are compressed only if every

@@ -62,7 +62,7 @@ def recalibrate(
     *,
     rule: ThresholdRule | None = None,
 ) -> Recalibrated:
-    """Fits a probe to new traffic; its mechanism stays as it is.
+    """Fit a probe to new traffic; its mechanism stays as it is.
 
     Args:
         probe: As it was trained, or recalibrated before.
@@ -83,7 +83,7 @@ def recalibrate(
 
 
 def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_texts: bool) -> None:
-    """Refuses a probe without thresholds of whole texts, or without what they would be chosen by.
+    """Refuse a probe without thresholds of whole texts, or without what they would be chosen by.
 
     Raises:
         SidelightError: The probe labels spans, has no threshold for the rule, or keeps no curve.
@@ -107,7 +107,7 @@ def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_te
 
 
 def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
-    """Refuses texts that are too few to calibrate on, or that trained the probe.
+    """Refuse texts that are too few to calibrate on, or that trained the probe.
 
     Raises:
         SidelightError: There are too few, as a whole or of a label, or all of them trained it.

@@ -82,7 +82,7 @@ class TrainingSettings:
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        """Refuses what the optimiser cannot use."""
+        """Refuse what the optimiser cannot use."""
         for each in fields(self):
             value = getattr(self, each.name)
             checked(each.type, value, f"Cannot train with {each.name} = {value!r}", strict=True)

@@ -61,7 +61,7 @@ def calibrate_spans(
     rule: ThresholdRule,
     bootstrap: int = 1000,
 ) -> tuple[SpanRule, SpanReport]:
-    """Calibrates the tokens of held-out texts, chooses thresholds, and measures fold by fold.
+    """Calibrate the tokens of held-out texts, choose thresholds, and measure fold by fold.
 
     Args:
         examples: The texts.

@@ -96,7 +96,7 @@ def fit_tfidf(
 
 
 def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
-    """Trains the baseline on the texts alone, and measures it on those that measure a probe."""
+    """Train the baseline on the texts alone, and measure it on those that measure a probe."""
     task, training, measured = dataset.task, dataset.originals, dataset.validation.examples
     if dataset.folds:
         logits = np.empty((len(training), task.outputs))

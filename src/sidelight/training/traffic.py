@@ -39,7 +39,7 @@ def measure_traffic(
     labels: Int[np.ndarray, "context ..."],
     thresholds: Float[np.ndarray, "part label"],
 ) -> Traffic:
-    """Counts what is flagged.
+    """Count what is flagged.
 
     Args:
         task: The classes.

@@ -24,7 +24,7 @@ _ROUGH_BELOW = 10
 def choose_validation(
     training: LabelledExamples, validation: LabelledExamples | None, options: FitOptions
 ) -> tuple[LabelledExamples, LabelledExamples, Folds]:
-    """Chooses validation texts where none are given. Needs no model.
+    """Choose validation texts where none are given. Needs no model.
 
     Returns:
         The texts that train, those that validate, and the folds if both are the same texts.
@@ -111,7 +111,7 @@ def complete_folds(examples: LabelledExamples) -> Folds:
 
 
 def require_same_task(training: LabelledExamples, validation: LabelledExamples) -> None:
-    """Checks that validation can choose what training needs.
+    """Check that validation can choose what training needs.
 
     Raises:
         SidelightError: The labels differ, a class of a binary task has no text, or every label of
@@ -138,7 +138,7 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
 
 
 def require_side(card: ProbeCard, examples: Sequence[Example]) -> None:
-    """Refuses texts that lack what a probe reads.
+    """Refuse texts that lack what a probe reads.
 
     Raises:
         SidelightError: It reads responses and a text has none, or it finds spans in prompts and a

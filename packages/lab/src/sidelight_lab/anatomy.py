@@ -85,7 +85,7 @@ class Anatomy:
 
 
 def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
-    """Examines a probe on texts that it was not trained on.
+    """Examine a probe on texts that it was not trained on.
 
     Contributions are ``Mechanism.shares``. A layer that is left out stays at its mean in training;
     a token that is left out is not read.
@@ -266,7 +266,7 @@ def _proportions(values: Float[np.ndarray, "text part"]) -> Float[np.ndarray, "t
 
 
 def write_anatomy(anatomy: Anatomy, directory: Path) -> list[Path]:
-    """Writes anatomy.json, anatomy.png and report.md, and returns their paths."""
+    """Write anatomy.json, anatomy.png and report.md, and return their paths."""
     values, picture, report = (directory / n for n in ("anatomy.json", "anatomy.png", "report.md"))
     write_json(values, asdict(anatomy))
     write_text(report, _to_markdown(anatomy))

@@ -31,7 +31,7 @@ p { white-space: pre-wrap; border-top: 1px solid #ccc; padding-top: .5em }"""
 def examine_spans(
     classifier: Classifier, examples: LabelledExamples, directory: Path
 ) -> list[Path]:
-    """Writes ``thresholds.png`` and ``worst.html``, and returns their paths.
+    """Write ``thresholds.png`` and ``worst.html``, and return their paths.
 
     Args:
         classifier: A probe of spans on its backbone.
@@ -69,7 +69,7 @@ def plot_thresholds(
     thresholds: tuple[float, ...],
     title: str,
 ) -> Path:
-    """Draws precision, recall and F1 of the characters of spans over all thresholds.
+    """Draw precision, recall and F1 of the characters of spans over all thresholds.
 
     Args:
         actual: Which labels each character of all texts has.

@@ -96,7 +96,7 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
 
     @app.post("/api/ask")
     async def ask() -> dict[str, Any]:
-        """Begins to ask the judge; the state says when it has answered."""
+        """Begin to ask the judge; the state says when it has answered."""
         nonlocal asking
         if asking is None or asking.done():
             asking = begin(queue.ask)
@@ -104,7 +104,7 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
 
     @app.post("/api/train")
     async def train() -> dict[str, Any]:
-        """Begins a training; the state says when it has ended."""
+        """Begin a training; the state says when it has ended."""
         nonlocal training
         # Two tabs begin one: the loop runs this as a whole.
         if training is None or training.done():

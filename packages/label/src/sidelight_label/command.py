@@ -271,10 +271,10 @@ def label(
 
 
 def _ask_first(queue: "LabelQueue", review: "Review") -> None:
-    """Has the judge label the first texts, and says before what that costs."""
+    """Have the judge label the first texts, and say before what that costs."""
     people = queue.people
     first = review.cost(review.first_questions(people))
-    click.echo(f"Judge {review.settings.model} labels a first batch: {first}.")
+    click.echo(f"Judge {review.settings.model} labels a first part: {first}.")
     every = review.cost(review.rest())
     click.echo(f"All texts that it may label once you have checked a sample: {every}.")
     queue.ask()

@@ -53,7 +53,7 @@ class LabelFile:
             self._write((), ())
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds a row.
+        """Add a row.
 
         Raises:
             SidelightError: It is not on disk: the disk is full, or another program has changed the
@@ -62,7 +62,7 @@ class LabelFile:
         self._write((*self._rows, _line(row)), self._judge_rows)
 
     def take_back(self) -> None:
-        """Removes the row that was appended last.
+        """Remove the row that was appended last.
 
         Raises:
             SidelightError: As for ``append``.
@@ -70,7 +70,7 @@ class LabelFile:
         self._write(self._rows[:-1], self._judge_rows)
 
     def replace_judge_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Puts these rows in the place of all that are a judge's.
+        """Put these rows in the place of all that are a judge's.
 
         Raises:
             SidelightError: As for ``append``.
@@ -127,7 +127,7 @@ class Criterion:
         self.text = read_criterion(path)
 
     def change(self, text: str, *, seen: str) -> None:
-        """Writes another text to the file.
+        """Write another text to the file.
 
         Args:
             text: The new one.
@@ -170,7 +170,7 @@ class ReviewFile(AnswerFile):
         return self._samples.get(judge)
 
     def keep_sample(self, judge: str, strata: list[list[str]]) -> None:
-        """Adds a sample, which survives a power cut."""
+        """Add a sample, which survives a power cut."""
         self._append({"judge": judge, "sample": strata})
         self.sync()
 

@@ -169,7 +169,7 @@ class LabelQueue:
         return opinions
 
     def label(self, row: int, labels: Sequence[str]) -> None:
-        """Decides a text.
+        """Decide a text.
 
         Raises:
             SidelightError: It has been decided, the labels are not the task's, or the row is not on
@@ -193,7 +193,7 @@ class LabelQueue:
             self.publish()
 
     def skip(self, row: int) -> None:
-        """Puts a text behind all others.
+        """Put a text behind all others.
 
         Raises:
             SidelightError: It has been decided.
@@ -204,7 +204,7 @@ class LabelQueue:
             self._decided_rows.append(row)
 
     def undo(self, row: int) -> None:
-        """Takes the last decision or skip of this sitting back; its text comes next.
+        """Take the last decision or skip of this sitting back; its text comes next.
 
         Raises:
             SidelightError: ``row`` is not the last one, or the file could not be changed.
@@ -245,7 +245,7 @@ class LabelQueue:
         return ""
 
     def train(self) -> None:
-        """Fits a probe to all labels, keeps it, and reorders the texts.
+        """Fit a probe to all labels, keep it, and reorder the texts.
 
         Raises:
             SidelightError: There are too few labels, or the probe could not be written.
@@ -263,7 +263,7 @@ class LabelQueue:
             self._order = self._ordered()
 
     def ask(self) -> None:
-        """Has the judge label texts: some at random first, and the rest once it has passed.
+        """Have the judge label texts: some at random first, and the rest once it has passed.
 
         Raises:
             SidelightError: There is no judge, it gives no answers, or it has not passed.
@@ -278,7 +278,7 @@ class LabelQueue:
         self.publish()
 
     def change_criterion(self, text: str, *, seen: str) -> None:
-        """Edits the criterion. The judge's labels under the old one leave the file.
+        """Edit the criterion. The judge's labels under the old one leave the file.
 
         Args:
             text: The new one.
@@ -296,7 +296,7 @@ class LabelQueue:
             raise SidelightError("There is no criterion. Name its file with --criterion.")
 
     def publish(self) -> None:
-        """Puts the judge's labels that count into the file, and no others of the judge.
+        """Put the judge's labels that count into the file, and no others of the judge.
 
         Raises:
             SidelightError: They are not on disk.
@@ -386,7 +386,7 @@ class LabelQueue:
 
 
 def require_replaceable(folder: Path, file: LabelFile) -> None:
-    """Checks that training would replace no probe but one that was made from this file.
+    """Check that training would replace no probe but one that was made from this file.
 
     Raises:
         SidelightError: It would.

@@ -73,7 +73,7 @@ def fit_regression(
     task: Task,
     folds: Folds,
 ) -> Regression:
-    """Fits the regression to texts, of which each fold and its rest have every label."""
+    """Fit the regression to texts, of which each fold and its rest have every label."""
     poolings = torch.cat([*pooled], 1)
     order = np.random.default_rng(0).permutation(len(labels))
 

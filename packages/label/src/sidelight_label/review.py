@@ -149,7 +149,7 @@ class Review:
         return self._unanswered(rows)
 
     def ask_first(self, people: People) -> None:
-        """Asks about some texts at random, and draws the blind sample from them.
+        """Ask about some texts at random, and draw the blind sample from them.
 
         Raises:
             SidelightError: The judge gives no answers.
@@ -175,7 +175,7 @@ class Review:
         return self._unanswered(self._shuffled)[: max(0, self._most() - answered)]
 
     def ask_rest(self, people: Callable[[], People]) -> None:
-        """Asks about the rest, the most informative texts first.
+        """Ask about the rest, the most informative texts first.
 
         Raises:
             SidelightError: The gate has not let the judge pass, or it gives no answers.
@@ -203,7 +203,7 @@ class Review:
                 batch *= 2
 
     def doubt(self, scores: Float[np.ndarray, " text"]) -> None:
-        """Sends texts to the person whose label a probe is sure is wrong.
+        """Send texts to the person whose label a probe is sure is wrong.
 
         Args:
             scores: Probability of the positive label, by a probe that did not learn from the text.
@@ -212,7 +212,7 @@ class Review:
             self._doubts, self._is_doubted = doubtful(scores, self.labels()), True
 
     def change_criterion(self, text: str, *, seen: str) -> None:
-        """Edits the criterion. The judge's labels under the old one count no more.
+        """Edit the criterion. The judge's labels under the old one count no more.
 
         Raises:
             SidelightError: The judge is being asked, or the criterion cannot be changed.
@@ -306,7 +306,7 @@ class Review:
 
     @contextmanager
     def _round(self, total: int) -> Generator[Callable[[], None]]:
-        """Shows the progress of some questions, in the terminal and on the page."""
+        """Show the progress of some questions, in the terminal and on the page."""
         with self._lock:
             if self.progress is not None:
                 raise SidelightError("The judge is being asked. Wait until it has answered.")
@@ -350,7 +350,7 @@ class Review:
 
 
 def _text_digest(item: Example) -> str:
-    """Tells texts apart in files without them."""
+    """Tell texts apart in files without them."""
     turns = repr((item.messages, item.response))
     return hashlib.sha256(turns.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

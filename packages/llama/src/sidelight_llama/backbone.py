@@ -377,7 +377,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: list[int]) -> None:
-    """Checks that a tokenizer cuts and numbers texts as llama.cpp does.
+    """Check that a tokenizer cuts and numbers texts as llama.cpp does.
 
     Args:
         path: The file.

@@ -164,7 +164,7 @@ class LlamaContext:
         self._tokens = 0
 
     def forget(self, sequence: int, *, start: int = 0) -> None:
-        """Frees the positions of a sequence from ``start`` on."""
+        """Free the positions of a sequence from ``start`` on."""
         is_forgotten = self._library.llama_memory_seq_rm(self._memory, sequence, start, -1)
         assert is_forgotten
 
@@ -243,7 +243,7 @@ class LlamaContext:
 
 @contextmanager
 def _interrupts_later() -> Generator[None]:
-    """Raises Ctrl-C after the block: ctypes would drop what it raises in a callback."""
+    """Raise Ctrl-C after the block: ctypes would drop what it raises in a callback."""
     stopped: list[int] = []
     is_main = current_thread() is main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -259,7 +259,7 @@ def _interrupts_later() -> Generator[None]:
 
 
 def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
-    """Copies what enters each block into ``seen``, while llama.cpp computes it.
+    """Copy what enters each block into ``seen``, while llama.cpp computes it.
 
     llama.cpp computes sequences that are not neighbours one after the other, in ascending order.
     """

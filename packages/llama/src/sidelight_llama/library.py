@@ -175,7 +175,7 @@ def load_library() -> c.CDLL:
 
 
 def require_version() -> None:
-    """Checks that the package is there, in the version that this file describes.
+    """Check that the package is there, in the version that this file describes.
 
     Raises:
         SidelightError: It is not.

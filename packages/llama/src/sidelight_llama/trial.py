@@ -78,7 +78,7 @@ def try_once(path: Path, architecture: str, key: str) -> list[int]:
 
 
 def keep(path: Path, make: Callable[[], Any]) -> None:
-    """Writes to the cache what only saves time; where that fails, a warning says so."""
+    """Write to the cache what only saves time; where that fails, a warning says so."""
     try:
         write_json(path, make())
     except OSError as error:
@@ -91,7 +91,7 @@ def keep(path: Path, make: Callable[[], Any]) -> None:
 
 
 def _try(path: Path, architecture: str) -> list[int]:
-    """Reads tokens at once and in two passes, then one more of both: the states must be equal."""
+    """Read tokens at once and in two passes, then one more of both: the states must be equal."""
     model = LlamaModel(path, architecture)
     context = LlamaContext(model, sequences=2, positions=_TOKENS + 1, threads=1)
     sample = model.tokenize(SAMPLE)

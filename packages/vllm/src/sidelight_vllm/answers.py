@@ -263,7 +263,7 @@ class TextEvents:
         )
 
     def _note(self, tokens: Sequence[int], text: str) -> None:
-        """Takes new tokens, and the text that vLLM has made of them so far.
+        """Take new tokens, and the text that vLLM has made of them so far.
 
         vLLM may hold text back, or end it before that of its tokens ends. Where it says something
         else than its tokens, their words are unknown, so there are no spans.

@@ -113,7 +113,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         return StepPlan(plans, scheduler_output.total_num_scheduled_tokens > 0)
 
     def take(self, results: WorkerResults | None) -> None:
-        """Takes the verdicts of a step, before vLLM makes its outputs; leaves nothing to vLLM."""
+        """Take the verdicts of a step, before vLLM makes its outputs; leave nothing to vLLM."""
         if results is None:
             return
         verdicts = results.verdicts
@@ -153,7 +153,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Gives the report for the request's last output."""
+        """Give the report for the request's last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
         self._classifier.forget([request.request_id])
@@ -182,7 +182,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         return None, None
 
     def build_connector_worker_meta(self) -> WorkerResults | None:
-        """Runs after the forward pass of a step, on every rank."""
+        """Run after the forward pass of a step, on every rank."""
         step = self._get_connector_metadata()
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
         if not step.has_pass or get_tensor_model_parallel_rank() != 0:
@@ -244,7 +244,7 @@ class ProbeScheduler(Scheduler):
     """The scheduler for engines that wait for each step."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Puts the verdicts of the step on its outputs."""
+        """Put the verdicts of the step on its outputs."""
         if (results := model_runner_output.kv_connector_output) is not None:
             results.kv_connector_worker_meta = self.connector.take(results.kv_connector_worker_meta)
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -75,7 +75,7 @@ class ProbeEndpoint:
         self._routes: list[BaseRoute] = []
 
     def attach_router(self, app: Any) -> None:
-        """Adds the middleware inside vLLM's own authentication, and a gate for keys of ours."""
+        """Add the middleware inside vLLM's own authentication, and a gate for keys of ours."""
         self._vllm = app
         app.add_middleware(self.around)
         args = app.state.args
@@ -96,7 +96,7 @@ class ProbeEndpoint:
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Finds the guard of the engine, and mounts our routes, and the metrics."""
+        """Find the guard of the engine, and mount our routes, and the metrics."""
         guard: EngineGuard | None = getattr(engine_client, "sidelight_guard", None)
         if guard is None:
             return
@@ -149,7 +149,7 @@ class ProbeEndpoint:
             await self._guarded(self.guard, app, scope, receive, send)
 
     async def _closing(self, send: Send, event: Event) -> None:
-        """Closes the judges' connections before the server may end."""
+        """Close the judges' connections before the server may end."""
         if self.guard is not None and event["type"].startswith("lifespan.shutdown."):
             await self.guard.context.registry.judges.close()
         await send(event)
@@ -234,7 +234,7 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
 
     async def fail(self) -> bool:
-        """Ends the answer after an exception; whether the request was refused."""
+        """End the answer after an exception; whether the request was refused."""
         if self._request.refusal is None:
             return False
         if not self._has_begun:
@@ -276,7 +276,7 @@ class _Answer:
         return json.dumps({**answer, **self._fields()}).encode()
 
     def _with_chunks(self, body: bytes) -> bytes:
-        """Adds a chunk with the verdicts at the start, and one at the end if they have changed."""
+        """Add a chunk with the verdicts at the start, and one at the end if they have changed."""
         # Compared as whole events, since a model may write the words of the last one.
         events = body.split(_EVENT_END)
         if self._scope["path"] == _MESSAGES and any(self._request.cut):
@@ -411,7 +411,7 @@ def _chunk_fields_of(event: bytes) -> dict[str, Any]:
 
 
 def _report_truncation(answer: dict[str, Any], cut: Sequence[bool]) -> None:
-    """Says which texts were cut where vLLM has no word for it, or has taken another."""
+    """Say which texts were cut where vLLM has no word for it, or has taken another."""
     for choice in answer.get("choices") or ():
         if cut[choice["index"]]:
             # A cut text may hold a whole call of a tool.

@@ -54,7 +54,7 @@ _WAITING, _RUNNING = 128, 16
 
 @contextmanager
 def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], ProbeSet]]:
-    """Saves probes for as long as they take to load; gives their folders too."""
+    """Save probes for as long as they take to load; give their folders too."""
     with TemporaryDirectory(prefix="sidelight-probes-") as home:
         folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
         revision = revision_of(read_card(folder).version for folder in folders)
@@ -126,7 +126,7 @@ class VllmEngine(Engine):
         self._is_open = True
 
     async def close(self) -> None:
-        """Ends vLLM's processes."""
+        """End vLLM's processes."""
         self._is_open = False
         await asyncio.to_thread(self._llm.shutdown)
         await asyncio.to_thread(self._codec.close)
@@ -174,7 +174,7 @@ class VllmEngine(Engine):
                         await loading
 
     async def _load(self, new: ProbeSet) -> None:
-        """Has every worker take the probes that it has checked."""
+        """Have every worker take the probes that it has checked."""
         try:
             # Cached blocks hold what the old probes read.
             await self._llm.pause_generation(mode="wait", clear_cache=True)
@@ -301,7 +301,7 @@ def load_vllm_engine(
     dtype: str = "auto",
     options: Mapping[str, Any] | None = None,
 ) -> VllmEngine:
-    """Starts vLLM without a server, and returns the engine over it.
+    """Start vLLM without a server, and return the engine over it.
 
     Args:
         model: ``smollm2``, a folder, or a hub id.

@@ -134,7 +134,7 @@ class EngineGuard:
         await self._abort(ids, internal=internal)
 
     def require_unblocked(self, what: str) -> None:
-        """Refuses what no probe reads where a rule blocks or redacts."""
+        """Refuse what no probe reads where a rule blocks or redacts."""
         client = client_request.get()
         rules = self.context.registry.rules if client is None else client.context.rules
         if any(bound.is_enforced for bound in rules):

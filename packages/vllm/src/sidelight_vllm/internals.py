@@ -32,7 +32,7 @@ from sidelight_vllm import QUANTISING
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replaces a method, also a class's, by ``around(original, self, ...)``, once."""
+    """Replace a method, also a class's, by ``around(original, self, ...)``, once."""
     found = getattr_static(owner, name)
     original = found.__func__ if isinstance(found, classmethod) else found
     if getattr(original, "wrapped_by", None) == __name__:
@@ -59,7 +59,7 @@ def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
 
 
 def raise_for_all(refusal: str) -> None:
-    """Raises what this engine's workers have to say, if it is not "", in the last of them alone.
+    """Raise what this engine's workers have to say, if it is not "", in the last of them alone.
 
     All workers call this. vLLM reads their answers one by one up to the first error, and takes the
     rest for answers to its next call.
@@ -180,7 +180,7 @@ def quantisation(arguments: Any) -> str:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it is killed, if there is one.
+    """End this process when the one that started it is killed, if there is one.
 
     Otherwise vLLM's engine would wait for requests forever, with the model in memory.
     """

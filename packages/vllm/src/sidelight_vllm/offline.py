@@ -110,7 +110,7 @@ class VllmReader:
                 yield {row: captured(places[row], self.fingerprint.layers)}
 
     def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
-        """Yields each number and prompt with vLLM's output, in the order in which they end.
+        """Yield each number and prompt with vLLM's output, in the order in which they end.
 
         Requests are taken when vLLM has room for them; closing the generator cancels those running.
 
@@ -153,7 +153,7 @@ class VllmReader:
             llm.abort_request([*running])
 
     def close(self) -> None:
-        """Ends vLLM's processes, if it is running."""
+        """End vLLM's processes, if it is running."""
         if self._llm is not None:
             self._llm.engine_core.shutdown()
             self._llm = None
@@ -228,7 +228,7 @@ class StateWorker(Worker):
         self._has_all_layers = True
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
-        """Takes the residual stream as it is."""
+        """Take the residual stream as it is."""
         self._staging.rows[layer, : len(stream)].copy_(stream)
 
     def _read(self, plans: Sequence[GatherPlan]) -> Float[Tensor, "token layer projection"]:

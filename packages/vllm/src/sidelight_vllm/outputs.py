@@ -34,7 +34,7 @@ class TextReports:
         self.taken = 0
 
     def hear(self, tokens: int, params: Mapping[str, Any] | None) -> None:
-        """Takes how many tokens a step wrote, and the ``kv_transfer_params`` of its output."""
+        """Take how many tokens a step wrote, and the ``kv_transfer_params`` of its output."""
         self._newest = params
         if self._keeps_steps:
             self._steps.append((tokens, params))
@@ -87,7 +87,7 @@ class OutputListener:
 
     @contextmanager
     def to(self, request_id: str, reports: TextReports) -> Generator[None]:
-        """Has it hear every report on the request before its outputs can be read."""
+        """Have it hear every report on the request before its outputs can be read."""
         self._texts[request_id] = reports
         try:
             yield
@@ -103,7 +103,7 @@ class OutputListener:
         fields: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Report:
-        """Reads a text, and returns the last step's report.
+        """Read a text, and return the last step's report.
 
         Args:
             prompt: The token ids, and what they belong to.

@@ -77,7 +77,7 @@ _LOAD_FORMATS = {
 
 
 def wrap_vllm() -> None:
-    """Wraps vLLM's methods, once per process. Without probes, they do nothing more."""
+    """Wrap vLLM's methods, once per process. Without probes, they do nothing more."""
     wrap(AsyncLLM, "__init__", _guard)
     wrap(EngineArgs, "create_engine_config", _configure)
     wrap(BaseModelLoader, "load_model", _load)
@@ -208,7 +208,7 @@ def _leave_room(original: Callable[..., list[int]], executor: Any) -> list[int]:
 
 
 def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) -> None:
-    """Puts the policy between the engine client and whatever calls it."""
+    """Put the policy between the engine client and whatever calls it."""
     original(llm, *args, **kwargs)
     served = Served.of(llm.vllm_config)
     # Our own engine describes its requests, and our own server enforces its policy on them.
@@ -217,7 +217,7 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
 
 
 def require_arguments(arguments: Any) -> None:
-    """Checks vLLM's version, and that no option takes the place of our parts."""
+    """Check vLLM's version, and that no option takes the place of our parts."""
     if Version(vllm.__version__) not in SpecifierSet(TESTED) and not _allows_untested():
         raise SidelightError(
             f"This is vLLM {vllm.__version__}, but probes inside vLLM were tested with {TESTED}. "
@@ -248,7 +248,7 @@ def require_arguments(arguments: Any) -> None:
 
 
 def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
-    """Checks that the policy fits the probes, and that what enforces it and the keys is there."""
+    """Check that the policy fits the probes, and that what enforces it and the keys is there."""
     config, is_server = server_config(), isinstance(arguments, AsyncEngineArgs)
     require_policy_applies(config.loaded_policy, probes)
     plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
@@ -266,7 +266,7 @@ def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
 
 
 def require_states(arguments: Any) -> None:
-    """Checks that hidden states may be written, and are those of the model's files."""
+    """Check that hidden states may be written, and are those of the model's files."""
     # Requests name the files that are written.
     if isinstance(arguments, AsyncEngineArgs):
         raise SidelightError(
@@ -281,7 +281,7 @@ def require_states(arguments: Any) -> None:
 
 
 def require_supported(config: Any, probes: Sequence[Probe]) -> None:
-    """Checks that a test covers every feature in use, so that nothing is served unjudged."""
+    """Check that a test covers every feature in use, so that nothing is served unjudged."""
     parallel, architecture = config.parallel_config, config.model_config.architecture
     speculation = getattr(config.speculative_config, "method", None)
     refused = {
@@ -332,7 +332,7 @@ def _warn_of_gpus(config: Any) -> None:
 
 
 def _refuse(options: Mapping[str, Any], message: str) -> None:
-    """Refuses those that are set, which the message names."""
+    """Refuse those that are set, which the message names."""
     if names := ", ".join(name for name, value in options.items() if value):
         raise SidelightError(message.format(names))
 

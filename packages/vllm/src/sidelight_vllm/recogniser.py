@@ -61,7 +61,7 @@ class PromptRecogniser:
         return replace(encoded, texts=located.texts, places=located.places)
 
     def require_read(self, prompt: EncodedPrompt | None, context: RequestContext) -> None:
-        """Refuses what a client can write where no blocking probe reads it.
+        """Refuse what a client can write where no blocking probe reads it.
 
         Raises:
             PolicyError: There is such text, or it cannot be told.
@@ -131,7 +131,7 @@ def _unread(prompt: EncodedPrompt) -> tuple[int, ...]:
 
 
 def refuse_structured_outputs(params: Any, context: RequestContext) -> None:
-    """Refuses an answer that the client words in vLLM's ``SamplingParams``.
+    """Refuse an answer that the client words in vLLM's ``SamplingParams``.
 
     It is not refused if a blocking probe reads it.
 

@@ -59,7 +59,7 @@ class Report(Verdicts):
     error: str = "The request was not classified."
 
     def require_verdicts(self) -> None:
-        """Refuses to take the text for judged if it is not.
+        """Refuse to take the text for judged if it is not.
 
         Raises:
             GenerationError: There are no verdicts.
@@ -233,7 +233,7 @@ class Tracking:
     def record(
         self, request_id: str, verdicts: Verdicts, seconds: float = 0.0, revision: str = ""
     ) -> None:
-        """Adds a step's verdicts and seconds, and who judged, unless the request has ended."""
+        """Add a step's verdicts and seconds, and who judged, unless the request has ended."""
         tracked = self._requests.get(request_id)
         if tracked is not None:
             before = tracked.report

@@ -51,7 +51,7 @@ _NOT_LISTENING = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES}
 
 
 def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
-    """Serves until SIGTERM or SIGINT; running requests may take ``drain_s`` to finish.
+    """Serve until SIGTERM or SIGINT; running requests may take ``drain_s`` to finish.
 
     Args:
         config: The configuration, with the folders of the probes.
@@ -94,7 +94,7 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
 
 
 def _end_at_signals(proceed: Callable[..., Any] = lambda: None, *args: Any, **kwargs: Any) -> Any:
-    """Has SIGTERM and SIGINT end all processes at once, until vLLM's server can drain.
+    """Have SIGTERM and SIGINT end all processes at once, until vLLM's server can drain.
 
     An exception, such as vLLM raises, would arise anywhere in its code: some swallows it, some
     takes it for a failure, and to end an engine that is just starting it waits forever.

@@ -98,7 +98,7 @@ class Served:
         return _SERVED.dump_python(self, mode="json")
 
     def load(self) -> ProbeSet:
-        """Loads the probes.
+        """Load the probes.
 
         Raises:
             SidelightError: One is damaged, two share a name, or one belongs to another model.
@@ -162,7 +162,7 @@ _served_config: "ServerConfig | None" = None
 
 
 def serve_with(config: "ServerConfig") -> None:
-    """Makes vLLM's server in this process use this configuration instead of the environment's."""
+    """Make vLLM's server in this process use this configuration instead of the environment's."""
     global _served_config
     _served_config = config
 
@@ -186,7 +186,7 @@ def server_config(**options: Any) -> "ServerConfig":
 
 
 def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
-    """Recognises conversations that others have encoded for the served model."""
+    """Recognise conversations that others have encoded for the served model."""
     model = vllm_config.model_config
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
     prompt_format = common_format(probes) or "chat"
@@ -203,7 +203,7 @@ SET_HERE = {
 
 
 def require_options(options: Mapping[str, Any], args_type: Any) -> None:
-    """Checks that these are fields of vLLM's arguments that Sidelight does not set.
+    """Check that these are fields of vLLM's arguments that Sidelight does not set.
 
     Raises:
         SidelightError: One is not.
@@ -217,7 +217,7 @@ def require_options(options: Mapping[str, Any], args_type: Any) -> None:
 
 
 def require_vllm() -> None:
-    """Checks that vLLM can be imported.
+    """Check that vLLM can be imported.
 
     Raises:
         SidelightError: It is not installed.

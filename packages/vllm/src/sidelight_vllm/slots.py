@@ -39,7 +39,7 @@ _receiver: Receiver | None = None
 
 
 def set_receiver(new: Receiver | None) -> None:
-    """Says who receives the states of the next forward passes of this process: one model's."""
+    """Say who receives the states of the next forward passes of this process: one model's."""
     global _receiver
     _receiver = new
 
@@ -76,7 +76,7 @@ for _name, _operation in {"project": _project, "end_pass": _end_pass}.items():
 
 
 def tap_layers(layers: Sequence[nn.Module], *, reads_embedding: bool, width: int) -> int:
-    """Hooks the layers of this worker; returns how many hidden states they give.
+    """Hook the layers of this worker; return how many hidden states they give.
 
     Args:
         layers: The local decoder layers, in order.
@@ -171,7 +171,7 @@ class StagingBuffer:
         return StagingBuffer(Projection(weight, padded.shift.clone(), flags), rows)
 
     def require_room(self, projection: Projection) -> None:
-        """Checks that these columns fit.
+        """Check that these columns fit.
 
         Raises:
             SidelightError: There is no room for them.
@@ -190,7 +190,7 @@ class StagingBuffer:
             )
 
     def load(self, projection: Projection) -> None:
-        """Projects to these columns, for which there is room, from now on."""
+        """Project to these columns, for which there is room, from now on."""
         has_flags = self.projection.is_normalised is not None
         padded = projection.padded(self.projections, has_flags=has_flags)
         self.projection.weight.copy_(padded.weight)
@@ -258,7 +258,7 @@ class SlotStore:
         self._is_stored = torch.zeros((), dtype=torch.bool, device=staging.rows.device)
 
     def keep(self, slots: Int[Tensor, " token"]) -> None:
-        """Moves the staged rows of a pass to the slots of its tokens."""
+        """Move the staged rows of a pass to the slots of its tokens."""
         rows = self.staging.rows[:, : len(slots)]
         slots = torch.where(slots < 0, len(self.rows) - 1, slots)
         self.rows.index_copy_(0, slots.long(), rows.transpose(0, 1))

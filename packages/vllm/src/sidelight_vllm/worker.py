@@ -147,7 +147,7 @@ class RequestClassifier:
         return self.classify([plan], projections)[plan.request_id]
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drops the state of requests that have ended."""
+        """Drop the state of requests that have ended."""
         for request_id in request_ids:
             self._states.pop(request_id, None)
             self._broken.discard(request_id)
@@ -181,12 +181,12 @@ class Worker:
         set_receiver(self)
 
     def allocate(self, *, blocks: int, block_size: int, attention: str = "") -> None:
-        """Makes room for the columns of every KV slot, of which this attention layer has all."""
+        """Make room for the columns of every KV slot, of which this attention layer has all."""
         self._attention = attention
         self._store = SlotStore(self._staging, blocks=blocks, block_size=block_size)
 
     def check(self, folders: Sequence[str]) -> None:
-        """Makes the probes in folders ready for ``load``; those that serve do so as before.
+        """Make the probes in folders ready for ``load``; those that serve do so as before.
 
         Raises:
             SidelightError: A probe cannot be served, or there is no room for it.
@@ -198,7 +198,7 @@ class Worker:
 
     @torch.inference_mode()
     def load(self, revision: str) -> None:
-        """Serves the probes that were checked last, and forgets all columns of the old ones.
+        """Serve the probes that were checked last, and forget all projections of the old ones.
 
         Raises:
             SidelightError: Those have another identity.
@@ -226,7 +226,7 @@ class Worker:
             self._staging.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
-        """Moves the columns of a forward pass to the KV slots of its tokens."""
+        """Move the columns of a forward pass to the KV slots of its tokens."""
         # There are no pages yet while vLLM profiles its memory.
         if self._store is None or (slots := pass_slots(self._attention)) is None:
             return
@@ -257,7 +257,7 @@ class Worker:
         return self._thread.submit(self._step_verdicts, groups, is_stored, ready)
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drops what is known of requests that have ended, once it is judged."""
+        """Drop what is known of requests that have ended, once it is judged."""
         self._thread.submit(self._classifier.forget, tuple(request_ids))
 
     @torch.inference_mode()

@@ -301,7 +301,7 @@ def load_backbone(
     prompt_format: PromptFormat | None = None,
     for_probing: bool = False,
 ) -> TransformersBackbone:
-    """Loads a backbone by name.
+    """Load a backbone by name.
 
     Args:
         name: ``smollm2`` (the embedded default), a local folder, or a hub id.
@@ -399,7 +399,7 @@ def read_model(name: str | Path, *, prompt_format: PromptFormat | None = None) -
 def _require_memory(
     name: str, folder: Path, *, stored: str, wanted: str, target: torch.device
 ) -> None:
-    """Refuses weights that cannot fit: the system would end the process without a word.
+    """Refuse weights that cannot fit: the system would end the process without a word.
 
     Args:
         name: What the user calls the model.

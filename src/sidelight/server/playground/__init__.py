@@ -34,7 +34,7 @@ def playground() -> dict[str, Path | str]:
 
 
 def page_router(pages: Mapping[str, Path | str]) -> APIRouter:
-    """Serves these files and redirects, outside of the OpenAPI document."""
+    """Serve these files and redirects, outside of the OpenAPI document."""
     router = APIRouter()
     for path, file in pages.items():
         router.add_route(path, _page(file), include_in_schema=False)

@@ -55,7 +55,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits to the training texts; chooses its settings, if any, on the validation texts.
+        """Fit to the training texts; choose its settings, if any, on the validation texts.
 
         Args:
             dataset: Training and validation texts with their hidden states.

@@ -111,7 +111,7 @@ class SentenceEmbeddings(Baseline):
             packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the penalty on the validation texts; nothing is random."""
+        """Choose the penalty on the validation texts; nothing is random."""
         encoder = Encoder(self.path, max_tokens=self.max_tokens)
         embeddings = cache(encoder.embeddings)
         inputs, labels = embeddings(dataset.training), dataset.training.labels

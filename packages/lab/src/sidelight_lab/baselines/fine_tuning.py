@@ -90,7 +90,7 @@ class FineTuned(Baseline):
         seed: int,
         folder: Path | None = None,
     ) -> FittedBaseline:
-        """Trains the parameters that require gradients.
+        """Train the parameters that require gradients.
 
         Args:
             model: A ``SequenceClassifier``, or peft's around one.
@@ -222,7 +222,7 @@ class Lora(FineTuned):
     batch_size: int = 32
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits adapters and head; the epoch is chosen on the validation texts."""
+        """Fit adapters and head; the epoch is chosen on the validation texts."""
         return self.tune(self.adapted(dataset, seed=seed), dataset, prompt_items, seed=seed)
 
     def adapted(self, dataset: ProbeDataset, *, seed: int) -> nn.Module:
@@ -282,7 +282,7 @@ class FineTunedEncoder(FineTuned):
             packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits all weights; the epoch is chosen on the validation texts."""
+        """Fit all weights; the epoch is chosen on the validation texts."""
         encoder = Encoder(self.path, max_tokens=self.max_tokens)
 
         def encode(split: Split) -> list[Item]:

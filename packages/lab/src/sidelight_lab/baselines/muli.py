@@ -38,7 +38,7 @@ class FirstToken:
         return FirstToken(_final_norm(backbone), weight, bias)
 
     def require(self, backbone: TransformersBackbone, prompt: EncodedPrompt) -> None:
-        """Checks these logits against the backbone's own after a prompt.
+        """Check these logits against the backbone's own after a prompt.
 
         Raises:
             SidelightError: The backbone's logits are not a linear head on one final norm.
@@ -179,7 +179,7 @@ class Muli(Baseline):
     iterations: int = 100
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the penalty on validation texts; nothing is random.
+        """Choose the penalty on validation texts; nothing is random.
 
         Raises:
             SidelightError: The last token read is not the one before the answer, or the LLM's head

@@ -136,7 +136,7 @@ def _fit_outputs(
     task: Task,
     fit: Callable[[np.ndarray, np.ndarray, int], Linear],
 ) -> Linear:
-    """Standardises inputs and folds that into the fit; two classes become their log-odds.
+    """Standardise inputs and fold that into the fit; two classes become their log-odds.
 
     Args:
         fit: Takes standardised inputs, class indices and the number of classes, and gives a logit
@@ -173,7 +173,7 @@ class PooledRegression(Baseline):
     iterations: int = 100
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses penalty and layer on validation texts; nothing is random."""
+        """Choose penalty and layer on validation texts; nothing is random."""
         training = dataset.training
         layers = range(dataset.reader.fingerprint.layers)
         layer_choices = {
@@ -249,7 +249,7 @@ class Mlpm(Baseline):
     penalties: tuple[float, ...] = PENALTIES
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the stacking penalty on validation texts; the seed draws the folds."""
+        """Choose the stacking penalty on validation texts; the seed draws the folds."""
         task, labels = dataset.task, dataset.training.labels
         folds = dataset.training.examples.folds(self.folds, seed=seed)
         _, lasts = pooled_states(dataset.training)

@@ -55,7 +55,7 @@ class ZeroShot(Baseline):
     shot_characters: int = 400
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits nothing, and only draws the examples."""
+        """Fit nothing; only draw the examples."""
         backbone, names = dataset.reader, self.named(dataset.task)
         assert isinstance(backbone, TransformersBackbone)
         encoder, shots = backbone.encoder, self.examples(dataset, seed=seed)

@@ -122,7 +122,7 @@ class Siren(Baseline):
     settings: TrainingSettings = _SETTINGS
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses penalties, layer weights and the network's epoch on validation texts.
+        """Choose penalties, layer weights and the network's epoch on validation texts.
 
         Raises:
             SidelightError: No neuron tells the classes apart.

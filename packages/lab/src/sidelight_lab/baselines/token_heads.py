@@ -112,7 +112,7 @@ class BestLayer(Baseline):
         """An untrained network from a layer's ragged tokens to logits."""
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the layer and the epoch on validation texts."""
+        """Choose the layer and the epoch on validation texts."""
         width, task, settings = dataset.reader.fingerprint.width, dataset.task, self.settings
 
         def fitted(layer: int) -> FittedBaseline:
@@ -245,7 +245,7 @@ class Concatenated(Baseline):
     settings: TrainingSettings = _SETTINGS
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the epoch on validation texts; reads the training states once per epoch."""
+        """Choose the epoch on validation texts; read the training states once per epoch."""
         training = TokenSource.all_layers(dataset.training)
         model = SmoothedLinear(training.scaling(), dataset.task, window=self.window)
         train_on_tokens(

@@ -170,7 +170,7 @@ def train_on_tokens(
     settings: TrainingSettings,
     seed: int,
 ) -> None:
-    """Trains a model that takes shards; see ``train``. The seed decides the order of the texts."""
+    """Train a model that takes shards; see ``train``. The seed decides the order of the texts."""
     size = settings.batch_size
     train(
         model,

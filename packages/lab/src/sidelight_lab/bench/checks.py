@@ -94,7 +94,7 @@ def measure_checks(
 
 
 def _shallow(name: str, layers: int, folder: Path) -> list[Path]:
-    """Copies of probes that read the first layers alone."""
+    """Copies of probes that read only the first layers."""
     copies: list[Path] = []
     for source in probe_folders([name]):
         probe = load_probe(source)

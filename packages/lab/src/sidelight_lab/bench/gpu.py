@@ -78,7 +78,7 @@ def run_check(
     only: Sequence[str] = (),
     limit_s: float = 600,
 ) -> bool:
-    """Runs the sections that have not passed yet; returns whether all in the report did.
+    """Run the sections that have not passed yet; return whether all in the report did.
 
     Writes ``gpu.json`` and ``gpu.md`` after each section, and its log to ``logs``.
 

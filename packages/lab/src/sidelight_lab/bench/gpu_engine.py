@@ -274,7 +274,7 @@ def speed(setting: Setting, *, probes: int) -> Result:
 
 
 def _run(setting: Setting, *words: str, device: str | None = None) -> None:
-    """Runs a command of ``sidelight``, whose errors are raised as they are."""
+    """Run a command of ``sidelight``, whose errors are raised as they are."""
     where = ["--model", setting.model_name(), "--device", device or setting.device]
     app.main([*words, *where], standalone_mode=False)
 

@@ -200,7 +200,7 @@ def measure_guards(
     rows: int | None = None,
     options: FitOptions | None = None,
 ) -> Record:
-    """Trains all rows of each guard, then opens its tests.
+    """Train all rows of each guard, then open its tests.
 
     Args:
         backbone: The frozen LLM.

@@ -119,7 +119,7 @@ def measure_judge(
     clients: int,
     max_tokens: int,
 ) -> Record:
-    """Times first tokens with and without a judge: of one client, then of many at once.
+    """Time first tokens with and without a judge: of one client, then of many at once.
 
     Args:
         backbone: For the probe's size.

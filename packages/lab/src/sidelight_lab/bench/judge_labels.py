@@ -44,7 +44,7 @@ def measure_flips(
     cache: Path,
     out: Path,
 ) -> Record:
-    """Trains the probe of ``sidelight label`` on flipped labels, and measures it on true ones.
+    """Train the probe of ``sidelight label`` on flipped labels, and measure it on true ones.
 
     Args:
         backbone: The frozen LLM.

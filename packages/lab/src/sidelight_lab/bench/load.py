@@ -165,7 +165,7 @@ def run_load(
     max_tokens: int,
     spans: bool = False,
 ) -> Record:
-    """Writes the probes into the folder, starts both servers, and asks them in turn.
+    """Write the probes into the folder, start both servers, and ask them in turn.
 
     Rounds with probes take ``seconds`` in total; each is paired with one without. ``is_sound`` in
     the results says that nothing was lost, duplicated, swapped, or let through.
@@ -266,7 +266,7 @@ async def _round(
 async def _ask(
     openai: AsyncOpenAI, number: int, question: Question, model: str, max_tokens: int
 ) -> Answer:
-    """Asks one question; every other one as a stream."""
+    """Ask one question; every other one as a stream."""
     start = perf_counter()
     body: dict[str, Any] = {
         "model": model,

@@ -43,7 +43,7 @@ class ServerProcess:
             self._process.kill()
 
     def wait_until_ready(self) -> None:
-        """Returns when the server answers.
+        """Return when the server answers.
 
         Raises:
             SidelightError: It ended, or did not answer within ten minutes.

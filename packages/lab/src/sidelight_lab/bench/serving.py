@@ -110,7 +110,7 @@ def measure_costs(
 
 
 def fit_probes(_worker: Any, folders: list[str]) -> None:
-    """Gives vLLM's worker these probes, with room for their columns alone."""
+    """Give vLLM's worker these probes, with room for their columns alone."""
     from sidelight_vllm.worker import Worker, current_worker
 
     old = current_worker()
@@ -189,7 +189,7 @@ _STEPS = {"seconds": 0.0}
 
 
 def count_cpu_time(worker: Any) -> None:
-    """Has a worker of vLLM count the CPU time of its steps; between them its thread spins."""
+    """Have a worker of vLLM count the CPU time of its steps; between them its thread spins."""
     inner = getattr(worker, "worker", worker)
 
     def counted(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -132,7 +132,7 @@ def compare_spans(
     out: Path,
     rivals: Sequence[str],
 ) -> Record:
-    """Fits all rows, then finds the spans of the test texts.
+    """Fit all rows, then find the spans of the test texts.
 
     Args:
         backbone: The frozen LLM.

@@ -33,7 +33,7 @@ def split_numbers(
 
 
 def publish(record: "Record", out: Path | None, *, as_json: bool) -> None:
-    """Saves the record where a folder is given, and prints it."""
+    """Save the record where a folder is given, and print it."""
     if out is not None:
         record.save(out)
     click.echo(record.to_json() if as_json else record.to_markdown(), nl=False)

@@ -125,7 +125,7 @@ def train_options(trial: "Trial") -> list[str]:
 
 
 def write_search(trials_of: "Mapping[str, Sequence[Trial]]", directory: Path) -> None:
-    """Writes ``trials.csv`` and ``best.json``."""
+    """Write ``trials.csv`` and ``best.json``."""
     from sidelight_lab.search import best_of
 
     text = StringIO()

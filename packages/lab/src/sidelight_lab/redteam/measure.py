@@ -170,7 +170,7 @@ class Subject:
 def draw_subjects(
     examples: LabelledExamples, thresholds: Mapping[str, float], *, texts: int, seed: int
 ) -> list[Subject]:
-    """Draws positive texts, then benign ones, each with the benign texts that may stand around it.
+    """Draw positive texts, then benign ones, each with the benign texts that may stand around it.
 
     Raises:
         SidelightError: There is no positive text, or there are fewer than two benign ones.
@@ -213,7 +213,7 @@ def measure(
     seed: int = 0,
     budget: int = 50,
 ) -> list[AttackResult]:
-    """Attacks positive and benign texts alike.
+    """Attack positive and benign texts alike.
 
     Args:
         target: A probe of prompts, or what stands before a model.

@@ -190,7 +190,7 @@ def measure_rows(
     ours: str,
     are_draws: bool,
 ) -> TableMetrics:
-    """Measures all rows on the same texts; nothing is compared if there is no row of ours.
+    """Measure all rows on the same texts; nothing is compared if there is no row of ours.
 
     Few-shot draws differ in their training texts, so they have a spread over draws instead of an
     interval.

@@ -91,7 +91,7 @@ class RecipeContext:
         )
 
     def write_origin(self, data: DataSet) -> None:
-        """Records the recipe, the environment and the data, before the work begins."""
+        """Record the recipe, the environment and the data, before the work begins."""
         origin = {
             **environment(),
             "backbone": asdict(self.backbone.fingerprint),
@@ -105,7 +105,7 @@ class RecipeContext:
 
 
 def reproduce(context: RecipeContext) -> FinishedTable:
-    """Makes the table of a recipe; what an earlier, killed run finished is not repeated."""
+    """Make the table of a recipe; what an earlier, killed run finished is not repeated."""
     recipe, directory = context.recipe, context.directory
     rows = recipe.rows()
     for row in rows:
@@ -186,7 +186,7 @@ def _fit(context: RecipeContext, rows: Sequence[Row], dataset: ProbeDataset) -> 
 
 
 def _record_opening(directory: Path, *, config: str, test: str | None) -> list[str]:
-    """Records in ``test_opened.json`` that test data is opened, before and after it is read.
+    """Record in ``test_opened.json`` that test data is opened, before and after it is read.
 
     Opening the same texts (``test`` is their hash, None before they are read) with the same
     settings (``config`` is theirs) is recorded once. Returns when test data was opened before with

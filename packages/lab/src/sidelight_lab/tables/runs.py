@@ -59,7 +59,7 @@ class Run:
         return (self.folder / "diverged").exists()
 
     def save(self, name: str, **arrays: Any) -> None:
-        """Stores arrays completely or, if killed, not at all."""
+        """Store arrays completely or, if killed, not at all."""
         with replacing(self.folder / f"{name}.npz") as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -132,7 +132,7 @@ def _balanced(split: Split, count: int, random: np.random.Generator) -> Int[np.n
 
 
 def fit_runs(runs: Sequence[Run], *, max_tokens: int) -> None:
-    """Fits the missing ones of runs on the same texts.
+    """Fit the missing ones of runs on the same texts.
 
     Probes are trained in one call, to share each read of the cache. One that diverges is marked, so
     that it is not trained again, and the others go on. ``max_tokens`` is the limit that texts were
@@ -172,7 +172,7 @@ def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
 
 
 def _fit_baseline(run: Run, row: BaselineRow) -> FittedBaseline:
-    """Fits the baseline of a run with its seed, and stores the result."""
+    """Fit the baseline of a run with its seed, and store the result."""
     say(f"Fitting '{row.name}' with seed {run.seed}.")
     start = perf_counter()
     fitted = row.model().fit(run.dataset, seed=run.seed)
