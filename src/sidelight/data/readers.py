@@ -135,7 +135,7 @@ def _absence(path: Path) -> str:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a UTF-8 file, plain or gzip, without a byte order mark."""
+    """Read a UTF-8 file, plain or gzip, without a byte order mark."""
     content = path.read_bytes()
     is_named_gzip = path.suffix.lower() == ".gz"
     if content and content.startswith(b"\x1f\x8b") != is_named_gzip:
@@ -150,7 +150,7 @@ def _read_text(path: Path) -> str:
 
 def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
     """One row per record after the header (RFC 4180); blank lines are skipped."""
-    # The usual limit is 131,072 characters, for the whole process.
+    # The default limit is 131,072 characters and applies to the whole process.
     csv.field_size_limit(2**31 - 1)
     text = _read_text(path)
     header = text.lstrip("\r\n").partition("\n")[0]
@@ -179,7 +179,7 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
                     raise csv.Error(f"{len(record)} fields, but the header has {len(names)}")
                 cells = dict(zip(names, record, strict=True))
                 rows.append(Row(f"{path.name}, line {line}", cells))
-            line = reader.line_num + 1  # a record may span several lines
+            line = reader.line_num + 1  # A record may span several lines.
     except csv.Error as error:
         raise SidelightError(
             f"{path.name}, line {line}: {error}. Put quotes around a field that contains quotes, "
@@ -190,7 +190,7 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
 
 def _read_json_lines(path: Path) -> list[Row]:
     """One row per line; blank lines are skipped."""
-    # Not splitlines: a JSON string may hold U+2028, which ends no line of the file.
+    # Not splitlines: a JSON string may contain U+2028, which does not end a line of the file.
     places = ((f"{path.name}, line {n}", s) for n, s in enumerate(_read_text(path).split("\n"), 1))
     return [_row(place, _parse_json(line, place)) for place, line in places if line.strip()]
 
@@ -237,7 +237,7 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def _read_hub(source: str, split: str) -> list[Row]:
-    """All rows of one split of a data set.
+    """Read all rows of one split of a data set.
 
     Columns of class numbers become class names if there are three or more classes; with two, they
     stay 0 and 1, so that 1 is the positive class.
@@ -255,7 +255,7 @@ def _read_hub(source: str, split: str) -> list[Row]:
     except (
         OSError,
         ValueError,
-        RuntimeError,  # a data set that is a script
+        RuntimeError,  # Raised for data sets that are scripts.
         datasets.exceptions.DatasetsError,
         *transport_errors(),
     ) as error:
@@ -304,7 +304,7 @@ def _row(place: str, cells: object) -> Row:
 
 
 def _plain(value: object) -> object:
-    """Without NumPy's arrays and scalars."""
+    """Convert NumPy arrays and scalars to plain Python values."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if is_mapping(value):

@@ -1,4 +1,4 @@
-"""Turns a column of labelled spans into a task, labels and spans."""
+"""Conversion of a column of labelled spans to a task, labels and spans."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ _FORM = '[{"start": 0, "end": 5, "label": "NAME"}], or [] for a text without any
 def encode_spans(
     items: Sequence[Example], cells: Sequence[object], column: str, *, task: Task | None
 ) -> tuple[Task, Int[Numbers, "row ..."], tuple[tuple[Span, ...], ...]]:
-    """Read a column of spans.
+    """Parse a column of spans.
 
     Returns:
         The task, the labels and the spans as in ``LabelledExamples``.
@@ -61,7 +61,7 @@ def _task(names: Sequence[str], column: str) -> Task:
 
 
 def holds_spans(cell: object) -> bool:
-    """Whether a cell is a list of spans, and not an empty one."""
+    """Whether a cell is a non-empty list of spans."""
     return is_list(cell) and bool(cell) and is_mapping(cell[0]) and {*_KEYS} <= {*cell[0]}
 
 
@@ -69,7 +69,7 @@ def _parse_spans(cell: object, text: str, *, column: str) -> tuple[Span, ...]:
     if is_missing(cell):
         return ()
     if isinstance(cell, str) and cell.strip().startswith("["):
-        # A table of comma-separated values holds a list as JSON.
+        # In CSV files, a list is written as JSON.
         with suppress(ValueError):
             cell = json.loads(cell)
     if not is_list(cell):

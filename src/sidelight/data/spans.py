@@ -1,6 +1,6 @@
-"""Labelled spans of a text: read off the scores of its tokens, and compared with others.
+"""Labelled spans of a text: extraction from token scores, and comparison with other spans.
 
-Knows characters and scores, and neither probes nor files.
+Works on characters and scores, independent of probes and files.
 """
 
 import re
@@ -14,21 +14,21 @@ from jaxtyping import Bool, Float
 from sidelight.statistics.calibration import Calibration
 from sidelight.types import Flags, Span, Task, TokenLabel, Values
 
-# Scripts without blanks between words, of which each character counts as one: Thai to Lao, Myanmar,
+# Scripts without spaces between words, where each character counts as a word: Thai to Lao, Myanmar,
 # Khmer, kana and Han.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
 _LETTER = rf"[^\W{_UNSPACED}]"
 _APOSTROPHE = "['\N{RIGHT SINGLE QUOTATION MARK}]"
-# Accents, vowel signs, joiners and soft hyphens belong to the letter before them (Unicode's annex
-# 29, rule WB4); a zero-width space does not. No more than the basic plane, of which sets are fast.
+# Accents, vowel signs, joiners and soft hyphens belong to the preceding letter (Unicode annex 29,
+# rule WB4); a zero-width space does not. Restricted to the basic plane, for which sets are fast.
 _EXTENSIONS = "".join(
     character
     for character in map(chr, range(0x80, 0x10000))
     if unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf") and character != "\u200b"
 )
-# A word, or a mark by itself.
+# A word, or a single punctuation mark.
 _WORD = re.compile(
     rf"{_LETTER}+(?:[{_EXTENSIONS}]+{_LETTER}*|{_APOSTROPHE}{_LETTER}+)*|[{_UNSPACED}]|[^\w\s]"
 )
@@ -36,20 +36,20 @@ _UNFINISHED_WORD = re.compile(rf"{_LETTER}|{_APOSTROPHE}|[{_EXTENSIONS}]")
 
 
 def words(text: str) -> list[tuple[int, int]]:
-    """The characters of each word, and of each mark that is part of none."""
+    """The character ranges of words, and of punctuation marks outside words."""
     return [match.span() for match in _WORD.finditer(text)]
 
 
 def token_labels(
     text: str, tokens: Sequence[tuple[int, int]], spans: Iterable[Span], labels: Sequence[str]
 ) -> Bool[Flags, "token label"]:
-    """The labels of each token: those of its characters, blanks around it aside.
+    """The labels of each token: the labels of its characters, ignoring surrounding spaces.
 
     Args:
         text: The text.
         tokens: The characters of each token.
-        spans: What is labelled.
-        labels: Their order.
+        spans: The labelled spans.
+        labels: The labels in order.
     """
     holds = labelled_characters(text, spans, labels)
     flags = np.zeros((len(tokens), len(labels)), dtype=np.bool_)
@@ -74,28 +74,28 @@ def labelled_characters(
 def character_scores(
     text: str, tokens: Sequence[tuple[int, int]], scores: Float[Values, "token label"]
 ) -> Float[Values, "character label"]:
-    """The score of each character: that of its word, which is its highest token's.
+    """The score of each character, which is the highest token score of its word.
 
-    Blanks between two words have the lower score of these, so that neighbours join; other
+    Spaces between two words have the lower of their scores, so that adjacent words join; other
     characters, and words without a token, have 0.
 
     Args:
         text: The text.
         tokens: The characters of each token, in order.
-        scores: Of each token, 0 or more.
+        scores: Score of each token, 0 or more.
     """
     ranges = np.array([*words(text)], dtype=np.int64).reshape(-1, 2)
-    # Tokens of parts of a character have the same characters; none ends before an earlier one.
+    # Tokens of parts of a character cover the same characters; none ends before an earlier one.
     starts, ends = np.array([*tokens], dtype=np.int64).reshape(-1, 2).T
     first, stop = (
         np.searchsorted(ends, ranges[:, 0], "right"),
         np.searchsorted(starts, ranges[:, 1]),
     )
-    # A row for each word, between a row for what stands before it and one for what follows.
+    # A row for each word, between rows for what precedes and what follows it.
     segment_scores = np.zeros((2 * len(ranges) + 1, scores.shape[1]))
     of_words = segment_scores[1::2]
     if (has_token := first < stop).any():
-        # The highest from first to stop; the rows between two words are left out.
+        # The maximum from first to stop; the rows between two words are left out.
         edges = np.stack([first, stop], 1)[has_token].ravel()
         padded = np.vstack([scores, np.zeros((1, scores.shape[1]))])
         of_words[has_token] = np.maximum.reduceat(padded, edges)[::2]
@@ -106,9 +106,10 @@ def character_scores(
 def within_margin(
     scores: Float[Values, " character"], margin: float | None
 ) -> Float[Values, " character"]:
-    """The probabilities of characters, and 0 where the surest is surer by more than the margin.
+    """The probabilities of characters, set to 0 if below the maximum by more than the margin.
 
-    Annotators label no weak word beside a strong one, and only the strongest where all are weak.
+    Annotators do not label a weak word next to a strong one, but label the strongest where all are
+    weak.
     """
     if margin is None:
         return scores
@@ -122,9 +123,10 @@ class SpanRule:
     """The rule by which the logits of a text's tokens become spans.
 
     Attributes:
-        calibration: From the logits of a token to probabilities.
-        thresholds: The probability from which each label holds.
-        margins: How far, in log-odds, a word may be below the surest of its text; None: any.
+        calibration: Map from the logits of a token to probabilities.
+        thresholds: Lowest probability at which each label holds.
+        margins: Maximum distance of a word from the most confident word of its text, in log-odds;
+            None for no limit.
     """
 
     calibration: Calibration
@@ -132,7 +134,8 @@ class SpanRule:
     margins: tuple[float | None, ...]
 
     def fits(self, task: Task) -> bool:
-        """Whether it has a threshold between 0 and 1, and a margin, for each label of a task."""
+        """Whether the rule has a threshold between 0 and 1, and a margin, for each label of a task.
+        """
         calibration = self.calibration
         vectors = (self.thresholds, self.margins, calibration.scale, calibration.shift)
         is_complete = {*map(len, vectors)} == {task.outputs}
@@ -146,7 +149,7 @@ class SpanRule:
     def token_labels(
         self, logits: Float[Values, "token label"], labels: Sequence[str]
     ) -> list[TokenLabel]:
-        """The tokens that reach the threshold of a label: no other can be part of a span."""
+        """The tokens that reach the threshold of a label; no other token can be part of a span."""
         probabilities = self.calibration.apply(logits)
         return [
             (token, labels[label], float(probabilities[token, label]))
@@ -160,7 +163,7 @@ class SpanRule:
         token_labels: Iterable[TokenLabel],
         labels: Sequence[str],
     ) -> list[Span]:
-        """The spans of a text, from the labels of its tokens alone."""
+        """The spans of a text, from only the labels of its tokens."""
         scores = np.zeros((len(tokens), len(labels)))
         for token, label, probability in token_labels:
             scores[token, labels.index(label)] = probability
@@ -170,11 +173,13 @@ class SpanRule:
         return [replace(span, words=text[span.start : span.end]) for span in spans]
 
     def read(self, scores: Float[Values, "character label"], labels: Sequence[str]) -> list[Span]:
-        """The runs of characters whose probability reaches the threshold of a label, in order."""
+        """Extract the runs of characters whose probability reaches the threshold of a label, in
+        order.
+        """
         spans: list[Span] = []
         label_scores = zip(labels, self.within_margins(scores).T, self.thresholds, strict=True)
         for label, character_scores, threshold in label_scores:
-            # A character with a score of 0 is no part of a word that was read.
+            # A character with a score of 0 belongs to no word that was read.
             reaches = np.concatenate(
                 [[False], (character_scores >= threshold) & (character_scores > 0), [False]]
             )
@@ -194,13 +199,13 @@ class SpanRule:
 
 
 def final_characters(text: str, characters: int) -> int:
-    """The number of first characters of a growing text that keep their spans, whatever follows.
+    """Number of leading characters of a growing text whose spans are final.
 
-    A word counts once it is complete, and the blanks after it once the next word is.
+    A word counts once it is complete, and the spaces after it count once the next word is complete.
 
     Args:
-        text: So far.
-        characters: Those whose tokens have their final labels.
+        text: The text so far.
+        characters: Number of characters whose tokens have final labels.
     """
     if characters == len(text) or _UNFINISHED_WORD.match(text, characters):
         while characters and _UNFINISHED_WORD.match(text, characters - 1):
@@ -211,9 +216,9 @@ def final_characters(text: str, characters: int) -> int:
 def character_f1(
     actual: Bool[Flags, "character ..."], predicted: Bool[Flags, "character ..."]
 ) -> float:
-    """The F1 of a text's characters (SemEval-2021 task 5, Pavlopoulos et al. 2021).
+    """The character F1 of a text (SemEval-2021 task 5, Pavlopoulos et al. 2021).
 
-    It is 1 if neither has any, and 0 if only one has.
+    It is 1 if neither side has spans, and 0 if only one side has.
     """
     total = int(actual.sum()) + int(predicted.sum())
     return 2 * int((actual & predicted).sum()) / total if total else 1.0
@@ -224,7 +229,7 @@ def threshold_f1(
     scores: Sequence[Float[Values, " character"]],
     thresholds: Float[Values, " threshold"],
 ) -> Float[Values, " threshold"]:
-    """The mean of ``character_f1`` over texts, at each of some thresholds above 0."""
+    """Mean of ``character_f1`` over the texts at each of the thresholds, which are above 0."""
     sums = np.zeros(len(thresholds))
     for holds, label_scores in zip(actual, scores, strict=True):
         flagged, hits = (

@@ -1,1 +1,1 @@
-"""Inference engines: text and verdicts from one forward pass, for many requests at a time."""
+"""Inference engines: text and verdicts from one forward pass, for many concurrent requests."""

@@ -1,6 +1,6 @@
-"""Spans of prompts and answers: from the labels of tokens to characters of the text.
+"""Spans of prompts and responses: conversion of token labels to character ranges.
 
-A bank knows which tokens have a label; an engine knows where each of them stands.
+A bank knows which tokens have a label; an engine knows the position of each token.
 """
 
 from bisect import bisect_left, bisect_right
@@ -16,18 +16,18 @@ from sidelight.types import Span, TokenLabel, Verdicts
 
 
 def labels_spans(probes: Iterable[Probe]) -> bool:
-    """Whether one of them labels spans, so that tokens need their places."""
+    """Whether any of the probes labels spans, so that token positions are needed."""
     return any(probe.spans is not None for probe in probes)
 
 
 def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedPrompt) -> Verdicts:
-    """The verdicts on a text, which have the spans if its tokens have places.
+    """Add the spans to the verdicts on a text, if the positions of its tokens are known.
 
-    It has nothing of tools if it is unknown which turns are theirs.
+    The result has no verdicts on tools if it is unknown which turns are theirs.
 
     Args:
-        verdicts: As the bank gives it.
-        probes: Those that judged.
+        verdicts: Verdicts from the bank.
+        probes: The probes that classified the text.
         prompt: The text, with any response.
     """
     if not prompt.is_attributed:
@@ -35,7 +35,7 @@ def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedP
     if not prompt.places:
         return verdicts
     messages = prompt.texts
-    # The response is the last of them, and the prompt may be a single one.
+    # The response is the last text; the prompt may be a single one.
     unnamed = {len(messages) - 1, *([0] if len(messages) == 2 else [])}
     by_name = {probe.name: probe for probe in probes}
 
@@ -48,7 +48,7 @@ def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedP
         probe = by_name[name]
         assert probe.spans is not None
         is_read = prompt.mask(probe.reads).tolist()
-        # By message, the places of its tokens; and the number of each token among these.
+        # By message, the positions of its tokens, and the index of each token among these.
         tokens: dict[int, list[tuple[int, int]]] = defaultdict(list)
         read: list[tuple[int, int] | None] = []
         for place in compress(prompt.places, is_read):
@@ -80,16 +80,17 @@ def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedP
 
 
 class AnswerSpans:
-    """The spans of an answer that is being written.
+    """The spans of a response that is being generated.
 
-    What no later token changes is read once, or each token of a long answer would read all of it.
+    The final part is processed only once; otherwise each token of a long response would process all
+    of it.
 
     Args:
-        probes: Those that judge it.
+        probes: Probes that classify it.
 
     Attributes:
-        text: What its tokens say so far.
-        places: Where each token stands in it whose characters are complete.
+        text: The text so far.
+        places: Position of each token whose characters are complete.
     """
 
     def __init__(self, probes: Iterable[Probe]):
@@ -102,11 +103,11 @@ class AnswerSpans:
         self.places: list[tuple[int, int]] = []
         self._pending = 0
         self._final_end = 0
-        # By probe: the last word that nothing changes any more, and the spans that begin before it.
+        # By probe: the last word that is final, and the spans that begin before it.
         self._prefixes: dict[str, tuple[int, list[Span]]] = {name: (0, []) for name in self._probes}
 
     def push(self, text: str) -> None:
-        """One more token, and the text that it completes; several tokens may hold a character."""
+        """Add a token and the text that it completes; a character may consist of several tokens."""
         self._pending += 1
         if text:
             start = len(self.text)
@@ -115,7 +116,7 @@ class AnswerSpans:
             self._pending = 0
 
     def annotate(self, verdicts: Verdicts) -> Verdicts:
-        """The verdicts on its tokens so far, with their spans."""
+        """Add the spans to the verdicts on the tokens so far."""
         spans: dict[str, tuple[Span, ...] | None] = {}
         for name, labels in verdicts.token_labels.items():
             if name in self._probes:
@@ -129,7 +130,7 @@ class AnswerSpans:
         return _with_spans(verdicts, self._probes, spans)
 
     def _spans(self, name: str, labels: Iterable[TokenLabel], end: int) -> list[Span]:
-        """The spans of the text before ``end``, where a word ends."""
+        """The spans of the text before ``end``, which is the end of a word."""
         probe, (start, earlier) = self._probes[name], self._prefixes[name]
         assert probe.spans is not None
         first = bisect_right(self.places, start, key=lambda place: place[1])
@@ -137,11 +138,11 @@ class AnswerSpans:
         rest = probe.spans.labelled_spans(
             self.text[start:end],
             [(place[0] - start, place[1] - start) for place in self.places[first:stop]],
-            # The characters of later ones are not complete.
+            # The characters of later tokens are not complete.
             [(i - first, label, score) for i, label, score in labels if first <= i < stop],
             probe.task.output_labels,
         )
-        # By label: the span that reaches the word from which the text is read again.
+        # By label: the span that extends to the word from which the text is reprocessed.
         reaching = {span.label: span for span in earlier if span.end >= start}
         spans = [span for span in earlier if reaching.get(span.label) is not span]
         for span in rest:
@@ -154,10 +155,10 @@ class AnswerSpans:
         return sorted([*spans, *reaching.values()])
 
     def final_characters(self, tokens: int) -> int | None:
-        """The count of characters that keep their spans, whatever follows; None: no probe of spans.
+        """Number of leading characters whose spans are final; None without a span probe.
 
         Args:
-            tokens: How many of them the probes have read.
+            tokens: Number of tokens that the probes have read.
         """
         if not self._probes:
             return None

@@ -1,7 +1,8 @@
-"""Engines as commands see them: the models that each runs, and how it starts.
+"""Engines as seen by commands: the models that each can run, and how it is started.
 
-Packages offer engines by entry points of the group ``sidelight.engines``: a value of ``--engine``,
-and a ``Backend``. Its module is imported wherever a model is named, so it imports no engine.
+Packages provide engines through entry points of the group ``sidelight.engines``: a value of
+``--engine``, and a ``Backend``. Its module is imported wherever a model is named, so it must not
+import the engine.
 """
 
 from abc import ABC, abstractmethod
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
     from sidelight.states.reader import Backbone, Model, Reader
 
 _GROUP = "sidelight.engines"
-# It runs what no other engine is named for.
+# The default for models that no other engine owns.
 DEFAULT = "transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a model is run.
+    """Options for running a model.
 
     Attributes:
-        dtype: Of its weights.
-        device: Where they are.
-        engine_option: Options of the engine by name, as JSON values.
-        tokenizer: A folder or hub id of the tokenizer, where it is not the model's own.
-        served_model_name: The name that requests give; None: the engine's.
-        serves: Whether an engine holds several texts, so that options say how many and how long.
+        dtype: Dtype of the weights.
+        device: Device of the weights.
+        engine_option: Engine-specific options by name, as JSON values.
+        tokenizer: Folder or hub id of a tokenizer that replaces the model's own.
+        served_model_name: Model name in requests; None means the engine's.
+        serves: Whether an engine holds several texts, so that options set their number and length.
     """
 
     dtype: "DtypeName" = "auto"
@@ -51,27 +52,27 @@ class EngineOptions:
 
 
 class BackendOptions(BaseModel):
-    """What ``--engine-option`` can set: an engine's subclass has a field for each option."""
+    """The options of ``--engine-option``; an engine's subclass has a field for each."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Backend(ABC):
-    """An engine that models can be run in.
+    """An engine that can run models.
 
     Attributes:
         name: The value of ``--engine``.
-        models: The names that it adds to ``--model``, for the command's help; "" for none.
-        schema: The type of its own options.
+        models: Model names that it adds to ``--model``, for the help; "" for none.
+        schema: Type of its specific options.
         runs_safetensors: Whether it runs folders saved by ``save_pretrained``, and hub ids.
-        quantising: Engine options that quantise the weights; None: it takes no quantised copy of a
-            model whose probes are accepted by digest.
+        quantising: Engine options that quantise the weights; None if it cannot serve accepted
+            probes on a quantised copy.
 
     Args:
-        options: How to run models.
+        options: Options for running models.
 
     Raises:
-        SidelightError: The engine lacks an option that is given.
+        SidelightError: The engine does not have a given option.
     """
 
     name: ClassVar[str]
@@ -93,7 +94,7 @@ class Backend(ABC):
             first = error.errors()[0]
             option = ".".join(map(str, first["loc"]))
             if first["type"] != "extra_forbidden":
-                # Texts may be secrets.
+                # Values of text options may be secrets.
                 number = first["input"] if isinstance(first["input"], int | float) else "..."
                 raise SidelightError(
                     f"--engine-option {option}={number}: {first['msg']}. Give another value, or "
@@ -107,22 +108,22 @@ class Backend(ABC):
 
     @classmethod
     def owns(cls, model: str) -> bool:
-        """Whether a name has a form that is this engine's alone, such as ``FILE.gguf``."""
+        """Whether only this engine runs models with such a name, such as ``FILE.gguf``."""
         return False
 
     def require_options(self) -> None:  # noqa: B027 - some engines have no more to check
-        """Check the options that all engines share, such as a device, and those that go together.
+        """Check the options that all engines share, such as the device, and their combinations.
 
         Raises:
-            SidelightError: The engine lacks one, or has no such value.
+            SidelightError: The engine does not support an option or a value.
         """
 
     @abstractmethod
     def find(self, model: str) -> str:
-        """The name of the model that runs where this one is named; no weights are read.
+        """Resolve the name of a model without reading weights.
 
         Raises:
-            SidelightError: There is no such model here, or the engine does not run it.
+            SidelightError: The model does not exist, or the engine cannot run it.
         """
 
     @abstractmethod
@@ -131,24 +132,24 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, model: str, prompt_format: "PromptFormat | None") -> "Backbone":
-        """A model for passes over single texts.
+        """Load a model for passes over single texts.
 
         Raises:
-            SidelightError: The engine has none: it only serves, or reads for training.
+            SidelightError: The engine cannot do this; it only serves, or reads texts for training.
         """
 
     @contextmanager
     def reader(self, model: str, prompt_format: "PromptFormat | None") -> "Generator[Reader]":
-        """A model that computes hidden states for training, until the block ends."""
+        """Yield a model that computes hidden states for training."""
         yield self.load(model, prompt_format)
 
     @abstractmethod
     def engine(self, model: str, probes: "Sequence[Probe]") -> "Engine":
-        """An engine that serves a model with these probes."""
+        """Create an engine that serves a model with these probes."""
 
     @property
     def serve(self) -> "Callable[[Any, str, Sequence[Probe]], None] | None":
-        """The engine's own server, given a ``ServerConfig``, a model and probes; None: ours."""
+        """The engine's own server, called with a config, a model and probes; None for ours."""
         return None
 
 
@@ -161,8 +162,8 @@ def find_backend(name: str) -> type[Backend]:
     """An installed engine.
 
     Raises:
-        SidelightError: There is none of this name, there are several, or its package does not fit
-            this version of Sidelight or cannot be imported.
+        SidelightError: No engine or several engines have this name, or its package cannot be
+            imported or does not support this version of Sidelight.
     """
     try:
         backend: type[Backend] | None = load_extension(_GROUP, name)
@@ -182,13 +183,13 @@ def backend_of(model: str, options: EngineOptions, engine: str = "auto") -> Back
     """The engine that runs a model.
 
     Args:
-        model: Its name.
-        options: How to run it.
-        engine: The name of the engine; ``auto``: the one that alone runs models of this name, else
+        model: Name of the model.
+        options: Options for running it.
+        engine: Name of the engine; ``auto`` means the one that owns this model name, else
             ``transformers``.
 
     Raises:
-        SidelightError: There is no such engine, or it lacks an option that is given.
+        SidelightError: The engine does not exist, or does not have a given option.
     """
     name = owner_of(model) or DEFAULT if engine == "auto" else engine
     return find_backend(name)(options)
@@ -197,7 +198,7 @@ def backend_of(model: str, options: EngineOptions, engine: str = "auto") -> Back
 def usable_backends() -> list[type[Backend]]:
     """The installed engines that can be loaded, ``transformers`` first.
 
-    A broken engine does not stop the others. It is reported once.
+    A broken engine does not affect the others and is reported once.
     """
     found: list[type[Backend]] = []
     for name in engine_names():
@@ -214,7 +215,7 @@ def _report(sentence: str) -> None:
 
 
 def owner_of(model: str) -> str | None:
-    """The installed engine that alone runs models of this name; None: it is a folder or hub id."""
+    """The installed engine that owns this model name; None for a folder or hub id."""
     return next((backend.name for backend in usable_backends() if backend.owns(model)), None)
 
 

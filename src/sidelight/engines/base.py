@@ -1,6 +1,6 @@
 """The contract of inference engines: verdicts and text, as events of one forward pass.
 
-The server knows this interface and no engine; an engine knows messages, and nothing of HTTP.
+The server uses this interface, not particular engines; an engine works on messages, not HTTP.
 """
 
 from abc import ABC, abstractmethod
@@ -19,21 +19,21 @@ from sidelight.probes.explanation import Explanation
 from sidelight.probes.probe import Probe, common_format
 from sidelight.types import Verdicts
 
-# Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.
+# Engines report "stop" or "length"; `policy/` reports "content_filter" where it ended the text.
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True)
 class PromptClassified:
-    """The prompt has been read; nothing is written yet.
+    """The prompt has been read; nothing has been generated yet.
 
     Attributes:
-        verdicts: By every probe that reads the prompt alone.
-        is_plain: Whether the prompt is plain text, so that probes of chats have failed.
-        tokens: Length of the prompt.
-        explanations: Of the probes that the request names and that gave a verdict.
+        verdicts: Verdicts of every probe that reads only the prompt.
+        is_plain: Whether the prompt is plain text, for which probes of chats fail.
+        tokens: Length of the prompt in tokens.
+        explanations: Explanations of the requested probes that gave a verdict.
         classification_s: Seconds that the probes added to the pass over the prompt. Every request
-            in a pass waits for all of it, so it is not divided among them.
+            in a pass waits for the whole time, so it is not divided among them.
     """
 
     verdicts: Verdicts
@@ -45,11 +45,11 @@ class PromptClassified:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text: whole characters, and nothing that a stop string can still take back.
+    """More text: complete characters that no stop string can still remove.
 
     Attributes:
-        text: What follows the text so far.
-        tokens: How many tokens have been sampled; no later token contributes to the text.
+        text: The new text.
+        tokens: Number of tokens sampled; no later token contributes to the text.
     """
 
     text: str
@@ -58,14 +58,14 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ResponseScored:
-    """The watched probes have read one more token of the response.
+    """The monitored probes have read one more token of the response.
 
     Attributes:
-        tokens: How many sampled tokens they have read. A ``TextDelta`` is judged once this reaches
-            its own ``tokens``.
-        verdicts: By the watched probes, on the response so far, as if it ended here.
-        final_characters: How many characters of the text have spans that no later token changes;
-            None: no probe labels spans.
+        tokens: Number of sampled tokens that they have read. A ``TextDelta`` is classified once
+            this reaches its ``tokens``.
+        verdicts: Verdicts of the monitored probes on the response so far, as if it ended here.
+        final_characters: Number of leading characters whose spans are final; None if no probe
+            labels spans.
         classification_s: As in ``Finished``, so far.
     """
 
@@ -83,11 +83,12 @@ class Finished:
         reason: ``stop`` (end of turn or stop string) or ``length``.
         prompt_tokens: Tokens read.
         completion_tokens: Tokens sampled, including the end-of-turn token.
-        verdicts: By every probe that reads the response. An end-of-turn token is never read.
-            If no probe is watched, the last sampled token is not run through the model either, so
-            at ``length`` or a stop string the verdicts do not cover the last token of the text.
+        verdicts: Verdicts of every probe that reads the response. An end-of-turn token is never
+            read. If no probe is monitored, the last sampled token is not run through the model
+            either, so at ``length`` or a stop string the verdicts do not cover the last token of
+            the text.
         classification_s: Seconds that the probes added to all steps after the prompt.
-        is_stopped: Whether the request ended the text, perhaps within a word, and not the model.
+        is_stopped: Whether the request, not the model, ended the text, possibly within a word.
     """
 
     reason: FinishReason
@@ -120,11 +121,11 @@ class EngineUnavailableError(SidelightError):
 
 
 class GenerationError(SidelightError):
-    """A step of the engine failed. The requests in that step are lost; the engine goes on."""
+    """A step of the engine failed. The requests in that step are lost; the engine continues."""
 
 
 class NotExplainedError(SidelightError):
-    """The engine does not keep what an explanation is made from."""
+    """The engine does not keep the data that explanations need."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -136,14 +137,15 @@ class NotExplainedError(SidelightError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of a text to write.
+    """The settings of a text to generate.
 
     Attributes:
-        max_tokens: Most tokens to write. None fills the context.
-        temperature: 0 takes the most probable token every time.
-        top_p: Draws from the most probable tokens that together reach this probability, in (0, 1].
+        max_tokens: Maximum number of tokens to generate. None fills the context.
+        temperature: 0 always chooses the most probable token.
+        top_p: Sample from the most probable tokens whose total probability reaches this value, in
+            (0, 1].
         stop: Strings that end the text and are not part of it.
-        seed: The same seed draws the same text. None takes a fresh one.
+        seed: The same seed produces the same text. None uses a random one.
     """
 
     max_tokens: int | None = None
@@ -162,7 +164,7 @@ without waiting, and must not raise.
 
 
 def admit_all(_event: PromptClassified) -> bool:
-    """Answers every prompt."""
+    """Admit every prompt."""
     return True
 
 
@@ -178,8 +180,8 @@ class Engine(ABC):
     """One served model with its probes.
 
     Attributes:
-        model: The name that requests give as ``model``.
-        max_tokens: The longest input that the model reads, in tokens.
+        model: Name that requests give as ``model``.
+        max_tokens: Context length in tokens.
     """
 
     model: str
@@ -193,7 +195,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def load(self) -> Load:
-        """The requests in the engine now."""
+        """The requests that are currently in the engine."""
 
     @property
     @abstractmethod
@@ -210,10 +212,10 @@ class Engine(ABC):
 
     @abstractmethod
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """Serve these probes from now on, once each has given a verdict (``require_verdicts``).
+        """Replace the served probes, once each new one has given a verdict (``require_verdicts``).
 
-        A request in the engine keeps the probes that were loaded when it was made, or it fails; it
-        is never silently judged by other ones. After an error nothing has changed.
+        A request in the engine keeps the probes that were loaded when it was created, or it fails;
+        it is never silently classified by others. After an error, nothing has changed.
 
         Raises:
             FingerprintMismatchError: A probe belongs to another backbone.
@@ -223,9 +225,9 @@ class Engine(ABC):
         """
 
     def serving(self) -> AbstractAsyncContextManager[Any]:
-        """Entered by a request before it is told which probes there are, and left at its end.
+        """Context that a request enters before it looks up the probes, and leaves at its end.
 
-        It waits while probes are being replaced, so that later calls are judged by the new ones.
+        It waits while probes are being replaced, so that later calls use the new ones.
         """
         return nullcontext()
 
@@ -234,7 +236,7 @@ class Engine(ABC):
         """The token ids that ``generate``, or ``classify`` for a text with a response, would read.
 
         Raises:
-            ContextLengthError: The text is too long; it is never cut.
+            ContextLengthError: The text is too long; it is never truncated.
             EngineUnavailableError: The model is loading.
         """
 
@@ -249,25 +251,25 @@ class Engine(ABC):
     ) -> AsyncGenerator[Event, None]:
         """Yield ``PromptClassified``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
-        Closing the generator cancels the request. It is judged to its end by the probes that are
-        loaded when this is called, not when the first event is requested. Probes that were trained
-        on chats alone give no verdict on plain text: they are among the ``failed``.
+        Closing the generator cancels the request. The probes are those loaded when this is called,
+        not when the first event is requested. Probes trained only on chats give no verdict on plain
+        text and are among the ``failed``.
 
         Args:
             messages: The conversation, or a text to continue.
-            sampling: How to write.
+            sampling: Sampling settings.
             monitored: Names of loaded probes that read the response. After each token of the
-                response, including the last one of the text, a ``ResponseScored`` carries their
-                verdicts. That costs time, and none if no probe is named.
-            admits: Asked before the first token is drawn. If it refuses, ``PromptClassified`` is
-                the only event, nothing is written, and the request has already left the engine.
+                response, including the last one, a ``ResponseScored`` has their verdicts. This has
+                a cost only if probes are named.
+            admits: Called before the first token is sampled. If it refuses, ``PromptClassified`` is
+                the only event, nothing is generated, and the request has already left the engine.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
             EngineBusyError: The queue is full.
             EngineUnavailableError: The engine is loading or has stopped.
             GenerationError: A step failed.
-            SidelightError: A watched probe is not loaded, or does not read the response.
+            SidelightError: A monitored probe is not loaded, or does not read the response.
         """
 
     @abstractmethod
@@ -277,25 +279,25 @@ class Engine(ABC):
         *,
         explain: Collection[str] | None = None,
     ) -> Coroutine[Any, Any, list[PromptClassified]]:
-        """The verdicts on each conversation, from one pass over it; writes nothing.
+        """Classify each conversation in one pass, without generating text.
 
-        If the last turn is the assistant's, it is taken as the response, and every probe judges the
-        conversation. Otherwise only the probes that read the prompt alone do. The probes are those
+        If the last turn is the assistant's, it is the response, and every probe classifies the
+        conversation. Otherwise only the probes that read only the prompt do. The probes are those
         loaded when this is called.
 
         Args:
-            conversations: To judge.
-            explain: Names of probes whose verdicts are explained; None: not requested.
+            conversations: Conversations to classify.
+            explain: Names of probes whose verdicts to explain; None if not requested.
 
         Raises:
-            ContextLengthError: A conversation is too long; it is never cut.
+            ContextLengthError: A conversation is too long; it is never truncated.
             NotExplainedError: This engine cannot explain.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
 
 
 def require_monitored(monitored: Collection[str], probes: Sequence[Probe]) -> frozenset[str]:
-    """The names in ``monitored``, each of a probe that reads the response; for ``generate``."""
+    """Check that each name belongs to a probe that reads the response, for ``generate``."""
     watchable = [probe.name for probe in probes if probe.reads.includes_response]
     for name in monitored:
         if name not in watchable:
@@ -307,7 +309,7 @@ def require_monitored(monitored: Collection[str], probes: Sequence[Probe]) -> fr
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:
-    """The error that stands in for the verdicts of these probes."""
+    """The error that replaces the verdicts of these probes."""
     return VerdictError(
         f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has "
         "no token that the probe reads, or the text is plain and the probe was trained only on "
@@ -316,10 +318,10 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
 
 
 def require_verdicts(probes: Iterable[Probe], *, device: torch.device | str = "cpu") -> None:
-    """Check that probes can judge a text: see ``gives_verdicts``.
+    """Check that probes can classify a text; see ``gives_verdicts``.
 
     Raises:
-        VerdictError: Some cannot.
+        VerdictError: A probe cannot.
     """
     if failed := [probe.name for probe in probes if not gives_verdicts(probe, device=device)]:
         raise verdict_failure(failed)
@@ -329,8 +331,8 @@ def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> Non
     """Check that the probes were trained on this model, or are accepted on this copy of it.
 
     Raises:
-        SidelightError: Some read chats and others raw texts, which are two models to a fingerprint.
-        FingerprintMismatchError: One was trained on another model.
+        SidelightError: Some read chats and others raw texts, which have different fingerprints.
+        FingerprintMismatchError: A probe was trained on another model.
     """
     common_format(probes)
     for probe in probes:

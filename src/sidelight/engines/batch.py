@@ -1,8 +1,8 @@
-"""The texts being read and written: each pass of the model reads, judges and writes.
+"""The batch of running texts: each pass of the model reads, classifies and generates.
 
 A pass reads the next part of new prompts (``read_on``) or the newest token of each text in a group
 (``decode``), in the model's thread; requests begin in the event loop, while no pass runs.
-Everything here is synchronous; nothing knows of callers that wait.
+Everything here is synchronous and independent of waiting callers.
 """
 
 import sys
@@ -33,14 +33,14 @@ from sidelight.types import Verdicts
 
 
 class CachedRows(Protocol):
-    """What a decoder keeps of texts that are written together, row by row."""
+    """The decoder's cache of texts that are generated together, row by row."""
 
     def select(self, rows: Sequence[int]) -> Self:
-        """These rows only, in their order."""
+        """Only these rows, in this order."""
         ...
 
     def joined(self, rows: Self) -> Self:
-        """The rows of both."""
+        """Concatenate the rows of both."""
         ...
 
 
@@ -48,11 +48,11 @@ CacheRows = TypeVar("CacheRows", covariant=True)
 PromptPasses = Generator[
     None, None, tuple[Float[Tensor, "row vocabulary"], Bool[Tensor, "batch token"], CacheRows]
 ]
-"""Passes over some prompts, with a yield between two of them: see ``Decoder.read_prompts``."""
+"""Passes over some prompts, with a yield between passes; see ``Decoder.read_prompts``."""
 
 
 class Decoder(Protocol):
-    """A run of the model: tokens in, logits of the last position of each row out.
+    """Runs the model: takes tokens, and returns the logits of the last position of each row.
 
     Attributes:
         end_tokens: Ids that end a turn; they are counted, but are not part of the text.
@@ -68,39 +68,40 @@ class Decoder(Protocol):
         width: int | None = None,
         layers: int | None = None,
     ) -> PromptPasses[CachedRows]:
-        """Passes over some prompts, and a yield between two passes.
+        """Read some prompts, with a yield between passes.
 
         Args:
-            prompts: A row each.
+            prompts: One row per prompt.
             tap: Sees the hidden states of each pass.
-            width: Most tokens of a prompt that one pass reads; None: all.
-            layers: How many hidden states of a token the tap needs, where nothing is written after
-                the prompts: the passes may stop there, without logits. None: passes are complete.
+            width: Maximum tokens of a prompt per pass; None reads all at once.
+            layers: Number of hidden states per token that the tap needs, if nothing is generated
+                after the prompts; the passes may stop there, without logits. None means complete
+                passes.
 
         Returns:
-            The logits after each prompt; which of the positions that the tap saw hold a token, one
-            prompt after the other; and the rows.
+            The logits after each prompt; for the positions that the tap saw, prompt by prompt,
+            whether they contain a token; and the rows.
         """
         ...
 
     def read_step(
         self, tokens: Sequence[int], rows: Any, tap: Tap | None
     ) -> Float[Tensor, "row vocabulary"]:
-        """One pass over the newest token of each of its own rows, which ``rows`` then hold."""
+        """One pass over the newest token of each row, which is added to ``rows``."""
         ...
 
 
 class Generation:
-    """A text being written.
+    """A text that is being generated.
 
     Attributes:
-        state: What the probes of the response have read; None if there are none.
-        sampler: Draws the next token from its logits.
-        tokens: How many have been sampled.
+        state: State of the response probes; None without any.
+        sampler: Sampler of the next token.
+        tokens: Number of sampled tokens.
         classification_s: Seconds that the probes took in its passes after the prompt.
-        last_token: The newest one, which the next pass reads.
-        reason: Why the text is complete; None while it is not.
-        is_finished: Whether it is complete and the watched probes have read all of it.
+        last_token: The newest token, which the next pass reads.
+        reason: Why the text is complete; None until it is.
+        is_finished: Whether the text is complete and the monitored probes have read all of it.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Generation:
         self._gate = StopGate(request.sampling.stop)
 
     def accept(self, token: int) -> TextDelta | None:
-        """Take the token that was drawn; return the text that can now be sent."""
+        """Add the sampled token, and return the text that can now be sent."""
         self.last_token = token
         self.tokens += 1
         if token in self._end_tokens:
@@ -142,12 +143,12 @@ class Generation:
             elif self.tokens == self.request.max_tokens:
                 self.reason = "length"
                 text += self._gate.flush()
-            # The last token of a watched text is still to be read.
+            # The last token of a monitored text has yet to be read.
             self.is_finished = self.reason is not None and not self.request.monitored
         return TextDelta(text, tokens=self._text_tokens) if text else None
 
     def scored(self, verdicts: Verdicts) -> ResponseScored:
-        """The verdicts of the monitored probes on all tokens so far, which have been read."""
+        """The verdicts of the monitored probes on all tokens read so far."""
         monitored_verdicts = self._answer_spans.annotate(verdicts.of(self.request.monitored))
         return ResponseScored(
             self.tokens,
@@ -157,7 +158,7 @@ class Generation:
         )
 
     def finished(self, verdicts: Verdicts) -> Finished:
-        """The last event of a settled text."""
+        """The last event of a finished text."""
         assert self.reason is not None
         return Finished(
             reason=self.reason,
@@ -175,7 +176,7 @@ Prefill = tuple[Request, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts that are written together, and what the decoder keeps of them."""
+    """Texts that are generated together, and their cache."""
 
     generations: list[Generation]
     cached: CachedRows
@@ -185,7 +186,7 @@ class Rows:
         return [generation.request for generation in self.generations]
 
     def without(self, gone: Collection[Generation]) -> "Rows | None":
-        """The rows that are not among these; None if there are none."""
+        """The rows without these; None if none are left."""
         left = [i for i, generation in enumerate(self.generations) if generation not in gone]
         if not left:
             return None
@@ -204,18 +205,18 @@ _LENGTHS = (512, 2048, 8192, 32768, sys.maxsize)
 class Batch:
     """Texts that enter when their prompts are read and leave when they are complete.
 
-    Texts of one panel and of similar lengths are written together. There are several panels from a
-    change of the probes until the texts that began before it are complete.
+    Texts with the same probes and similar lengths are generated together. After a change of the
+    probes, there are several panels until the texts that began before the change are complete.
 
     Args:
-        decoder: Runs the model.
-        codec: Decodes what it writes.
-        prefill_tokens: Tokens of prompts that one pass reads.
+        decoder: Decoder that runs the model.
+        codec: Codec for the generated tokens.
+        prefill_tokens: Prompt tokens per pass.
 
     Attributes:
-        prefills: The prompts that are being read, in the order of ``begin``, with what reads the
-            next part of them.
-        rows: The texts that are being written.
+        prefills: Prompts that are being read, in the order of ``begin``, each with the iterator
+            that reads its next part.
+        rows: Texts that are being generated.
     """
 
     def __init__(self, decoder: Decoder, codec: TextCodec, *, prefill_tokens: int):
@@ -227,22 +228,22 @@ class Batch:
 
     @property
     def requests(self) -> list[Request]:
-        """The requests whose prompts are being read, or whose texts are being written."""
-        # A copy: the load is asked for while the model's thread adds rows.
+        """The requests whose prompts are being read or whose texts are being generated."""
+        # A copy, because the load is read while the model's thread adds rows.
         written = [*self.rows.values()]
         works = [*self.prefills, *(rows.requests for rows in written)]
         return [request for work in works for request in work]
 
     def begin(self, requests: Sequence[Request]) -> None:
-        """Take prompts, to be read together as far as they have the same panel."""
+        """Add prompts, which are read together if they have the same panel."""
         for banks in dict.fromkeys(request.banks for request in requests):
             members = tuple(request for request in requests if request.banks is banks)
             self.prefills[members] = self._prefill(members)
 
     def drop(self, requests: Collection[Request]) -> None:
-        """Write no more for these requests, and free what they hold.
+        """Stop these requests and free their resources.
 
-        A prompt that is read together with others is dropped when their prefill ends.
+        A prompt that is being read together with others is dropped when their prefill ends.
         """
         gone = {*requests}
         self.prefills = {
@@ -261,12 +262,12 @@ class Batch:
         return []
 
     def _prefill(self, requests: Sequence[Request]) -> Generator[None, None, list[Emission]]:
-        """Read prompts in one pass or several, classify them, and write the first tokens.
+        """Read prompts in one or more passes, classify them, and generate the first tokens.
 
-        The texts being written are touched last, once everything went well.
+        The running texts are changed last, once everything has succeeded.
 
         Args:
-            requests: Requests of one panel.
+            requests: Requests with the same panel.
         """
         banks = requests[0].banks
         prompts = [request.prompt for request in requests]
@@ -320,7 +321,9 @@ class Batch:
         return emissions + written
 
     def decode(self, group: Group) -> list[Emission]:
-        """Read the newest token of each text, classify the response so far, and write the next."""
+        """Read the newest token of each text, classify the response so far, and sample the next
+        token.
+        """
         banks, rows = group[0], self.rows[group]
         scored, logits = self._read_step(banks, rows)
         left, written = _write(banks, rows, logits)
@@ -344,7 +347,7 @@ class Batch:
         text_verdicts = _classify_responses(banks, monitored)
         classification_s = time.perf_counter() - begin + (tap.seconds if tap else 0.0)
         for generation in generations:
-            # Every row has waited for the probes of all.
+            # Every row has waited for the probes of all rows.
             generation.classification_s += classification_s
             generation.is_finished = generation.reason is not None
         scored: list[Emission] = []
@@ -364,12 +367,12 @@ def _classify(
     requests: Sequence[Request],
     projections: Float[Tensor, "token layer projection"],
 ) -> tuple[list[Verdicts], list[BankState | None]]:
-    """The verdicts on prompts, and the states of the probes of responses after them.
+    """The verdicts on prompts, and the states of the response probes after them.
 
     Args:
-        banks: That of the requests.
-        requests: Their prompts have been read.
-        projections: Those of all tokens of the prompts, one after the other.
+        banks: Banks of the requests.
+        requests: Requests whose prompts have been read.
+        projections: Projections of all tokens of the prompts, concatenated.
     """
     token_roles = [bytes(request.prompt.token_roles) for request in requests]
     is_plain = [request.prompt.is_plain for request in requests]
@@ -396,10 +399,10 @@ def _classify_responses(banks: ProbeBanks, generations: Sequence[Generation]) ->
 def _write(
     banks: ProbeBanks, rows: Rows, logits: Float[Tensor, "row vocabulary"]
 ) -> tuple[Rows | None, list[Emission]]:
-    """Write a token of each text that is not complete, and end those that are final.
+    """Sample a token for each incomplete text, and finish the complete ones.
 
     Returns:
-        The rows that go on, and what happened.
+        The rows that continue, and the emissions.
     """
     emissions: list[Emission] = []
     lost: list[Generation] = []
@@ -408,7 +411,7 @@ def _write(
         logits = logits[writing]
         generations = [rows.generations[i] for i in writing]
         drawn = torch.stack([g.sampler(row) for g, row in zip(generations, logits, strict=True)])
-        # In float16 a logit overflows to infinity before others become not a number.
+        # In float16, a logit overflows to infinity before others become NaN.
         overflowed = (logits.isnan() | logits.isposinf()).any(dim=1)
         for generation, token, has_overflowed in zip(
             generations, drawn.tolist(), overflowed.tolist(), strict=True
@@ -434,7 +437,8 @@ def _write(
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done its work: a GPU runs behind Python."""
+    """Current time in seconds, after synchronising the device, because a GPU runs asynchronously.
+    """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,7 +1,7 @@
-"""An engine in this process: continuous batching over whatever runs the model.
+"""An in-process engine: continuous batching over any decoder.
 
-The loop is ``LocalEngine._step``. A prompt is read once, and its verdicts leave with its first
-token.
+The loop is ``LocalEngine._step``. A prompt is read once, and its verdicts are emitted with its
+first token.
 """
 
 import asyncio
@@ -41,22 +41,22 @@ from sidelight.states.reader import Backbone
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-# All others wait while a pass runs. On a CPU, the default would take seconds.
+# All other requests wait while a pass runs. On a CPU, the default would take seconds.
 _PREFILL_TOKENS_ON_CPU = 256
 
 
 class LocalEngine(Engine):
     """Serves one backbone with its probes.
 
-    Requests are queued, begun and answered in the event loop; one thread of the engine's own runs
-    the model and judges what it reads.
+    Requests are queued, started and answered in the event loop; a single thread of the engine runs
+    the model and the probes.
 
     Args:
-        backbone: The model: its name, its encoder, and what probes must be trained on.
-        decoder: Runs it. Nothing else may run it meanwhile.
+        backbone: The model: its name, its encoder, and the fingerprint that probes must match.
+        decoder: Decoder that runs the model. Nothing else may run it at the same time.
         probes: Probes trained on this backbone, with distinct names.
-        limits: How much is held at once; None: the defaults for the device.
-        model: The name that requests use; None takes the backbone's.
+        limits: Limits of concurrent work; None uses the defaults for the device.
+        model: Name that requests use; None uses the backbone's.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class LocalEngine(Engine):
         monitored: Collection[str] = (),
         admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
-        # Not in the generator, which begins later, when other probes may have been loaded.
+        # Not in the generator, which starts later, when other probes may have been loaded.
         banks = self._banks
         monitored_names = require_monitored(monitored, banks.probes)
 
@@ -195,7 +195,7 @@ class LocalEngine(Engine):
         """The encoded texts of a request.
 
         Raises:
-            EngineBusyError: As many requests as may run and wait are being encoded.
+            EngineBusyError: The maximum number of running and waiting requests is being encoded.
         """
         limit = self._limits.running + self._limits.waiting
         if self._encoding >= limit:
@@ -222,9 +222,9 @@ class LocalEngine(Engine):
                 self._queue.has_work.clear()
 
     async def _step(self) -> None:
-        """A pass over the prompts whose turn it is, then a token of every text being written.
+        """Run a pass over the prompts whose turn it is, then sample a token for every running text.
 
-        A text that is being written waits for one pass over prompts at most.
+        A running text waits for at most one pass over prompts.
         """
         batch, queue, turn = self._batch, self._queue, self._queue.latest_turn
         abandoned = {request for request in batch.requests if request not in queue.awaited}
@@ -235,7 +235,7 @@ class LocalEngine(Engine):
         if waiting and turn(waiting) <= min(map(turn, batch.prefills), default=inf):
             queue.take(waiting)
             batch.begin(waiting)
-        # Listed before that pass: texts that it admits got their first token in it.
+        # Listed before that pass, in which newly admitted texts get their first token.
         writing = [*batch.rows]
         if batch.prefills:
             prefill = min(batch.prefills, key=turn)
@@ -247,7 +247,7 @@ class LocalEngine(Engine):
     async def _pass(
         self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]
     ) -> None:
-        """Work in the model's thread; if that fails, these requests fail and leave the batch."""
+        """Run work in the model's thread; if it fails, these requests fail and leave the batch."""
         future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         await asyncio.wait({future})
         error = future.exception()

@@ -1,8 +1,8 @@
-"""Do two engines give the same verdicts? Differences, flips, and the jitter within each engine.
+"""Comparison of the verdicts of two engines: differences, flips, and the jitter within each engine.
 
-An engine batches whatever is waiting, and each batch shape rounds differently. So every engine
-judges the same texts one at a time and together, to compare the difference between engines with
-the difference within one.
+An engine batches whatever is waiting, and each batch shape rounds differently. Every engine
+therefore classifies the same texts one at a time and in batches, so that the difference between
+engines can be compared with the difference within one.
 """
 
 import asyncio
@@ -20,16 +20,17 @@ from sidelight.types import Verdict
 
 @dataclass(frozen=True)
 class Difference:
-    """The distance between one probe's probabilities on the same texts.
+    """The difference between a probe's probabilities on the same texts.
 
     Attributes:
         between: Two engines, or one engine and two batch sizes.
         largest: Largest difference of a probability, over texts and labels.
         mean: Mean over texts of each text's largest difference.
         median: Median of the same.
-        flips: Texts that get other labels at the probe's thresholds, or are flagged by one only.
-        texts: How many were judged.
-        is_of_engines: Whether two engines differ, not two batch sizes.
+        flips: Number of texts with different labels at the probe's thresholds, or flagged on only
+            one side.
+        texts: Number of classified texts.
+        is_of_engines: Whether this compares two engines rather than two batch sizes.
     """
 
     probe: str
@@ -48,12 +49,12 @@ def compare_engines(
     *,
     batch_sizes: Sequence[int] = (1, 4, 16),
 ) -> list[Difference]:
-    """The differences between engines, then within each.
+    """Compare engines with each other, then each engine across batch sizes.
 
     Args:
-        engines: Makes each engine; one is closed before the next is made.
-        conversations: Two or more texts to judge.
-        batch_sizes: How many texts are judged together. Engines are compared at the first size.
+        engines: Factory of each engine; one is closed before the next is created.
+        conversations: Two or more texts to classify.
+        batch_sizes: Numbers of texts per batch. Engines are compared at the first size.
 
     Raises:
         VerdictError: A probe gives no verdict on a text.
@@ -89,7 +90,7 @@ async def _classify_in_batches(
     conversations: Sequence[Sequence[Message]],
     batch_sizes: Sequence[int],
 ) -> dict[int, dict[str, list[Verdict]]]:
-    """By batch size and probe, the verdict on each text."""
+    """Classify the texts; return the verdict on each by batch size and probe."""
     verdicts = {size: defaultdict[str, list[Verdict]](list) for size in batch_sizes}
     engine = await asyncio.to_thread(make)
     await engine.start()

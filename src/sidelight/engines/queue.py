@@ -1,4 +1,4 @@
-"""The requests of an engine: which of them wait, which go next, and what happens to them."""
+"""The request queue of an engine: which requests wait, and which run next."""
 
 import asyncio
 import sys
@@ -13,16 +13,17 @@ from sidelight.probes.bank import ProbeBanks
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that the engine holds at once.
+    """The limits of concurrent work in an engine.
 
     Attributes:
-        running: Requests that are being read or written.
-        waiting: Requests in the queue, of which each may be a list of texts; more are refused.
-        prefill_tokens: Tokens of prompts that one pass reads, padding included. A longer prompt is
-            read alone, in several passes.
-        prefill_texts: Prompts that are read together.
-        cache_tokens: Positions of keys and values, including padding and the tokens still to be
-            written. A longer request is written alone.
+        running: Maximum number of running requests.
+        waiting: Maximum number of queued requests, each possibly with several texts; more are
+            refused.
+        prefill_tokens: Prompt tokens per pass, including padding. A longer prompt is read alone, in
+            several passes.
+        prefill_texts: Number of prompts that are read together.
+        cache_tokens: Positions of keys and values, including padding and tokens yet to be
+            generated. A longer request runs alone.
     """
 
     running: int = 16
@@ -34,16 +35,17 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A text to read, and perhaps to continue.
+    """A text to read, and possibly to continue.
 
     Attributes:
-        max_tokens: Most tokens to write, within the context; 0: the text is only judged.
-        banks: The probes that judge it.
-        has_response: Whether the prompt ends with the response to judge, which may be empty.
-        monitored: Names of probes that are judged after each token of the response.
-        admits: Whether to write at all, once the prompt has been judged.
-        explain: Names of probes whose verdicts on the prompt are explained.
-        outbox: What happens to it, for the caller that waits.
+        max_tokens: Maximum number of tokens to generate, within the context; 0 only classifies the
+            text.
+        banks: Banks of the probes that classify it.
+        has_response: Whether the prompt ends with the response to classify, which may be empty.
+        monitored: Names of probes to evaluate after each token of the response.
+        admits: Decides whether to generate, once the prompt has been classified.
+        explain: Names of probes whose verdicts on the prompt to explain.
+        outbox: Emissions for the waiting caller.
     """
 
     prompt: EncodedPrompt
@@ -58,18 +60,18 @@ class Request:
 
     @property
     def is_check(self) -> bool:
-        """Whether nothing is to be written."""
+        """Whether nothing is to be generated."""
         return self.max_tokens == 0
 
     @property
     def cache_tokens(self) -> int:
-        """Positions of keys and values that it can come to fill."""
+        """Maximum number of positions of keys and values that the request can fill."""
         return len(self.prompt) + self.max_tokens
 
 
 @dataclass(frozen=True)
 class Emission:
-    """Something that happened to a request. ``is_last`` marks its last event or error."""
+    """An event or error of a request. ``is_last`` is True for the final one."""
 
     request: Request
     event: Event | SidelightError
@@ -81,20 +83,21 @@ class QueuePosition:
     """The place in the queue of requests that joined together.
 
     Attributes:
-        latest: The number of the latest pass that worked for any of it, or of its arrival.
+        latest: Number of the latest pass that served any of these requests, or of their arrival.
     """
 
     latest: int
 
 
 class RequestQueue:
-    """Gives turns, one pass each, in a round robin.
+    """Schedules requests round-robin, one pass per turn.
 
-    First come, first served; what has had a turn stands behind all others. Texts that join together
-    have one turn. Checks may overtake, since they need no running row.
+    Requests are served in order of arrival; after a turn, a request moves behind all others. Texts
+    that join together share a turn. Checks may overtake, because they need no running row.
 
     Attributes:
-        awaited: Every request with a caller that still waits, whether or not it was taken.
+        awaited: Every request whose caller is still waiting, whether or not the request has
+            started.
         has_work: Set when requests join.
     """
 
@@ -109,7 +112,7 @@ class RequestQueue:
         return len(self._waiting)
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Add all of them, at one place in the queue.
+        """Add requests that share one position in the queue.
 
         Raises:
             EngineBusyError: The queue is full.
@@ -123,24 +126,27 @@ class RequestQueue:
         self.has_work.set()
 
     def leave(self, requests: Iterable[Request]) -> None:
-        """These requests have no caller left."""
+        """Remove requests whose callers have gone."""
         for request in requests:
             self.awaited.pop(request, None)
         self._waiting = [request for request in self._waiting if request in self.awaited]
 
     def serve(self, requests: Iterable[Request]) -> None:
-        """Give these their turn, so that they stand behind all others."""
+        """Record a turn of these requests, which moves them behind all others."""
         self._turn += 1
         for request in requests:
             if request in self.awaited:
                 self.awaited[request].latest = self._turn
 
     def latest_turn(self, requests: Iterable[Request]) -> int:
-        """The latest pass of the one among them that has waited longest; the lowest goes next."""
+        """The latest pass of the request among these that has waited longest; the lowest goes next.
+        """
         return min((self.awaited[r].latest for r in requests if r in self.awaited), default=0)
 
     def find_next(self, running: Sequence[Request]) -> list[Request]:
-        """Requests that go into the next prefill beside ``running``; they wait until ``take``."""
+        """The requests for the next prefill, given those ``running``; they stay queued until
+        ``take``.
+        """
         batch: list[Request] = []
         is_blocked = False
         for request in sorted(self._waiting, key=lambda request: self.awaited[request].latest):
@@ -153,7 +159,7 @@ class RequestQueue:
         return batch
 
     def take(self, requests: Sequence[Request]) -> None:
-        """Remove those that no longer wait."""
+        """Remove requests from the queue."""
         taken = {*requests}
         self._waiting = [request for request in self._waiting if request not in taken]
 
@@ -164,7 +170,7 @@ class RequestQueue:
         return texts == 1 or is_small
 
     def _needs_room(self, request: Request) -> bool:
-        """Whether its keys and values are kept beyond one pass."""
+        """Whether the request's keys and values are kept beyond one pass."""
         return not request.is_check or len(request.prompt) > self._limits.prefill_tokens
 
     def _fits_running(self, request: Request, running: Sequence[Request]) -> bool:

@@ -1,4 +1,4 @@
-"""From texts to tokens and back: encoding, drawing, decoding, stop strings."""
+"""Conversion between texts and tokens: encoding, sampling, decoding, stop strings."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -21,21 +21,21 @@ from sidelight.models.conversation import (
 )
 from sidelight.models.encode import PromptEncoder
 
-# What a decoder writes for bytes that are not a character, or not yet.
+# Replacement for bytes that are not, or not yet, a character.
 UNFINISHED = "\ufffd"
 
 T = TypeVar("T")
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens, one whole character at a time.
+    """Decodes a growing list of tokens into complete characters.
 
-    A token can hold part of a character, and its text can depend on the token before it. So each
-    step decodes a short window and sends what the window shows beyond what was sent. Characters
-    that stay unfinished at the end are never sent.
+    A token can contain part of a character, and its text can depend on the previous token. Each
+    step therefore decodes a short window and returns the new part of its text. Characters that are
+    incomplete at the end are never returned.
 
     Args:
-        decode: Turns token ids into text, without special tokens.
+        decode: Function that decodes token ids without special tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
@@ -45,13 +45,13 @@ class Detokenizer:
         self._sent_text = ""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes; may be empty."""
+        """Add a token, and return the text that it completes, which may be empty."""
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith(UNFINISHED) or len(text) <= len(self._sent_text):
             return ""
         new = text[len(self._sent_text) :]
-        # The next window begins with the tokens just sent: their text gives the context.
+        # The next window begins with the tokens just sent, whose text is the context.
         self._window = self._window[self._sent_tokens :]
         self._sent_tokens = len(self._window)
         self._sent_text = self._decode(self._window)
@@ -59,7 +59,7 @@ class Detokenizer:
 
 
 class StopGate:
-    """Passes text up to the first complete stop string, and holds back what may become one.
+    """Passes text up to the first complete stop string, and holds back a possible beginning of one.
 
     Args:
         stop: Strings that end the text; empty ones are ignored.
@@ -71,9 +71,9 @@ class StopGate:
         self.is_closed = False
 
     def push(self, text: str) -> str:
-        """The part of the text so far that can be sent now."""
+        """Add text, and return the part that can be sent now."""
         self._pending += text
-        # The first one to be complete counts, so that the cut does not depend on the pieces.
+        # The first complete stop string counts, so that the result does not depend on the chunks.
         ends = [
             (start + len(stop), start)
             for stop in self._stop
@@ -85,14 +85,14 @@ class StopGate:
         begun = (
             length
             for stop in self._stop
-            # No more than is held: each prefix of a long one is copied.
+            # Limited to what is held, because each prefix of a long stop string is copied.
             for length in range(1, min(len(stop), len(self._pending) + 1))
             if self._pending.endswith(stop[:length])
         )
         return self._release(len(self._pending) - max(begun, default=0))
 
     def flush(self) -> str:
-        """The text that is still held back when no more comes."""
+        """The text that is still held back at the end."""
         return "" if self.is_closed else self._release(len(self._pending))
 
     def _release(self, end: int) -> str:
@@ -100,14 +100,14 @@ class StopGate:
         return passed
 
 
-# Below this, dividing by the temperature overflows before it changes the choice.
+# Below this temperature, the division overflows before the choice changes.
 _GREEDY_BELOW = 1e-5
 
 
 class Sampler:
-    """Draws tokens by inverting the cumulative distribution at one uniform number per token.
+    """Samples tokens by inverting the cumulative distribution at one uniform number per token.
 
-    Each request has its own generator, so what it draws does not depend on the requests beside it.
+    Each request has its own generator, so its samples do not depend on concurrent requests.
     """
 
     def __init__(self, sampling: Sampling):
@@ -120,7 +120,7 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
-        """The next token's id, on the device of ``logits``."""
+        """Sample the id of the next token, on the device of ``logits``."""
         if self._temperature < _GREEDY_BELOW:
             return logits.argmax()
         probabilities = torch.softmax(logits.float() / self._temperature, dim=-1)
@@ -132,24 +132,25 @@ class Sampler:
         return token_ids[self._invert(nucleus)]
 
     def _invert(self, weights: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
-        """The index at which the running sum of ``weights`` passes a uniform share of the whole."""
+        """The index at which the cumulative sum of ``weights`` passes a uniform share of the total.
+        """
         cumulative = weights.cumsum(-1)
         uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
-        # Apple's GPUs have no float64.
+        # Apple's GPUs do not support float64.
         target = uniform.float().to(cumulative.device) * cumulative[-1]
-        # Clamped: rounding may lift the target to the sum itself.
+        # Clamped, because rounding may raise the target to the total.
         return torch.searchsorted(cumulative, target, right=True).clamp(max=len(weights) - 1)
 
 
-# Texts of more characters wait in a line of their own, so that others need not wait for them.
+# Longer texts wait in a separate queue, so that others do not wait for them.
 _SHORT_CHARACTERS = 2**14
 
 
 class TextCodec:
-    """Encodes texts within a model's context, and decodes its tokens; its engine closes it.
+    """Encodes texts within a model's context, and decodes its tokens. The engine closes it.
 
     Args:
-        encoder: Turns texts into tokens as the model reads them, within its chat template.
+        encoder: Encoder of texts as the model reads them, with its chat template.
     """
 
     def __init__(self, encoder: PromptEncoder):
@@ -160,9 +161,10 @@ class TextCodec:
         ]
 
     async def in_thread(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
-        """The result of ``encode`` for these texts, computed in a thread of which there are few.
+        """Run ``encode`` for these texts in one of a few threads.
 
-        It is not called for texts that their length alone refuses, nor if no caller is left.
+        It is not called for texts that are too long by their characters, nor if the caller has
+        gone.
 
         Raises:
             ContextLengthError: A text is too long.
@@ -178,22 +180,22 @@ class TextCodec:
         return await result
 
     def close(self) -> None:
-        """End its threads, once they have encoded what waits."""
+        """Stop the threads once they have encoded the waiting texts."""
         for thread in self._threads:
             thread.shutdown()
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens, without special ones."""
+        """Decode tokens, without special ones."""
         return self._encoder.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def encode(self, text: Conversation, *, with_places: bool = False) -> EncodedPrompt:
-        """A text to judge. If the last turn is the assistant's, it is the response.
+        """Encode a text to classify. If the last turn is the assistant's, it is the response.
 
         Raises:
-            ContextLengthError: The text is too long; it is never cut.
-            DisguisedTextError: The policy refuses it.
+            ContextLengthError: The text is too long; it is never truncated.
+            DisguisedTextError: The policy refuses the text.
         """
         read = as_read(text)
         if isinstance(read, PlainText) or not has_response(read):
@@ -206,7 +208,8 @@ class TextCodec:
     def encode_to_continue(
         self, text: Conversation, max_tokens: int | None, *, with_places: bool = False
     ) -> tuple[EncodedPrompt, int]:
-        """A text to continue, and how many tokens can follow: at most ``max_tokens``.
+        """Encode a text to continue; return it with the number of tokens that can follow, at most
+        ``max_tokens``.
 
         Raises:
             ContextLengthError: The text leaves no room for a token.

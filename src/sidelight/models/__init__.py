@@ -1,1 +1,1 @@
-"""What a model reads and is: conversations, tokens and turns; its files and its fingerprint."""
+"""Models and their input: conversations, tokens and turns; model files and fingerprints."""

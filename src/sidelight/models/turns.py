@@ -1,7 +1,7 @@
-"""The turns of a prompt, read from the token ids alone.
+"""The turns of a prompt, recognised from its token ids alone.
 
-``ChatFormat`` learns how a chat template marks turns by rendering it with known contents. Knows
-tokenizers, and neither probes nor routes: the same ids have the same turns wherever they come from.
+``ChatFormat`` learns how a chat template delimits turns by rendering it with known contents. It
+depends only on the tokenizer: the same ids have the same turns regardless of their origin.
 """
 
 import calendar
@@ -19,10 +19,10 @@ from jinja2 import TemplateError
 from sidelight.models.control_tokens import Tokenizer, control_tokens
 from sidelight.models.conversation import TokenRole
 
-# Any other role counts as a user.
+# Any other role is treated as the user.
 _TOKEN_ROLES = {"assistant": TokenRole.REPLY, "tool": TokenRole.TOOL, "system": TokenRole.SYSTEM}
 OUTSIDE = "outside"
-"""The role of text that stands before the first turn and that the template does not write."""
+"""The role of text before the first turn that the template does not write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Turn:
 
     Attributes:
         role: As in messages, or ``OUTSIDE``.
-        start: Its first token. A token that holds the end of a marker and the beginning of the
-            content counts as content.
-        stop: The one after its last token; equal to ``start`` if the content is empty.
+        start: Index of its first token. A token that contains the end of a marker and the beginning
+            of the content counts as content.
+        stop: Index after its last token; equal to ``start`` if the content is empty.
     """
 
     role: str
@@ -44,15 +44,15 @@ class Turn:
 def roles_of_tokens(
     turns: Sequence[Turn], tokens: int, *, has_response: bool
 ) -> tuple[TokenRole, ...]:
-    """The part of each token of a conversation.
+    """The ``TokenRole`` of each token of a conversation.
 
-    What surrounds turns without text is not read, so that they add nothing to what others say. Only
-    where no turn has text is there nothing else to read.
+    The template text around empty turns is not read, so that these turns add nothing. It is read
+    only if no turn has text.
 
     Args:
-        turns: As ``ChatFormat`` finds them; one or more.
-        tokens: How many tokens the conversation has.
-        has_response: Whether the last turn is the response to judge.
+        turns: One or more turns from ``ChatFormat``.
+        tokens: Number of tokens of the conversation.
+        has_response: Whether the last turn is the response to classify.
     """
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), None)
     if first is None:
@@ -80,10 +80,10 @@ def roles_of_tokens(
 
 
 def are_attributed(turns: Sequence[Turn], roles: Iterable[str]) -> bool:
-    """Whether turns in token ids are those of messages of these roles.
+    """Whether the turns found in token ids match messages with these roles.
 
-    If not, a content has made up a turn, or the template writes one role as another. It may write
-    turns of the system in front of all, and one turn for answers of several tools.
+    If not, a content has forged a turn, or the template renders one role as another. The template
+    may add leading system turns, and may merge the results of several tools into one turn.
     """
     return _speakers(turn.role for turn in turns) == _speakers(roles)
 
@@ -96,19 +96,19 @@ def _speakers(roles: Iterable[str]) -> list[str]:
 
 # A regular expression that matches nothing.
 _NEVER = "$."
-# Control tokens, and the beginning of all, are written as characters that no vocabulary has
-# (Unicode's private planes).
+# Control tokens, and the beginning of the text, are represented by characters that no vocabulary
+# has (Unicode's private planes).
 _START = "\U000f0000"
 _SYMBOL = "[\U000f0000-\U0010fffd]"
 _CONTROL = re.compile(_SYMBOL)
 _NOT_A_TOKEN = "\ufffd"
 
-# What stands in for everything that a client can write in a turn, while a template is learned. Only
-# letters, since every vocabulary has them.
+# Placeholders for a turn's content while a template is learned. Only letters, because every
+# vocabulary has them.
 _TURNS = "abcdef"
 _SENTINEL = re.compile(f"sidelightmark([{_TURNS}])x")
 _ROLES = ("user", "assistant", "tool", "system")
-# Roles that may follow each other.
+# Roles that may follow each role.
 _NEXT = {
     "system": ("user",),
     "user": ("assistant", "user", "system"),
@@ -117,15 +117,15 @@ _NEXT = {
 
 
 class ChatFormat:
-    """The marks of turns in one chat template.
+    """The turn markers of a chat template.
 
-    A turn begins where the tokens that the template writes before a role's content stand,
-    whatever their source, and reaches to the next such place, less what the template writes after a
-    content. So every token between two markers belongs to a turn, and text that imitates markers is
-    read as the model reads it.
+    A turn begins at the tokens that the template writes before a role's content, regardless of
+    their origin, and extends to the next such place, excluding what the template writes after a
+    content. Every token between two markers therefore belongs to a turn, and text that imitates
+    markers is read as the model reads it.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: A tokenizer with a chat template.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -140,7 +140,7 @@ class ChatFormat:
         )
         headers = _headers(before_contents)
         self._roles = [role for role, _ in headers]
-        # A tokenizer may write a blank before a text, and none where the text is empty.
+        # A tokenizer may insert a space before a text unless the text is empty.
         self._header = re.compile(
             "|".join(
                 f"({re.sub(f'(?<={_SYMBOL})▁$', '▁?', _as_pattern(text))})" for _, text in headers
@@ -155,21 +155,21 @@ class ChatFormat:
         self._footers = {key: _ending_pattern(literals) for key, literals in footers.items()}
         preambles = {self._to_header(literal) or literal for literal in first}
         self._preamble = re.compile(f"{'|'.join(map(_as_pattern, preambles))}|{_SYMBOL}*")
-        # What the tokenizer writes before any text does not make it a conversation.
+        # What the tokenizer inserts before any text does not make it a conversation.
         self._no_evidence = {"", self._text(self._names(tokenizer("")["input_ids"]))[1:]}
 
     def markers(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """The role of each marker of a turn, with that of a generation prompt."""
+        """The role of each turn marker, including the generation prompt."""
         text = self._text(self._names(token_ids))
         return tuple(self._role(header) for header in self._header.finditer(text))
 
     def turns(self, token_ids: Sequence[int]) -> tuple[Turn, ...]:
-        """The turns, in order; none if the ids are not a conversation but plain text.
+        """Find the turns, in order; empty if the ids are plain text rather than a conversation.
 
-        A generation prompt is no turn, but an answer that it begins is one.
+        A generation prompt is not a turn, but a response that it begins is one.
 
         Args:
-            token_ids: As the model reads them.
+            token_ids: Token ids that the model reads.
         """
         names = self._names(token_ids)
         text = self._text(names)
@@ -183,14 +183,14 @@ class ChatFormat:
         for header, end in zip(headers, ends, strict=True):
             role, begin = self._role(header), header.end()
             if role == "assistant" and begin == end:
-                # A marker that nothing follows is a generation prompt.
+                # A marker at the end is a generation prompt.
                 continue
-            # Where the text of the template after the content begins.
+            # Start of the template text after the content.
             ending = self._footers.get((role, end == len(text)))
             footer = ending.search(text, begin, end) if ending else None
             stop = footer.start() if footer else end
-            # A system's text holds no control token. One means that the marker of another turn
-            # was not found, or that the template goes on; probes must read what follows.
+            # A system text contains no control token. One means that the marker of another turn was
+            # not found, or that the template continues, so probes must read what follows.
             foreign = _CONTROL.search(text, begin, stop) if role == "system" else None
             if foreign:
                 spans.append((role, begin, foreign.start()))
@@ -228,20 +228,20 @@ class ChatFormat:
         return self._text(self._names(tokens["input_ids"]))
 
 
-# A conversation of known contents as the template writes it, the roles that its marks number, and
-# whether a generation prompt follows.
+# A rendered conversation of known contents, the roles that its placeholders number, and whether a
+# generation prompt follows.
 _Rendered = tuple[str, tuple[str, ...], bool]
 
 
 def _literals(
     conversations: Iterable[_Rendered],
 ) -> tuple[dict[str, set[str]], set[str], set[tuple[str, str, bool]]]:
-    """The text of a template around contents, spelled as the names of tokens.
+    """The template text around contents, spelled as names of tokens.
 
     Returns:
-        What stands before a content, up to the content before it, by role; what stands before the
-        first content of a conversation; and of each role what stands after its contents, and
-        whether the conversation ends with it.
+        The text before a content, back to the previous content, by role; the text before the first
+        content of a conversation; and for each role, the text after its contents, and whether the
+        conversation ends with it.
     """
     before: dict[str, set[str]] = {role: set() for role in _ROLES}
     first: set[str] = set()
@@ -252,7 +252,7 @@ def _literals(
             first.add(literal)
             return
         if sentinels > 1:
-            # The end of a call's arguments, which a content may end like.
+            # The end of a call's arguments, which may coincide with the end of a content.
             symbol = re.search(_SYMBOL, literal)
             literal = literal[symbol.start() :] if symbol else ""
         after.add((role, literal, is_end))
@@ -261,7 +261,7 @@ def _literals(
         cursor, role, turn, sentinels = 0, "", -1, 0
         for sentinel in _SENTINEL.finditer(text):
             if _TURNS.index(sentinel[1]) == turn:
-                # What stands between the marks of one turn is part of its content.
+                # Text between the placeholders of one turn is part of its content.
                 sentinels += 1
             else:
                 add(text[cursor : sentinel.start()], role=role, sentinels=sentinels)
@@ -276,7 +276,7 @@ def _literals(
 
 
 def _rendered(tokenizer: Tokenizer) -> Iterator[_Rendered]:
-    """Short conversations, with and without tools, as far as the template accepts them."""
+    """Render short conversations, with and without tools, that the template accepts."""
     for roles in (("system",), *_sequences(("user",), 5), *_sequences(("system", "user"), 5)):
         yield from _renderings(tokenizer, [_message(*turn) for turn in enumerate(roles)], roles)
     roles = ("user", "assistant", "tool", "tool", "assistant", "user")
@@ -315,7 +315,7 @@ def _renderings(
             )
             for for_generation in (False, True)
         )
-    # Templates refuse conversations in many ways, and read fields of messages as they like.
+    # Templates refuse conversations in many ways, and read arbitrary fields of messages.
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
         return
     yield plain, roles, False
@@ -326,13 +326,13 @@ def _renderings(
 def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     """The role and text of each marker that begins a turn, longest first.
 
-    A marker is the shortest end of what the template writes before a role's contents that begins
-    with a control token and is not written before other roles' contents. Where the template writes
-    more after a known marker, such as an empty thought, the longer one is a marker too.
+    A marker is the shortest suffix of the text before a role's contents that begins with a control
+    token and does not occur before other roles' contents. If the template writes more after a known
+    marker, such as an empty thought, the longer text is a marker too.
 
-    In ChatML, ``<|im_end|>`` and a line break stand before ``<|im_start|>user`` and its line break
-    between turns, and nothing at the beginning. The shortest end of both that no assistant's turn
-    has begins with ``<|im_start|>``.
+    In ChatML, ``<|im_end|>`` and a line break precede ``<|im_start|>user`` and its line break
+    between turns, but nothing precedes them at the beginning. The shortest suffix of both that no
+    assistant turn has begins with ``<|im_start|>``.
     """
     roles: dict[str, str] = {}
     openers: set[str] = set()
@@ -340,7 +340,7 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     for role in _ROLES:
         literals = before[role] - taken
         taken |= literals
-        # A template may write the system's and the tools' turns as the user's.
+        # A template may render system and tool turns as user turns.
         earlier = (
             set[str]().union(
                 *(before[role_before] for role_before in _ROLES[:2] if role_before != role),
@@ -355,8 +355,8 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
                 marker = literal[max(begins) :]
             else:
                 marker = _shortest(literal, earlier, openers)
-            # A system's marker that only goes on in words where another role's ends can be imitated
-            # by that role's content: then the system's text counts as part of that content.
+            # If a system marker only extends another role's marker by words, that role's content
+            # can imitate it, so the system text counts as part of that content.
             imitates = role == "system" and any(
                 marker.startswith(text) and not _CONTROL.search(marker, len(text))
                 for text, text_role in roles.items()
@@ -370,7 +370,7 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     )
 
 
-# White space as the names of tokens write it: GPT-2's bytes, SentencePiece's, and as it is.
+# Whitespace in names of tokens: GPT-2's bytes, SentencePiece's symbol, and plain characters.
 _BLANKS = re.compile(r"[ĊĠĉč▁\s]|<0x(?:0[9AD]|20)>")
 
 
@@ -378,7 +378,7 @@ def _shortest(literal: str, earlier: set[str], openers: set[str]) -> str:
     """The shortest marker at the end of a literal, from a known first character if there is one."""
     starts = [symbol.start() for symbol in re.finditer(_SYMBOL, literal)]
     if not starts:
-        # A template without control tokens marks turns by words, at the beginning of a line.
+        # A template without control tokens delimits turns by words at the beginning of a line.
         return literal if _BLANKS.sub("", literal) else ""
     suffixes = [literal[start:] for start in reversed(starts)]
     telling = [s for s in suffixes if not any(text.endswith(s) for text in earlier)]
@@ -390,13 +390,13 @@ _DAY = "|".join([*calendar.day_name, *calendar.day_abbr])
 
 
 def _ending_pattern(literals: Iterable[str]) -> re.Pattern[str]:
-    """Find the longest of these with which a text ends."""
+    """A pattern that finds the longest of these suffixes of a text."""
     longest_first = sorted(filter(None, literals), key=len, reverse=True)
     return re.compile(f"(?:{'|'.join(map(_as_pattern, longest_first)) or _NEVER})\\Z")
 
 
 def _as_pattern(literal: str) -> str:
-    """A regular expression for a literal, whatever its date."""
+    """A regular expression for a literal that matches any date in it."""
     pattern = re.sub(_MONTH, lambda _: f"(?:{_MONTH})", re.escape(literal))
     pattern = re.sub(_DAY, lambda _: f"(?:{_DAY})", pattern)
     return re.sub(r"\d+", r"\\d+", pattern)

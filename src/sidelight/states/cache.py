@@ -1,10 +1,9 @@
-"""Hidden states of texts on disk, a file a text, that many probes train from.
+"""Hidden states of texts on disk, one file per text, for training many probes.
 
-They are whole, or compressed (``compression.py``); or they are computed again each time that they
-are read.
+States are uncompressed, compressed (``compression.py``), or recomputed whenever they are read.
 
-A file's name says what decides its content, and it appears under that name only when it is whole.
-So an extraction that was killed goes on where it stopped, and several may share a folder.
+A file is named by everything that determines its content, and is written atomically. An interrupted
+extraction therefore resumes where it stopped, and several may share a folder.
 """
 
 import hashlib
@@ -31,20 +30,20 @@ from sidelight.states.files import read_tensors, write_tensors
 FORMAT_VERSION = 3
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
-# Left free on the disk.
+# Disk space that is left free.
 _RESERVE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The states of some texts, laid end to end.
+    """The states of some texts, concatenated.
 
     Attributes:
         hidden: Residual stream of each layer and read token, bf16 on disk; or the values of
             ``CompressedStates``.
-        lengths: Tokens of each text.
-        rows: Which text of its cache each is.
-        factors: What the states of a token in a layer are multiplied by, if they are compressed.
+        lengths: Number of tokens of each text.
+        rows: Row of each text in the cache.
+        factors: Factor of each token's states in each layer, if they are compressed.
     """
 
     hidden: Float[Tensor, "layer token width"] | Int8[Tensor, "layer token direction"]
@@ -60,32 +59,32 @@ class Shard:
 
     @staticmethod
     def compressed(texts: Mapping[int, CompressedStates]) -> "Shard":
-        """As ``joined``, of compressed states."""
+        """As ``joined``, for compressed states."""
         values = [text.values for text in texts.values()]
         factors = torch.cat([text.factors for text in texts.values()], 1).float()
         lengths = torch.tensor([text_values.shape[1] for text_values in values])
         return Shard(torch.cat(values, 1), lengths, torch.tensor([*texts]), factors)
 
     def to(self, device: torch.device) -> "Shard":
-        """The same, with its states on a device."""
+        """A copy with the states on a device."""
         factors = None if self.factors is None else self.factors.to(device)
         return replace(self, hidden=self.hidden.to(device), factors=factors)
 
     def limited(self, layers: int) -> "Shard":
-        """The states of the first layers alone."""
+        """Only the states of the first layers."""
         factors = None if self.factors is None else self.factors[:layers]
         return replace(self, hidden=self.hidden[:layers], factors=factors)
 
     def pooled(self, *, is_normalised: bool = False) -> Float[Tensor, "pooling text layer width"]:
-        """Two views of each text: the mean of its tokens, and the last of them; float32.
+        """Two poolings of each text: the mean of its tokens, and the last token; float32.
 
         Args:
-            is_normalised: Whether the states are divided by their root mean square first, if they
-                are not compressed: those are already, or never.
+            is_normalised: Whether uncompressed states are first divided by their root mean square.
+                Compressed states already are, or never.
         """
         ends = self.lengths.cumsum(0) - 1
         layers: list[Tensor] = []
-        # Layer by layer: a long text in float32 would be large.
+        # Layer by layer, because a long text in float32 would be large.
         for number, layer in enumerate(self.hidden):
             if self.factors is not None:
                 factor = self.factors[number, :, None]
@@ -104,11 +103,11 @@ class Shard:
 
 @dataclass
 class Memory:
-    """States that are held in memory: those that are read first.
+    """A budget of memory for the states that are read first.
 
     Attributes:
-        free: Bytes that more of them may take.
-        texts: The tensors of each file.
+        free: Remaining bytes.
+        texts: Tensors by file.
     """
 
     free: int = 2 * SHARD_BYTES
@@ -116,7 +115,7 @@ class Memory:
 
 
 def token_bytes(fingerprint: Fingerprint) -> int:
-    """The size of a token's hidden states of all layers."""
+    """Size in bytes of a token's hidden states of all layers."""
     return fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
 
 
@@ -126,22 +125,22 @@ class ActivationCache:
     Attributes:
         prompts: The token ids of each text.
         directory: The folder of the texts' files, named by the backbone, its dtype and the engine.
-        layers: How many states of a token are stored, from the embedding up.
-        lengths: The stored tokens of each text.
-        shards: The texts that are read together; each text once.
-        token_bytes: Size of a token.
-        compression: How states are stored; None: whole.
-        is_streamed: Whether states are computed whenever they are read, and never written.
+        layers: Number of states stored per token, from the embedding up.
+        lengths: Number of stored tokens of each text.
+        shards: Rows of texts that are read together; each text is in one shard.
+        token_bytes: Stored size of a token in bytes.
+        compression: Compression of the states; None if uncompressed.
+        is_streamed: Whether states are recomputed whenever they are read, and never written.
 
     Args:
-        root: Folder of such folders. Caches in the same one share the states of a text.
+        root: Parent folder. Caches in the same folder share the states of a text.
         prompts: The token ids of each text.
         reads: Which tokens are stored.
         fingerprint: The backbone.
-        layers: How many states of a token are stored, from the embedding up; None: all.
-        engine: What computes the states; engines round differently, so they share no cache.
-        shard_bytes: The most that is read together, or else one text.
-        memory: Holds states, maybe those of other caches too; None is one of its own.
+        layers: Number of states to store per token, from the embedding up; None stores all.
+        engine: Engine that computes the states. Engines round differently, so they share no cache.
+        shard_bytes: Maximum size of a shard, unless a single text is larger.
+        memory: Memory for states, possibly shared with other caches; None creates a new one.
     """
 
     def __init__(
@@ -189,11 +188,12 @@ class ActivationCache:
 
     @property
     def key(self) -> str:
-        """Covers the backbone and its dtype, the engine, what is read, and every token id."""
+        """Identifies the backbone and its dtype, the engine, the tokens read, and every token id.
+        """
         return _hash((self._who, self._names))
 
     def select(self, rows: Sequence[int]) -> "ActivationCache":
-        """A cache of these texts alone, which shares files and memory with this one."""
+        """A cache of only these texts, which shares files and memory with this one."""
         subset = copy(self)
         subset._set_texts(
             [self.prompts[row] for row in rows],
@@ -203,22 +203,22 @@ class ActivationCache:
         return subset
 
     def compressed(self, compression: Compression) -> "ActivationCache":
-        """A cache of the same texts that stores their states so."""
+        """A cache of the same texts with this compression."""
         compressed_copy = copy(self)
         compressed_copy._set_compression(compression)
         return compressed_copy
 
     def in_memory(self, memory: Memory) -> "ActivationCache":
-        """A cache of the same texts that holds states in this memory."""
+        """A cache of the same texts that keeps states in this memory."""
         in_memory = copy(self)
         in_memory._memory = memory
         return in_memory
 
     def streamed(self, compute: "Compute") -> "ActivationCache":
-        """A cache of the same texts that writes nothing, and holds one shard in memory.
+        """A cache of the same texts that writes no files and keeps one shard in memory.
 
         Args:
-            compute: Computes the states of rows of a cache.
+            compute: Function that computes the states of rows of a cache.
         """
         streaming = copy(self)
         streaming._compute, streaming._computed = compute, {}
@@ -226,7 +226,7 @@ class ActivationCache:
 
     @property
     def record(self) -> StatesRecord:
-        """How states are kept, for the record of a training."""
+        """How states are stored, for the training record."""
         form = "whole" if self.compression is None else "compressed"
         return StatesRecord(form=form, streamed=self.is_streamed, token_bytes=self.token_bytes)
 
@@ -235,20 +235,20 @@ class ActivationCache:
         return self._compute is not None
 
     def missing(self) -> list[int]:
-        """The texts that have not been written yet, in random order; equal texts are one."""
+        """The texts that have not been written yet, in random order, without duplicates."""
         if self.is_streamed:
             return []
         rows = {self._names[row]: row for row in _random_order(len(self.lengths))}
         return [row for row in rows.values() if not self.path(row).exists()]
 
     def open(self) -> list[int]:
-        """Make the folder, and check that there is room.
+        """Create the folder, and check that there is enough space.
 
         Returns:
-            The texts to write, as ``missing`` gives them.
+            The texts to write, as in ``missing``.
 
         Raises:
-            SidelightError: They would not fit the disk.
+            SidelightError: The states would not fit on the disk.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         missing = self.missing()
@@ -264,7 +264,7 @@ class ActivationCache:
         return missing
 
     def stored_bytes(self, row: int) -> int:
-        """Bytes that ``write`` puts on disk for a text."""
+        """Bytes that ``write`` needs on disk for a text."""
         return self.token_bytes * self.lengths[row]
 
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
@@ -275,11 +275,11 @@ class ActivationCache:
     def _stored(
         self, texts: Mapping[int, Float[Tensor, "layer _ width"]]
     ) -> dict[int, dict[str, Tensor]]:
-        """What is stored of each row; an engine may compute more layers."""
+        """The stored form of each row; an engine may compute more layers."""
         texts = {row: hidden[: self.layers] for row, hidden in texts.items()}
         if self.compression is None or not texts:
             return {row: {"hidden": hidden} for row, hidden in texts.items()}
-        # Together, since what a layer's directions cost is per call.
+        # Together, because the directions of a layer have a cost per call.
         joined = vars(self.compression.compress(torch.cat([*texts.values()], 1)))
         lengths = [hidden.shape[1] for hidden in texts.values()]
         split = {name: tensor.split(lengths, 1) for name, tensor in joined.items()}
@@ -289,14 +289,15 @@ class ActivationCache:
         }
 
     def text(self, row: int) -> Float[Tensor, "layer token width"]:
-        """A text's states, as they are stored whole."""
+        """The states of a text, stored uncompressed."""
         return self._tensors(row)["hidden"]
 
     def _tensors(self, row: int) -> dict[str, Tensor]:
-        """What is stored of a text: in memory while there is room, else mapped from disk each time.
+        """The stored tensors of a text, kept in memory while there is room, else memory-mapped on
+        each call.
 
         Raises:
-            SidelightError: The file is absent or broken.
+            SidelightError: The file is missing or corrupt.
         """
         if self._compute is not None:
             return self._computed_tensors(row, self._compute)
@@ -314,7 +315,7 @@ class ActivationCache:
     def _computed_tensors(self, row: int, compute: "Compute") -> dict[str, Tensor]:
         if row not in self._computed:
             shard = next(shard for shard in self.shards if row in shard)
-            # One shard is in memory, not two.
+            # Drop the previous shard first, so that only one is in memory.
             self._computed = {}
             for texts in compute(self, shard):
                 self._computed |= self._stored(texts)
@@ -323,11 +324,11 @@ class ActivationCache:
     def read(
         self, texts: Sequence[int], segments: Mapping[int, Int[np.ndarray, " _"]] | None = None
     ) -> Shard:
-        """The states of these texts, laid end to end.
+        """Read the states of these texts, concatenated.
 
         Args:
-            texts: Their rows, in this order.
-            segments: Of some of them, the stored tokens to read in place of all.
+            texts: Rows of the texts, in order.
+            segments: For some texts, the stored tokens to read instead of all.
         """
         segments = segments or {}
         read = {row: self._tensors(row) for row in texts}
@@ -345,11 +346,11 @@ class ActivationCache:
 Compute = Callable[
     [ActivationCache, Sequence[int]], Iterable[Mapping[int, Float[Tensor, "layer _ width"]]]
 ]
-"""Gives the states of rows of a cache, some at a time."""
+"""Yields the states of rows of a cache in batches."""
 
 
 def random_shards(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:
-    """Texts in a random but fixed order, cut before a shard would have more than ``tokens``."""
+    """Texts in a random but fixed order, divided into shards of at most ``tokens``."""
     shards: list[list[int]] = []
     filled = 0
     for row in _random_order(len(lengths)):
@@ -368,10 +369,10 @@ def _random_order(texts: int) -> list[int]:
 def random_batches(
     texts: Sequence[int], *, size: int, shuffle: torch.Generator
 ) -> Iterator[Sequence[int]]:
-    """Batches of neighbouring texts of a shard, in random order and with a random first cut.
+    """Batches of adjacent texts of a shard, in random order and with a random offset.
 
-    A shard's texts are in random order, so neighbours are a random batch. Fewer texts than ``size``
-    are one batch; else the first and the last batch may have fewer texts.
+    A shard's texts are in random order, so adjacent texts form a random batch. Fewer texts than
+    ``size`` form one batch; otherwise the first and last batches may be smaller.
     """
     count = len(texts)
     first = int(torch.randint(1, size + 1, (), generator=shuffle)) if count >= size else count
@@ -382,7 +383,7 @@ def random_batches(
 
 
 def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
-    """Stands for the tokens of a prompt and which of them are read."""
+    """A name for the tokens of a prompt and which of them are read."""
     # ``each_turn`` and ``conversation`` store the same tokens, so they share a name.
     is_last = reads.scope == "last_turn"
     who = (prompt.token_ids, prompt.token_roles, reads.side, reads.template, is_last)

@@ -1,4 +1,4 @@
-"""One forward pass over each of many texts: for their hidden states, or for logits alone."""
+"""One forward pass over each of many texts, for their hidden states or only for logits."""
 
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +27,15 @@ def extract(
     *,
     title: str = "Extracting",
 ) -> ActivationCache:
-    """Write the missing texts; after a kill, a second call writes only the rest.
+    """Write the states of missing texts; after an interruption, a second call writes only the rest.
 
     Args:
-        reader: Computes the hidden states.
+        reader: Reader that computes the hidden states.
         cache: The cache to fill, made for the reader's engine.
-        title: Of the progress bar.
+        title: Title of the progress bar.
 
     Raises:
-        SidelightError: The states would not fit the disk, or one is not finite.
+        SidelightError: The states would not fit on the disk, or a state is not finite.
     """
     # Engines round differently.
     assert cache.engine == reader.engine
@@ -44,7 +44,7 @@ def extract(
     missing = cache.open()
     if not missing:
         return cache
-    # Writing overlaps the next forward pass; one at a time, so little is in memory.
+    # Writing overlaps the next forward pass; one at a time, to limit the memory.
     with (
         ThreadPoolExecutor(1) as writer,
         progress(title, sum(len(cache.prompts[row]) for row in missing), unit="tokens") as advance,
@@ -60,7 +60,7 @@ def extract(
 
 
 def streamed(reader: Reader, cache: ActivationCache) -> ActivationCache:
-    """A cache whose states the reader computes whenever they are read."""
+    """A cache whose states are recomputed by the reader whenever they are read."""
 
     def compute(
         cache: ActivationCache, rows: Sequence[int]
@@ -76,7 +76,9 @@ def streamed(reader: Reader, cache: ActivationCache) -> ActivationCache:
 def tapped_states(
     backbone: Backbone, cache: ActivationCache, rows: Sequence[int], advance: Progress
 ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
-    """``Reader.states`` of a backbone: batches of similar length, and a common prefix once each."""
+    """``Reader.states`` for a backbone: batches of similar length, each with its common prefix run
+    once.
+    """
     layers, width = cache.layers, cache.fingerprint.width
     shared = shared_unread(cache.prompts, cache.reads) if backbone.can_share_prefixes else 0
     lengths = [len(cache.prompts[row]) - shared for row in rows]
@@ -92,7 +94,7 @@ def tapped_states(
 
 
 class _ReadTap:
-    """Copies the read tokens of each text of a batch to where they belong."""
+    """Copies the read tokens of each text of a batch to their destination."""
 
     def __init__(self, texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]]):
         self._texts = texts
@@ -130,7 +132,7 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
 
 
 def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype: str) -> None:
-    """Refuse states that overflowed, and name the text."""
+    """Refuse states that overflowed; the error names the text."""
     for row, hidden in texts.items():
         is_finite = hidden.isfinite().flatten(1).all(1)
         if not is_finite.all():
@@ -148,10 +150,10 @@ def require_finite(texts: Mapping[int, Float[Tensor, "layer _ width"]], *, dtype
 def text_logits(
     backbone: Backbone, bank: Bank, prompts: Sequence[EncodedPrompt]
 ) -> list[list[ProbeOutput]]:
-    """For each probe what it says of all prompts, in the given order.
+    """The outputs of each probe for all prompts, in the given order.
 
-    Hidden states are projected while the pass runs and then gone. A prompt without any token that
-    a probe reads gets NaN, and so does plain text from a probe of chats alone.
+    Hidden states are projected during the pass and not stored. A probe's output is NaN for a prompt
+    without any token that it reads, and for plain text if the probe was trained only on chats.
     """
     lengths = [len(prompt) for prompt in prompts]
     outputs: list[dict[int, ProbeOutput]] = [{} for _ in bank.probes]

@@ -14,15 +14,15 @@ from sidelight.storage import replacing
 def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or, if killed, not at all.
+    """Write a safetensors file atomically.
 
     Args:
-        tensors: Its tensors by name.
+        tensors: Tensors by name.
         path: The file, one of many in its folder.
-        metadata: Texts in its header.
+        metadata: Metadata for the header.
 
     Raises:
-        SidelightError: The disk is full, or cannot be written.
+        SidelightError: The disk is full or not writable.
     """
     try:
         with replacing(path, is_one_of_many=True) as partial:
@@ -35,10 +35,10 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file, mapped from disk.
+    """Read the tensors of a file, memory-mapped.
 
     Raises:
-        SidelightError: The file is absent or broken.
+        SidelightError: The file is missing or corrupt.
     """
     try:
         return load_file(path)

@@ -1,4 +1,4 @@
-"""How training and scoring see a model, whatever runs it."""
+"""The interface through which training and scoring use a model, independent of the engine."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +15,9 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.progress import Progress
 from sidelight.states.cache import ActivationCache
 
-# Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
+# Called with each layer's hidden states, ``[batch, token, width]``, during the pass; it must not
 # keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
-# block l, before the final norm. Long texts may come in parts, each from layer 0 on.
+# block l, before the final norm. Long texts may come in parts, each starting at layer 0.
 Tap = Callable[[int, Tensor], None]
 
 
@@ -27,7 +27,7 @@ class Model:
 
     Attributes:
         name: Its name in messages and cards.
-        path: The folder or hub id of its files.
+        path: Folder or hub id of its files.
         encoder: Makes its prompts.
         fingerprint: Its weights, tokenizer and template, with the dtype of the stored weights.
     """
@@ -54,26 +54,26 @@ class Reader(Protocol):
 
     @property
     def engine(self) -> str:
-        """The engine, with all that decides how states are computed and rounded."""
+        """The engine, with everything that determines how states are computed and rounded."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """The device that probes on its states are computed on."""
+        """The device on which probes are computed."""
         ...
 
     @property
     def max_tokens(self) -> int:
-        """Length of the longest text that it reads, in tokens."""
+        """Context length in tokens."""
         ...
 
     def states(
         self, cache: ActivationCache, rows: Sequence[int], advance: Progress
     ) -> Generator[Mapping[int, Float[Tensor, "layer _ width"]]]:
-        """Yield the states of these rows of a cache, some at a time.
+        """Yield the states of these rows of a cache in batches.
 
         Args:
-            cache: The cache, with its texts and what is read of them.
+            cache: The cache, with its texts and the tokens to read.
             rows: The texts to compute.
             advance: Called with the number of tokens that have been run.
         """
@@ -86,7 +86,7 @@ class Backbone(Reader, Protocol):
 
     @property
     def batch_tokens(self) -> int:
-        """The most tokens that ``run`` takes, padding included; a longer prompt is alone."""
+        """Maximum tokens per call of ``run``, including padding; a longer prompt is run alone."""
         ...
 
     @property
@@ -101,12 +101,12 @@ class Backbone(Reader, Protocol):
     def run(
         self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
     ) -> None:
-        """Read prompts, for what the tap sees of them.
+        """Run the model over prompts for the tap.
 
         Args:
-            prompts: The batch. The tap sees them padded on the right to the longest.
-            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
-            layers: How many hidden states of a token are needed, from the embedding up; None: all.
+            prompts: The batch, which the tap sees padded on the right to the longest prompt.
+            after: Length of the common prefix, which is run once and not tapped.
+            layers: Number of hidden states needed per token, from the embedding up; None means all.
                 The tap may see more.
         """
         ...
