@@ -124,8 +124,7 @@ def probe_folder(
 
 
 def packaged_folders(guard: Guard) -> list[Path]:
-    """The trained probes that a guard's package ships; the one for the embedded model comes first.
-    """
+    """The probes that a guard's package ships; the one for the embedded model comes first."""
     return [path.parent for path in sorted(guard.folder.glob(f"**/{PROBE}"), key=_depth)]
 
 

@@ -142,9 +142,7 @@ def test_the_random_texts_lack_no_kind_of_text(trained):
     at_random = trained.at_random()
     assert 50 <= len(at_random) < 80
     trained.queue.train()
-    assert (
-        trained.queue.comparisons[0]["title"] == f"The {len(at_random)} texts drawn at random"
-    )
+    assert trained.queue.comparisons[0]["title"] == f"The {len(at_random)} texts drawn at random"
 
 
 def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():

@@ -1,5 +1,4 @@
-"""Texts with or without labels, and how to split them. Independent of file formats and token ids.
-"""
+"""Texts with or without labels, and how to split them."""
 
 import hashlib
 import json
@@ -68,13 +67,12 @@ class Example:
 
     @property
     def text_key(self) -> str:
-        """A key that is equal for prompts that differ only in case and spacing."""
+        """A key equal for prompts that differ only in case and spacing."""
         return " ".join(self.text.split()).casefold()
 
     @property
     def response_key(self) -> str:
-        """A key that is equal for responses that differ only in case and spacing; "" without one.
-        """
+        """A key equal for responses that differ only in case and spacing; "" without one."""
         return " ".join((self.response or "").split()).casefold()
 
 

@@ -134,8 +134,7 @@ class SpanRule:
     margins: tuple[float | None, ...]
 
     def fits(self, task: Task) -> bool:
-        """Whether the rule has a threshold between 0 and 1, and a margin, for each label of a task.
-        """
+        """Whether each label of a task has a threshold between 0 and 1, and a margin."""
         calibration = self.calibration
         vectors = (self.thresholds, self.margins, calibration.scale, calibration.shift)
         is_complete = {*map(len, vectors)} == {task.outputs}

@@ -437,8 +437,7 @@ def _write(
 
 
 def _clock(device: torch.device) -> float:
-    """Current time in seconds, after synchronising the device, because a GPU runs asynchronously.
-    """
+    """Current time in seconds, after synchronising the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -139,8 +139,7 @@ class RequestQueue:
                 self.awaited[request].latest = self._turn
 
     def latest_turn(self, requests: Iterable[Request]) -> int:
-        """The latest pass of the request among these that has waited longest; the lowest goes next.
-        """
+        """The latest pass of the longest-waiting request among these; the lowest goes next."""
         return min((self.awaited[r].latest for r in requests if r in self.awaited), default=0)
 
     def find_next(self, running: Sequence[Request]) -> list[Request]:

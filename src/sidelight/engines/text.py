@@ -132,8 +132,7 @@ class Sampler:
         return token_ids[self._invert(nucleus)]
 
     def _invert(self, weights: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
-        """The index at which the cumulative sum of ``weights`` passes a uniform share of the total.
-        """
+        """The index at which the cumulative ``weights`` pass a uniform share of the total."""
         cumulative = weights.cumsum(-1)
         uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
         # Apple's GPUs do not support float64.

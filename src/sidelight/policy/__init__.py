@@ -1,1 +1,1 @@
-"""The consequences of verdicts: rules, decisions, and text held back until it is judged."""
+"""The consequences of verdicts: rules, decisions, and text held back until it is classified."""

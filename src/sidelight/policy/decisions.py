@@ -15,15 +15,15 @@ Agreement = Literal["same", "different", "failed"]
 
 @dataclass(frozen=True)
 class SecondOpinion:
-    """What a judge was asked about one text, and what it said.
+    """The questions to a judge about one text, and its answers.
 
     Attributes:
-        judge: Its name.
-        probability: Its last answer; None: it gave none.
-        seconds: Until its answers were there, added up.
-        failures: Why questions had no answer.
-        questions: How often it was asked.
-        is_changed: Whether it decided otherwise than the probe alone.
+        judge: Name of the judge.
+        probability: Its last answer; None if it gave none.
+        seconds: Total time until its answers arrived, in seconds.
+        failures: Reasons for missing answers.
+        questions: Number of questions.
+        is_changed: Whether its decision differs from that of the probe alone.
     """
 
     judge: str
@@ -34,7 +34,7 @@ class SecondOpinion:
     is_changed: bool = False
 
     def __add__(self, later: "SecondOpinion") -> "SecondOpinion":
-        """Both together, with the answer of the later one."""
+        """Merge both, with the later answer."""
         return SecondOpinion(
             later.judge,
             later.probability,
@@ -45,7 +45,7 @@ class SecondOpinion:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What admin keys and the audit log see of it."""
+        """JSON values for admin keys and the audit log."""
         return {
             "name": self.judge,
             "probability": self.probability,
@@ -58,20 +58,20 @@ class SecondOpinion:
 
 @dataclass(frozen=True)
 class Decision:
-    """The action that followed one probe's verdict on one side of a request.
+    """The action taken on one probe's verdict on one side of a request.
 
     Attributes:
         rule: The probe and its rule.
-        verdict: At the rule's thresholds; None: there is none.
-        action: What was done. ``fail_closed`` and ``fail_open`` are what a rule that blocks or
-            redacts does when the verdict could not be computed; ``shadow`` is a flag that clients
-            do not see.
+        verdict: Verdict at the rule's thresholds; None if there is none.
+        action: Action taken. ``fail_closed`` and ``fail_open`` are the actions of a rule that
+            blocks or redacts if the verdict could not be computed; ``shadow`` is a flag that
+            clients do not see.
         is_too_long: Whether there is no verdict because the text is longer than the rule allows.
-        is_unfinished: Whether the text was cancelled while it was written: then the verdict is on
-            its first tokens, or missing.
-        deferred: The probe's verdict, if a judge is still to be asked about it.
-        is_of_tools: Whether turns of tools alone are deferred.
-        second: What the judge said; None: it was not asked.
+        is_unfinished: Whether the text was cancelled during generation, so that the verdict covers
+            only its first tokens, or is missing.
+        deferred: The probe's verdict, if a judge has yet to be asked about it.
+        is_of_tools: Whether only tool turns are deferred.
+        second: The judge's opinion; None if it was not asked.
     """
 
     rule: BoundRule
@@ -85,7 +85,7 @@ class Decision:
 
     @property
     def decided_by(self) -> Literal["probe", "judge", "nothing"]:
-        """What the verdict comes from."""
+        """The source of the decision."""
         if self.verdict is None:
             return "nothing"
         has_opinion = self.second is not None and self.second.probability is not None
@@ -101,12 +101,12 @@ class Decision:
 
     @property
     def is_blocking(self) -> bool:
-        """Whether the answer ends here."""
+        """Whether the response ends here."""
         return self.action in ("block", "fail_closed")
 
     @property
     def spans(self) -> Sequence[Span]:
-        """The words that the probe has labelled, and that its rule counts."""
+        """The spans that the probe has labelled and its rule counts."""
         return (self.verdict and self.verdict.spans) or ()
 
 
@@ -114,11 +114,11 @@ class PolicyError(SidelightError):
     """A request that the policy refuses.
 
     Args:
-        message: What was got, what was wanted, what to do.
-        code: A word for programs.
-        decisions: On the prompt, if they led to the refusal.
-        param: The field at fault.
-        status: As HTTP counts them: 400, or 500 if a probe failed.
+        message: Message for the client: what is wrong, and the remedy.
+        code: Machine-readable error code.
+        decisions: Decisions on the prompt, if they led to the refusal.
+        param: Field that caused the error.
+        status: HTTP status: 400, or 500 if a probe failed.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class PolicyError(SidelightError):
 
 
 def decide(bound: BoundRule, verdicts: Verdicts, *, tokens: int) -> Decision:
-    """The decisions on the verdicts about a text of so many tokens.
+    """Decide on the verdicts about a text with this number of tokens.
 
-    A missing verdict is never taken for a harmless one.
+    A missing verdict is never treated as a negative one.
     """
     is_too_long = bound.is_too_long(tokens)
     verdict = None if is_too_long else verdicts.verdict(bound.name)
@@ -165,7 +165,7 @@ def decide(bound: BoundRule, verdicts: Verdicts, *, tokens: int) -> Decision:
 
 
 def _decided(bound: BoundRule, verdict: Verdict, tools: Verdicts | None) -> Verdict:
-    """The verdict at the rule's thresholds, which turns that do not count do not reach."""
+    """The verdict at the rule's thresholds, ignoring turns that do not count."""
     if bound.rule.turns == "all" or tools is None:
         return bound.decide(verdict)
     isolated = tools.verdict(bound.name)
@@ -177,7 +177,7 @@ def _decided(bound: BoundRule, verdict: Verdict, tools: Verdicts | None) -> Verd
 
 
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:
-    """For each shadow, whether it agrees with the probe that it shadows on a whole text."""
+    """For each shadow probe, whether it agrees with its counterpart on a whole text."""
     by_name = {d.rule.name: d for d in decisions if not d.is_unfinished}
     found: list[tuple[BoundRule, Agreement]] = []
     for shadow in by_name.values():

@@ -1,6 +1,7 @@
-"""One text under the policy: whether its prompt is answered, and what is sent of the answer.
+"""Enforcement of the policy on one text: whether its prompt is answered, and which part of the
+response is sent.
 
-It knows an engine's events and nothing of HTTP, so that any server can enforce a policy with it.
+It works on engine events, independent of HTTP, so that any server can use it.
 """
 
 import asyncio
@@ -40,37 +41,37 @@ Passed = Classified | TextDelta | Ended
 
 
 class TextObserver(Protocol):
-    """Records what happens to one text. An error that it raises ends the text."""
+    """Records the events of one text. An error that it raises ends the text."""
 
     def prompt(self, event: PromptClassified, decisions: Sequence[Decision]) -> None:
-        """The prompt was judged."""
+        """The prompt was classified."""
 
     def shadow_opinions(self, decisions: Sequence[Decision], beside: Sequence[Decision]) -> None:
-        """Judges were asked about probes in shadow mode, beside which others had decided."""
+        """Judges were asked about probes in shadow mode, after the other probes had decided."""
 
     def read(self, event: Event) -> None:
-        """The engine has written or judged more, whether or not it is sent."""
+        """The engine has generated or classified more, whether or not it is sent."""
 
     def delta(self) -> None:
-        """A piece of text is sent."""
+        """Text is sent."""
 
     def end(self, decisions: Sequence[Decision], *, is_cancelled: bool = False) -> None:
-        """The text is complete, cut, or cancelled; only the first call counts."""
+        """The text is complete, cut off, or cancelled; only the first call counts."""
 
 
 class Enforcement:
-    """Enforces the policy on one text: decides on its prompt, then holds back or cuts the answer.
+    """Enforces the policy on one text: decides on its prompt, then holds back or ends the response.
 
     Args:
-        rules: One for every loaded probe, whether or not the client chose it.
-        observe: Gives the observer of the text when the work on it begins.
-        stream_scores: Whether to pass what probes of the output say after each token.
-        judges: Asks the judges that rules defer to; None: no rule does.
+        rules: The rule of every loaded probe, whether or not the client chose it.
+        observe: Creates the observer of the text when work on it begins.
+        stream_scores: Whether to emit the verdicts of response probes after each token.
+        judges: Interface to the judges that rules defer to; None if no rule defers.
         invisible: How the policy handles invisible characters.
 
     Attributes:
-        admitted: What was decided on the prompt; None: nothing yet, or it is refused.
-        ended: How the text has ended; None while it is written.
+        admitted: Decisions on an admitted prompt; None if undecided or refused.
+        ended: How the text has ended; None during generation.
     """
 
     def __init__(
@@ -95,14 +96,17 @@ class Enforcement:
 
     @property
     def monitored(self) -> list[str]:
-        """The probes to read after each token: those of the output, if one may cut or redact it."""
+        """The probes to evaluate after each token: those of the output, if one may block or redact
+        it.
+        """
         is_read = self._stream_scores or any(bound.is_enforced for bound in self._output)
         return [bound.name for bound in self._output] if is_read else []
 
     def admits(self, event: PromptClassified) -> bool:
-        """Whether the prompt is answered; the engine asks before it draws the first token.
+        """Whether the prompt is answered; the engine asks before it samples the first token.
 
-        A prompt that a judge decides about is answered, and nothing of it is sent until it has.
+        Generation starts for a prompt that a judge decides on, but nothing is sent until it has
+        decided.
         """
         return not any(_is_refused(decision) for decision in self._decisions(event))
 
@@ -113,15 +117,15 @@ class Enforcement:
         *,
         asked: Conversation | None = None,
     ) -> AsyncGenerator[Passed, None]:
-        """The engine's events on a text, as far as they may be sent.
+        """Filter the engine's events on a text to those that may be sent.
 
         Args:
             text: The prompt, for the observer.
-            events: Of the engine.
-            asked: The prompt that judges are asked about, where it differs.
+            events: Events of the engine.
+            asked: The prompt for judges, if different.
 
         Raises:
-            PolicyError: The prompt is blocked, by a flag or because it could not be judged.
+            PolicyError: The prompt is blocked by a flag, or because it could not be classified.
         """
         observer = self._observe(text)
         async with aclosing(events):
@@ -161,11 +165,11 @@ class Enforcement:
         second_stage: SecondStage | None,
         observer: TextObserver,
     ) -> AsyncGenerator[Passed, None]:
-        """What may be sent after an event, once the judges that it leads to have answered."""
+        """What may be sent after an event, once the judges that it involves have answered."""
         passed, running = holding.push(event), self._running(event)
         while True:
             if passed and isinstance(ended := passed[-1], Ended):
-                # Before the last of the text is sent, with the engine's slot already free.
+                # Before the end of the text is sent, when the engine's slot is already free.
                 await events.aclose()
                 if second_stage is not None:
                     decisions = await _after_second_stage(
@@ -190,7 +194,7 @@ class Enforcement:
             passed, running = holding.answer(dict(zip(names, opinions, strict=True))), ()
 
     def _running(self, event: Event) -> Sequence[Classified]:
-        """What probes of the output say so far, if it is passed on."""
+        """The verdicts of response probes so far, if scores are streamed."""
         if not self._stream_scores or not isinstance(event, ResponseScored):
             return ()
         scores = _decide_all(self._output, event)
@@ -229,7 +233,7 @@ async def _after_second_stage(
 def _without_shadow_opinions(
     decisions: Sequence[Decision], second_stage: SecondStage | None
 ) -> Sequence[Decision]:
-    """The decisions that are made; those that a judge is still asked about are recorded later."""
+    """The final decisions; those that await a judge are recorded later."""
     if all(decision.deferred is None for decision in decisions):
         return decisions
     if second_stage is None:
@@ -240,7 +244,7 @@ def _without_shadow_opinions(
 def check_decisions(
     rules: Sequence[BoundRule], event: PromptClassified, sides: Collection[Side]
 ) -> list[Decision]:
-    """The decisions of the probes on a text after which nothing is written."""
+    """The decisions of the probes on a text that is only classified."""
     return [*_decide_all([bound for bound in rules if bound.side in sides], event)]
 
 
@@ -250,15 +254,15 @@ async def checked_decisions(
     second_stage: SecondStage | None,
     response: str | None = None,
 ) -> list[Decision]:
-    """The decisions, with what judges say.
+    """Complete the decisions with the opinions of judges.
 
-    Since nothing is written, nothing can be blocked: a flag is the most.
+    Nothing is generated, so nothing can be blocked; the strongest action is a flag.
 
     Args:
-        decisions: Of ``check_decisions``.
-        observer: Of the text.
-        second_stage: Asks judges; None: no rule defers.
-        response: The answer in the text, as judges get it.
+        decisions: Result of ``check_decisions``.
+        observer: Observer of the text.
+        second_stage: Interface to judges; None if no rule defers.
+        response: The response in the text, for the judges.
     """
     if second_stage is not None:
         decisions = await _after_second_stage(decisions, second_stage, observer, response=response)
@@ -267,7 +271,7 @@ async def checked_decisions(
 
 
 def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None:
-    """Refuse conversations that begin with turns that no probe reads, unless they are trusted."""
+    """Refuse conversations that begin with turns that no probe reads, unless these are trusted."""
     if not policy.refuses_system_turns:
         return
     for text in texts:
@@ -287,7 +291,7 @@ def _decide_all(
 
 
 def _is_refused(decision: Decision) -> bool:
-    """Whether the prompt is refused, and no judge could let it pass."""
+    """Whether the prompt is refused regardless of any judge."""
     return decision.is_blocking and decision.deferred is None
 
 

@@ -1,21 +1,22 @@
-"""Text between engine and client: sent once it is judged, cut or redacted if a rule says so.
+"""The text between engine and client: sent once it is classified, and ended or redacted by rules.
 
-A token is sent once it and ``hold_back`` more are judged, and nothing is sent before every rule
-could have cut the text. With a warm-up of 3 tokens, 2 in a row that cut, and 2 held back:
+A token is sent once it and ``hold_back`` further tokens are classified, and nothing is sent before
+every rule could have ended the text. With a warm-up of 3 tokens, ``consecutive`` of 2 and
+``hold_back`` of 2:
 
     last token judged    1  2  3  4   5   6  7  8
     tokens then sent     -  -  -  -  1-3  4  5  6
 
-If tokens 7 and 8 are over the threshold, the text is cut at 8, and 6, 7 and 8 are never sent. The
-verdict on the whole text decides about the last tokens at its end. A single token over the
-threshold is often noise, so a rule wants several in a row.
+If tokens 7 and 8 are above the threshold, the text ends at 8, and 6, 7 and 8 are never sent. The
+verdict on the whole text decides on the last tokens at its end. A single token above the threshold
+is often noise, so a rule requires several in a row.
 
 A rule that redacts holds back what a later token can still label: the words of the last tokens, as
-many as its probe looks ahead. It cuts nothing unless there is no verdict. Where a limit or a stop
-ends the text, nothing follows that could label its last words, so they are not sent.
+many as its probe looks ahead. It ends the text only if there is no verdict. If a limit or a stop
+string ends the text, nothing follows that could label its last words, so they are not sent.
 
-A rule that defers cuts nothing by itself. Where its streak is complete, its judge is asked about
-the text so far, and what follows the last answer is held back until the next one.
+A rule that defers does not end the text directly. When its streak is complete, its judge is asked
+about the text so far, and the text after the last answer is held back until the next one.
 """
 
 import math
@@ -40,12 +41,12 @@ from sidelight.types import Span, Verdict, Verdicts
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is complete, or cut.
+    """The response is complete, or a rule has ended it.
 
     Attributes:
-        reason: ``content_filter`` where it was cut.
-        completion_tokens: Tokens written.
-        decisions: What led to the end, of every probe that judges the output.
+        reason: ``content_filter`` if a rule has ended it.
+        completion_tokens: Number of generated tokens.
+        decisions: The decision of every probe that classifies the output.
     """
 
     reason: FinishReason
@@ -54,7 +55,7 @@ class Ended:
 
 
 def redacted_spans(rules: Iterable[BoundRule], verdicts: Verdicts) -> list[Span]:
-    """The words of an answer that rules redact."""
+    """The spans of a response that rules redact."""
     return [
         span
         for bound in rules
@@ -64,9 +65,9 @@ def redacted_spans(rules: Iterable[BoundRule], verdicts: Verdicts) -> list[Span]
 
 
 class HoldBack:
-    """One answer's text between the engine and the client, under the rules of the output.
+    """The text of one response between the engine and the client, under the output rules.
 
-    Without a rule that blocks or redacts, each piece of text is sent as it comes.
+    Without a rule that blocks or redacts, text is sent immediately.
     """
 
     def __init__(self, rules: Sequence[BoundRule]):
@@ -75,7 +76,7 @@ class HoldBack:
         self._redacts = any(bound.is_redacting for bound in rules)
         self._keeps_text = bool(self._enforced) or any(bound.rule.defer for bound in rules)
         self._pending: list[TextDelta] = []
-        # All that was written, and how many characters of it were released.
+        # The generated text, and the number of its characters that were released.
         self._text = ""
         self._released = 0
         # Number of leading characters whose spans are final; None if unknown.
@@ -83,16 +84,16 @@ class HoldBack:
         self._scored_tokens = 0
         self._written_tokens = 0
         self._running = Verdicts()
-        # The text is complete, and a judge is still asked about it.
+        # The text is complete, but a judge is still being asked about it.
         self._finished: Finished | None = None
 
     @property
     def text(self) -> str:
-        """What was written so far, without what rules redact."""
+        """The generated text so far, redacted by the rules."""
         return redacted(self._text, redacted_spans(self._rules, self._running))
 
     def questions(self) -> list[BoundRule]:
-        """The rules whose judges are to be asked about ``text`` before anything else happens."""
+        """The rules whose judges must be asked about ``text`` before anything else happens."""
         tokens, is_end = self._scored_tokens, self._finished is not None
         states = self._enforced.values()
         if any(state.is_cut for state in states):
@@ -100,7 +101,9 @@ class HoldBack:
         return [state.bound for state in states if state.is_due(tokens=tokens, is_end=is_end)]
 
     def answer(self, opinions: Mapping[str, SecondOpinion]) -> Sequence[TextDelta | Ended]:
-        """The text that may be sent, or its end, after the opinions on ``questions``, by rule."""
+        """Apply the opinions on ``questions`` by rule; return the text that may be sent, or its
+        end.
+        """
         for name, opinion in opinions.items():
             self._enforced[name].answer(opinion, tokens=self._scored_tokens)
         if self._finished is not None:
@@ -108,7 +111,7 @@ class HoldBack:
         return self._after_step()
 
     def push(self, event: Event) -> Sequence[TextDelta | Ended]:
-        """The text that the event allows to be sent; nothing may follow an ``Ended``."""
+        """Process an event; return the text that may be sent. Nothing may follow an ``Ended``."""
         match event:
             case TextDelta():
                 self._written_tokens = event.tokens
@@ -126,7 +129,7 @@ class HoldBack:
                 return []
 
     def unfinished(self) -> list[Decision]:
-        """The end of a text that is cancelled now, with what is known of it; nothing follows."""
+        """End a text that is being cancelled, with what is known so far; nothing follows."""
         known = [decide(bound, self._running, tokens=self._written_tokens) for bound in self._rules]
         return [replace(d, action="none", is_unfinished=True, deferred=None) for d in known]
 
@@ -148,9 +151,9 @@ class HoldBack:
         return self._release(tokens, self._running, characters=characters)
 
     def _final_characters(self, final: int) -> int:
-        """The first characters whose placeholders are final.
+        """Number of leading characters whose placeholders are final.
 
-        A later word may join the last span, so a rule that ignores spans cannot tell yet.
+        A later word may extend the last span, so a rule that ignores spans cannot decide yet.
         """
         for bound in self._rules:
             verdict = self._running.verdict(bound.name)
@@ -180,7 +183,7 @@ class HoldBack:
     def _release(
         self, tokens: int, verdicts: Verdicts, *, characters: int | None = None
     ) -> list[TextDelta]:
-        """The held text that comes from the first tokens, and ends within the first characters."""
+        """Release the held text from the first tokens that ends within the first characters."""
         spans = redacted_spans(self._rules, verdicts)
         released: list[TextDelta] = []
         while self._pending and self._pending[0].tokens <= tokens:
@@ -224,45 +227,45 @@ class HoldBack:
 
 
 class _RuleState:
-    """The state of a rule that blocks or redacts: scores of a text so far, and whether it is cut.
+    """The state of a rule that blocks or redacts: scores so far, and whether it ends the text.
 
     Attributes:
         bound: The rule.
-        first_decidable_token: The first token at which the rule can cut, once its warm-up and a
-            whole streak are over. Nothing is sent before it is judged.
+        first_decidable_token: The first token at which the rule can end the text, after its warm-up
+            and a full streak. Nothing is sent before it is classified.
     """
 
     def __init__(self, bound: BoundRule):
         rule = bound.rule
         hold_back = rule.consecutive if rule.hold_back is None else rule.hold_back
         self.bound = bound
-        # What a rule that redacts holds back are characters.
+        # A rule that redacts holds back characters.
         self._hold_back_tokens = hold_back if bound.is_blocking else 0
         self.first_decidable_token = rule.warm_up + rule.consecutive if bound.is_blocking else 0
         self._has_flagged = False
         self._has_failed = False
         self._tokens = 0
-        # Tokens in a row, up to the last one, of which a label counts: the same one or another.
+        # Number of latest consecutive tokens with a counting label, the same or different ones.
         self._streak = _Streak(rule.consecutive)
         self._deferral = None if rule.defer is None else _Deferral(bound, rule.defer.judge_every)
 
     @property
     def is_cut(self) -> bool:
-        """Whether the rule cuts the text: it flagged, or could not judge and fails closed."""
+        """Whether the rule ends the text: it flagged, or had no verdict and fails closed."""
         return self._has_flagged or (self._has_failed and self.bound.fails_closed)
 
     def released_tokens(self, tokens: int) -> int:
-        """How many of so many judged tokens may be sent."""
+        """Number of tokens that may be sent, given the number of classified tokens."""
         if self._deferral is not None:
             return self._deferral.released_tokens(tokens, self._hold_back_tokens)
         return tokens - self._hold_back_tokens
 
     def is_due(self, *, tokens: int, is_end: bool) -> bool:
-        """Whether its judge is to be asked now."""
+        """Whether its judge must be asked now."""
         return self._deferral is not None and self._deferral.is_due(tokens, is_end=is_end)
 
     def answer(self, opinion: SecondOpinion, *, tokens: int) -> None:
-        """Take what its judge said of the text up to this token."""
+        """Apply the judge's opinion on the text up to this token."""
         assert self._deferral is not None, "only rules that defer have a judge"
         flagged = self._deferral.answer(opinion, tokens)
         if flagged is None:
@@ -271,7 +274,7 @@ class _RuleState:
             self._has_flagged |= flagged
 
     def step(self, verdicts: Verdicts, *, tokens: int) -> None:
-        """Take the scores of one more token; one without a score is a failure."""
+        """Apply the scores of another token; a missing score is a failure."""
         verdict = decide(self.bound, verdicts, tokens=tokens).verdict
         is_next, self._tokens = tokens == self._tokens + 1, tokens
         if verdict is not None and not all(map(math.isfinite, verdict.probabilities.values())):
@@ -288,7 +291,7 @@ class _RuleState:
                 self._deferral.is_flagged_by_probe = True
 
     def finish(self, verdicts: Verdicts, *, tokens: int, is_scored: bool) -> None:
-        """Take the verdict on the whole text; an empty one has nothing to judge."""
+        """Apply the verdict on the whole text; an empty text is not classified."""
         if not tokens:
             return
         verdict = decide(self.bound, verdicts, tokens=tokens).verdict
@@ -316,22 +319,23 @@ class _RuleState:
 
 
 class _Streak:
-    """Tokens in a row that count."""
+    """A streak of consecutive counting tokens."""
 
     def __init__(self, wanted: int):
         self._wanted, self._length = wanted, 0
 
     def step(self, *, counts: bool, is_next: bool) -> bool:
-        """Take one more token; whether the streak is complete."""
+        """Apply another token; return whether the streak is complete."""
         self._length = (self._length if is_next else 0) + 1 if counts else 0
         return self._length >= self._wanted
 
 
 class _Deferral:
-    """What a judge is still to be asked about a text, and what it has said.
+    """Pending questions to a judge about a text, and its answers.
 
     Attributes:
-        is_flagged_by_probe: Whether the probe alone would have cut the text since the last answer.
+        is_flagged_by_probe: Whether the probe alone would have ended the text since the last
+            answer.
     """
 
     def __init__(self, bound: BoundRule, every: int):
@@ -341,7 +345,7 @@ class _Deferral:
         # The first token since the last answer at which the streak was complete.
         self._open: int | None = None
         self._asked: int | None = None
-        # Tokens that the last answer let pass.
+        # Number of tokens cleared by the last answer.
         self._passed = 0
         self._opinion: SecondOpinion | None = None
         self._has_probe_flagged = False
@@ -356,7 +360,7 @@ class _Deferral:
     def finish(self, verdict: Verdict, tokens: int) -> None:
         self._scored = verdict
         self.is_flagged_by_probe |= verdict.flagged
-        # Asked again about the same text, a client has the answer.
+        # The client has cached the answer to a repeated question.
         if self._bound.defers(verdict) and self._open is None:
             self._open = tokens
 
@@ -371,7 +375,7 @@ class _Deferral:
         return max(self._passed, min(tokens, self._open - 1) - hold_back)
 
     def answer(self, opinion: SecondOpinion, tokens: int) -> bool | None:
-        """Whether the text is flagged; None: nothing says so, and the rule's failure holds."""
+        """Whether the text is flagged; None if unknown, where ``on_failure`` applies."""
         self._has_probe_flagged |= self.is_flagged_by_probe
         self._opinion = opinion if self._opinion is None else self._opinion + opinion
         if opinion.probability is not None:

@@ -1,4 +1,4 @@
-"""What a rule of spans ignores: names of products, public persons, codes."""
+"""Spans that a rule ignores, such as product names, public figures and codes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from sidelight.types import Span
 
 @dataclass(frozen=True)
 class Ignore:
-    """Spans that do not count, whatever their label.
+    """Spans that do not count, regardless of their label.
 
     An entry has to be the whole span: "Ann" does not ignore "Ann Lee".
 
     Attributes:
-        words: Texts of spans, in any case; blanks between words are alike.
+        words: Texts of spans, ignoring case and the kind of whitespace.
         patterns: Regular expressions in RE2's syntax, which take time linear in the text.
-        file: Of more words, one per line; relative to the policy's folder.
+        file: File of more words, one per line; relative to the policy's folder.
     """
 
     words: tuple[str, ...] = ()
@@ -27,20 +27,21 @@ class Ignore:
     file: Path | None = None
 
     def covers(self, span: Span) -> bool:
-        """Whether an entry is the whole span."""
+        """Whether an entry matches the whole span."""
         text = _normalised(span.words)
         if text.casefold() in self._words:
             return True
         return any(pattern.fullmatch(text) is not None for pattern in self._patterns)
 
     def read(self, folder: Path) -> "Ignore":
-        """The same with the words of its file.
+        """Read the words of the file, and check the patterns.
 
         Args:
-            folder: What the file's path is relative to.
+            folder: Folder that the file's path is relative to.
 
         Raises:
-            SidelightError: The file cannot be read, or a pattern is wrong, or matches no words.
+            SidelightError: The file cannot be read, or a pattern is not valid or matches an empty
+                text.
         """
         words = self.words
         if self.file is not None:
@@ -71,7 +72,7 @@ class Ignore:
 
 
 def split(spans: Iterable[Span], ignore: Ignore) -> tuple[list[Span], list[Span]]:
-    """The spans that count, and those that are ignored."""
+    """Split spans into those that count and those that are ignored."""
     counted: list[Span] = []
     ignored: list[Span] = []
     for span in spans:
@@ -84,7 +85,7 @@ def _normalised(text: str) -> str:
 
 
 def _compiled(source: str) -> Any:
-    # Not `re`, whose patterns can take exponential time: one would hold every other request.
+    # Not `re`, whose patterns can take exponential time and would block every other request.
     try:
         import re2
     except ImportError as error:

@@ -6,16 +6,16 @@ from sidelight.types import Span
 
 
 def redacted(text: str, spans: Iterable[Span], *, start: int = 0, end: int | None = None) -> str:
-    """Part of a text, in which each labelled run of characters is ``[LABEL]``.
+    """Part of a text, with each labelled run of characters replaced by ``[LABEL]``.
 
-    Overlapping spans are one run, with the label of the first. A run that begins before the part
-    has its placeholder there, so the parts of a text join to the whole.
+    Overlapping spans form one run with the label of the first span. A run that begins before the
+    part has its placeholder in an earlier part, so the parts of a text join to the whole.
 
     Args:
-        text: The whole.
-        spans: Of the text.
-        start: The first character of the part.
-        end: The one after the last; None: that of the text.
+        text: The whole text.
+        spans: Spans of the text.
+        start: Index of the first character of the part.
+        end: Index after the last character; None means the end of the text.
     """
     end = len(text) if end is None else end
     segments: list[str] = []

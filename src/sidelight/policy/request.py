@@ -1,12 +1,12 @@
-"""The terms of one request, and its outcome, as clients and gateways see it.
+"""The context of a request, and its result as seen by clients and gateways.
 
-Both servers fix the ``RequestContext`` before they judge anything, and keep a ``RequestResult``
-while they answer. Two words say what a client gets: the probes that answers report are ``chosen``,
-and what it sees of their decisions is ``VisibleVerdict``. Answers are written from that type alone,
-with two exceptions: ``server.chat`` leaves out running scores that are not disclosed, and
-``server.guardrail`` names every probe that flags in LiteLLM's ``blocked_reason``. Each client drops
-other fields that it does not know, so the same verdicts go into a header, the typed ``moderation``
-field, and the ``sidelight`` field.
+Both servers create the ``RequestContext`` before they classify anything, and update a
+``RequestResult`` while they respond. The probes that responses report are ``chosen``, and a
+``VisibleVerdict`` is what a client sees of a decision. Responses are built from this type alone,
+with two exceptions: ``server.chat`` omits running scores that are not disclosed, and
+``server.guardrail`` names every probe that flags in LiteLLM's ``blocked_reason``. Clients drop
+different unknown fields, so the same verdicts are in a header, the typed ``moderation`` field, and
+the ``sidelight`` field.
 """
 
 import json
@@ -27,14 +27,14 @@ from sidelight.probes.probe import Probe
 from sidelight.types import Verdict, spans_json
 
 VERDICTS_HEADER = "x-sidelight-verdicts"
-# Proxies refuse answers whose headers pass 4 to 8 KiB in all.
+# Proxies refuse responses whose headers exceed 4 to 8 KiB in total.
 _MAX_HEADER_BYTES = 3072
 _HEADER_DIGITS = 6
-# Names of a positive class that say less than the probe's own name.
+# Names of a positive class that are less specific than the probe's name.
 _TRUTH_LABELS = frozenset({"1", "true", "yes"})
 
 Json = dict[str, Any]
-# For each probe, its categories by label; a binary probe's negative label has none.
+# Categories of each probe by label; a binary probe's negative label has none.
 CategoryNames = Mapping[str, Mapping[str, str]]
 
 
@@ -43,13 +43,14 @@ class VisibleVerdict:
     """One probe's decision as a client sees it.
 
     Attributes:
-        probe: Its name.
-        version: Of the artifact, as the audit log has it; also where the probe gave no verdict.
-        verdict: As ``labels_only`` gives it if there are no scores; None: the probe gave none.
+        probe: Name of the probe.
+        version: Version of the artifact, as in the audit log, even if the probe gave no verdict.
+        verdict: The verdict, reduced by ``labels_only`` if scores are hidden; None if the probe
+            gave none.
         has_scores: Whether the verdict's probabilities are the probe's.
         is_too_long: As in the decision.
-        headers: As the rule gives them.
-        decided_by: What the verdict comes from, and what a judge said; None: it is not disclosed.
+        headers: Headers of the rule.
+        decided_by: Source of the decision, and a judge's opinion; None if not disclosed.
     """
 
     probe: str
@@ -63,8 +64,8 @@ class VisibleVerdict:
     def to_json(self) -> Json:
         """An entry of the ``sidelight`` field.
 
-        ``labels`` are those that hold, for a multi-label probe none to all. ``turn`` is there if
-        one turn of several has decided, ``spans`` if the probe labels words, ``ignored`` if its
+        ``labels`` are the labels that hold, any number for a multi-label probe. ``turn`` is present
+        if one of several turns decided, ``spans`` if the probe labels spans, and ``ignored`` if its
         rule ignores some of them.
         """
         verdict, decided_by = self.verdict, self.decided_by or {}
@@ -88,9 +89,9 @@ class VisibleVerdict:
 def labels_only(verdict: Verdict) -> Verdict:
     """A verdict without its scores: probabilities are 1.0 for labels that hold, otherwise 0.0.
 
-    ``label`` is the first that holds, or "" if a multi-label probe finds none, and there is no
-    ``turn``: the most probable label beside others that hold, or the turn with the highest score,
-    would rank scores that are withheld. Nor are there ``spans``, which would tell what to change.
+    ``label`` is the first label that holds, or "" if a multi-label probe finds none. There is no
+    ``turn``, because the most probable label, or the turn with the highest score, would reveal an
+    order of hidden scores. There are no ``spans`` either, because they would show what to change.
     """
     label = verdict.labels[0] if verdict.labels else ""
     indicators = {name: float(name in verdict.labels) for name in verdict.probabilities}
@@ -102,17 +103,17 @@ def labels_only(verdict: Verdict) -> Verdict:
 
 @dataclass(frozen=True)
 class RequestContext:
-    """The terms of one request, which do not change while it is served.
+    """The context of one request, which does not change while it is served.
 
     Attributes:
-        model: The served model's name.
-        policy: The server's.
-        rules: Of every probe that is loaded.
-        chosen: The probes that answers report, in order; none of them is a shadow.
-        observe: Gives the observer of a text; with ``is_prompt_known``, the decisions on its
-            prompt are recorded already.
-        is_admin: Whether who asks sees what rules do not disclose.
-        judges: Asks those that rules defer to; None: no rule does.
+        model: Name of the served model.
+        policy: Policy of the server.
+        rules: Rules of all loaded probes.
+        chosen: Rules of the probes that responses report, in order; none of them is in shadow mode.
+        observe: Creates the observer of a text; with ``is_prompt_known``, the decisions on its
+            prompt have already been recorded.
+        is_admin: Whether the client sees what rules do not disclose.
+        judges: Interface to the judges that rules defer to; None if no rule defers.
     """
 
     model: str
@@ -124,11 +125,12 @@ class RequestContext:
     judges: AsksJudges | None = field(default=None, compare=False)
 
     def choose(self, names: Sequence[str] | None, *, for_text: bool = False) -> "RequestContext":
-        """The same, reporting the probes of these names; None: all that clients see.
+        """A copy that reports the probes with these names; None reports all visible probes.
 
         Args:
-            names: As a client gives them.
-            for_text: Whether a text will be written: then probes that may cut it are reported too.
+            names: Names from the client.
+            for_text: Whether text will be generated; if so, probes that may block it are reported
+                too.
 
         Raises:
             PolicyError: There is no such probe.
@@ -147,13 +149,13 @@ class RequestContext:
         return replace(self, chosen=tuple(visible[name] for name in chosen))
 
     def with_enforced(self) -> "RequestContext":
-        """The same, also reporting every probe whose rule blocks or redacts."""
+        """A copy that also reports every probe whose rule blocks or redacts."""
         names = {bound.name for bound in self.chosen}
         enforced = (b for b in self.rules if b.mode in ("block", "redact") and b.name not in names)
         return replace(self, chosen=(*self.chosen, *enforced))
 
     def on(self, side: Side) -> list[BoundRule]:
-        """The rules of this side, chosen or not, also of probes in shadow mode."""
+        """The rules of this side, chosen or not, including those in shadow mode."""
         return [bound for bound in self.rules if bound.side == side]
 
     @property
@@ -167,7 +169,9 @@ class RequestContext:
 
     @cached_property
     def categories(self) -> CategoryNames:
-        """The categories of all visible probes; a name that two of them share is ``probe/name``."""
+        """The categories of all visible probes; a name shared by two of them becomes
+        ``probe/name``.
+        """
         unprefixed: dict[str, dict[str, str]] = {}
         for bound in self.rules:
             if bound.is_shadow:
@@ -201,7 +205,7 @@ class RequestContext:
         return _entries(self.visible(decisions))
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
-        """The headers of an answer: verdicts, and marks of every probe for a gateway."""
+        """The headers of a response: verdicts, and the rules' headers for a gateway."""
         headers = _rule_headers(visible_to(decisions, is_admin=self.is_admin))
         return {**_verdict_header(self.visible(decisions)), **headers}
 
@@ -225,13 +229,13 @@ class RequestContext:
 
 
 class RequestResult:
-    """The outcome of a request so far: the texts that follow each of its prompts.
+    """The result of a request so far: the generated texts for each of its prompts.
 
     Attributes:
-        context: What holds for it.
-        texts: For each prompt, its texts.
-        refusal: Why it is refused, if it is.
-        adapter: The LoRA adapter that writes its texts; None: the model by itself.
+        context: Context of the request.
+        texts: Texts of each prompt.
+        refusal: Reason for a refusal, if any.
+        adapter: LoRA adapter that generates its texts; None without one.
     """
 
     def __init__(self, context: RequestContext):
@@ -241,7 +245,7 @@ class RequestResult:
         self.adapter: str | None = None
 
     def begin(self, texts: int, *, stream_scores: bool = False) -> list[Enforcement]:
-        """Note a prompt that so many texts follow; its decisions are recorded with the first."""
+        """Add a prompt with this number of texts; its decisions are recorded with the first."""
         context = self.context
         begun = [
             Enforcement(
@@ -258,7 +262,7 @@ class RequestResult:
 
     @property
     def is_decided(self) -> bool:
-        """Whether each prompt so far is answered, or one is refused."""
+        """Whether each prompt so far is admitted, or one is refused."""
         is_admitted = bool(self.texts) and all(map(_admitted, self.texts))
         return self.refusal is not None or is_admitted
 
@@ -269,7 +273,7 @@ class RequestResult:
 
     @property
     def prompts(self) -> list[Classified]:
-        """The prompts that are answered."""
+        """The admitted prompts."""
         return [prompt for texts in self.texts if (prompt := _admitted(texts))]
 
     @property
@@ -281,12 +285,12 @@ class RequestResult:
         return [d for text in self.choices if text.ended for d in text.ended.decisions]
 
     def headers(self, *, is_stream: bool) -> dict[str, str]:
-        """The headers of an answer; those of a stream tell of prompts alone, however far it is."""
+        """The headers of a response; for a stream, they cover only prompts."""
         response = [] if is_stream else self.response_decisions
         return self.context.headers([*self.prompt_decisions, *response])
 
     def extension(self) -> Json:
-        """The ``sidelight`` field. Of several texts, each entry names its ``choice``."""
+        """The ``sidelight`` field. With several texts, each entry names its ``choice``."""
         choices: list[list[Json]] = []
         for texts in self.texts:
             prompt = _admitted(texts)
@@ -303,7 +307,7 @@ class RequestResult:
         return {"verdicts": verdicts, **adapter}
 
     def moderation(self) -> Json | None:
-        """The ``moderation`` field; None: no probe is chosen."""
+        """The ``moderation`` field; None if no probe is chosen."""
         if not self.context.chosen:
             return None
         prompt = self.context.moderation(
@@ -319,7 +323,7 @@ class RequestResult:
 
 
 def _admitted(texts: Sequence[Enforcement]) -> Classified | None:
-    """That of a prompt, by the first of its texts that was admitted."""
+    """The decisions on a prompt, from the first of its texts that was admitted."""
     return next((text.admitted for text in texts if text.admitted), None)
 
 
@@ -345,13 +349,15 @@ def category_fields(visible_verdicts: Iterable[VisibleVerdict], names: CategoryN
 
 
 def refusal_headers(decisions: Sequence[Decision], *, is_admin: bool) -> dict[str, str]:
-    """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
+    """The headers of a refused prompt: all verdicts except those in shadow mode, and the rule
+    headers.
+    """
     visible_verdicts = visible_to(decisions, is_admin=is_admin)
     return {**_verdict_header(visible_verdicts), **_rule_headers(visible_verdicts)}
 
 
 def visible_to(decisions: Iterable[Decision], *, is_admin: bool) -> list[VisibleVerdict]:
-    """The decisions that a client sees, never a shadow's; ``is_admin``: it has an admin key."""
+    """The decisions that a client sees, never those in shadow mode."""
     visible_verdicts: list[VisibleVerdict] = []
     for decision in decisions:
         rule, verdict = decision.rule, decision.verdict
@@ -383,8 +389,8 @@ def _entries(visible_verdicts: Iterable[VisibleVerdict]) -> list[Json]:
 def _verdict_header(visible_verdicts: Sequence[VisibleVerdict]) -> dict[str, str]:
     """Compact ASCII JSON.
 
-    Probabilities are rounded. If the header would be too long for proxies, only probe, label and
-    flag are left; if it still is, one entry with ``error``.
+    Probabilities are rounded. If the header would be too long for proxies, it is reduced to probe,
+    label and flag, and then to a single entry with ``error``.
     """
     keys, entries = ("probe", "label", "flagged", "error"), _entries(visible_verdicts)
     short = [{key: entry[key] for key in keys if key in entry} for entry in entries]
@@ -400,9 +406,9 @@ def _verdict_header(visible_verdicts: Sequence[VisibleVerdict]) -> dict[str, str
 
 
 def _rule_headers(visible_verdicts: Sequence[VisibleVerdict]) -> dict[str, str]:
-    """The headers that rules mark an answer with, for a gateway."""
+    """The headers that rules add to a response, for a gateway."""
     headers = dict.fromkeys(header for each in visible_verdicts for header in each.headers)
-    # Labels are a user's own words: a comma or a line break must not reach a header.
+    # Labels are chosen by users, so a comma or a line break must not reach a header.
     return {
         header: ", ".join(quote(name, safe=" /-_.:@") for key, name in headers if key == header)
         for header in sorted({header for header, _ in headers})

@@ -1,7 +1,7 @@
-"""The second stage: an LLM judge decides about the texts of which a probe is unsure.
+"""The second stage: an LLM judge decides on texts about which a probe is uncertain.
 
-What is asked, what follows from an answer, and what follows if there is none. Judges are reached
-through ``AsksJudges``; no client and no network is known here.
+This module defines the questions, and the decisions with and without an answer. Judges are reached
+through ``AsksJudges``, independent of clients and networks.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ class AsksJudges(Protocol):
     """Asks judges for one request."""
 
     async def ask(self, judge: str, question: Question) -> JudgeAnswer:
-        """The answer of the judge of this name.
+        """Ask the judge with this name, and return its answer.
 
         Raises:
-            JudgeError: There is none.
+            JudgeError: The judge gave no answer.
         """
         ...
 
@@ -38,10 +38,10 @@ class SecondStage:
     """The questions about one prompt and the response to it.
 
     Args:
-        judges: Asks them.
+        judges: Interface to the judges.
         text: The prompt, as the client sent it.
-        prompt_decisions: Of the probes on it: they say what is redacted.
-        invisible: How the policy handles invisible characters, which no judge sees.
+        prompt_decisions: Decisions of the probes on the prompt, which determine what is redacted.
+        invisible: How the policy handles invisible characters; judges never see them.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class SecondStage:
     async def resolve(
         self, decisions: Sequence[Decision], response: str | None = None
     ) -> list[Decision]:
-        """The decisions, with the answers of judges about the deferred ones, asked at once.
+        """Resolve deferred decisions by asking their judges concurrently.
 
         Args:
-            decisions: By the probes.
-            response: As a judge gets it; rules of the output ask about it.
+            decisions: Decisions of the probes.
+            response: The response for judges, used by output rules.
         """
 
         async def final(decision: Decision) -> Decision:
@@ -78,7 +78,7 @@ class SecondStage:
     async def opinion(
         self, bound: BoundRule, response: str | None = None, *, is_of_tools: bool = False
     ) -> SecondOpinion:
-        """What the judge of a rule says, or why it says nothing."""
+        """The opinion of a rule's judge, or the reason for a missing one."""
         defer = bound.rule.defer
         assert defer is not None, "only rules that defer have questions"
         try:
@@ -92,7 +92,7 @@ class SecondStage:
         """The question about the prompt or the response, without what rules redact.
 
         Raises:
-            JudgeError: It is unknown what to redact.
+            JudgeError: The spans to redact are unknown.
         """
         if any(d.verdict is None or d.verdict.spans is None for d in self._redacting):
             raise JudgeError("not_redacted", "The spans to redact are unknown.")
@@ -115,13 +115,13 @@ class SecondStage:
 
 
 def redacted_response(text: str, decisions: Iterable[Decision]) -> str:
-    """A response without what rules redact of it."""
+    """A response redacted by the rules."""
     spans = [span for each in decisions if _redacts(each, "output") for span in each.spans]
     return redacted(text, spans)
 
 
 def second_decision(decision: Decision, second: SecondOpinion) -> Decision:
-    """What follows from a deferred decision once its judge was asked."""
+    """The final decision after a deferred decision's judge was asked."""
     bound, scored = decision.rule, decision.deferred
     assert scored is not None, "only deferred decisions have an opinion"
     if second.probability is None:

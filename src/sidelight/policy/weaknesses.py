@@ -1,7 +1,7 @@
-"""Settings of a policy under which a known evasion passes, each with its remedy.
+"""Policy settings that let a known evasion pass, each with its remedy.
 
-Only settings are read, and what cards say of training. What a probe flags is for
-``sidelight redteam`` to measure.
+Only settings and the training records in cards are examined; ``sidelight redteam`` measures what a
+probe flags.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from sidelight.probes.probe import Probe
 def weaknesses(
     policy: Policy, probes: Sequence[Probe] = (), *, behind_litellm: bool = False
 ) -> list[str]:
-    """What a client could use against this policy, one sentence or two each.
+    """Find what a client could use against this policy, described in one or two sentences each.
 
     Args:
         policy: The rules.
-        probes: The probes that will be served, as far as they are known; rules of others are
-            checked by themselves.
-        behind_litellm: Whether to name the rules that block in LiteLLM's guardrail alone.
+        probes: The probes that will be served, if known; rules of other probes are checked without
+            them.
+        behind_litellm: Whether to report rules that block only in LiteLLM's guardrail.
     """
     bound = bound_rules(policy, probes)
     sides: tuple[Side, ...] = ("input", "output")
@@ -71,12 +71,12 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
 
 
 def _of_guardrail(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
-    """The rules that block in LiteLLM's guardrail and nowhere else."""
+    """The rules that block only in LiteLLM's guardrail."""
     sides: tuple[Side, ...] = ("input", "output")
     modes: dict[tuple[Side, str], Mode] = {
         (side, name): rule.mode for side in sides for name, rule in policy.side(side).items()
     }
-    # Without a threshold, as with several classes, nothing is flagged.
+    # Without a threshold, as for a multi-class probe, nothing is flagged.
     modes |= {(each.side, each.name): each.mode if each.thresholds else "shadow" for each in bound}
     for (side, name), mode in modes.items():
         if mode in ("score", "flag", "route"):
@@ -152,7 +152,7 @@ def _of_probe(rule: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             f"Probe '{probe.name}' has several classes and classifies only the user's last turn, "
             "so it misses an attack in an earlier turn. Retrain it on one label."
         )
-    # The largest logit of a token is that of its text, whatever stands around it.
+    # The text's logit is the largest logit of its tokens, regardless of the surrounding text.
     is_diluted = probe.spans is None
     if is_diluted and probe.card.prompt_format != "raw" and probe.reads.scope == "conversation":
         yield (

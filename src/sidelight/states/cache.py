@@ -188,8 +188,7 @@ class ActivationCache:
 
     @property
     def key(self) -> str:
-        """Identifies the backbone and its dtype, the engine, the tokens read, and every token id.
-        """
+        """Identifies the backbone, its dtype, the engine, the tokens read, and their ids."""
         return _hash((self._who, self._names))
 
     def select(self, rows: Sequence[int]) -> "ActivationCache":

@@ -31,8 +31,7 @@ _USUAL_LOGITS = (0.5, 20.0)
 
 
 def link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
-    """Probabilities of logits: the softmax for a multi-class task, else the sigmoid of each output.
-    """
+    """Probabilities of logits: the softmax if multi-class, else the sigmoid of each output."""
     if task == "multiclass":
         return np.exp(_log_softmax(logits))
     return np.exp(-np.logaddexp(0, -logits))

@@ -42,8 +42,7 @@ def _ratio(numerator: Values, denominator: Values) -> Values:
 def wilson(
     shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"] | Float[Values, " bin"]
 ) -> Float[Values, "2 bin"]:
-    """The 95 % interval of a share (Wilson 1927), which unlike the Wald interval suits small bins.
-    """
+    """The 95 % interval of a share (Wilson 1927), which suits small bins."""
     z = 1.96
     inflation = 1 + z**2 / sizes
     centre = (shares + z**2 / (2 * sizes)) / inflation

@@ -1,5 +1,4 @@
-"""The threshold of a label: the rule that it follows, and the operating curve that it is chosen on.
-"""
+"""The threshold of a label: its rule, and the operating curve that it is chosen on."""
 
 import math
 import re

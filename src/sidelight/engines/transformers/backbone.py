@@ -44,7 +44,7 @@ from sidelight.states.reader import Model, Tap
 
 
 def cache_prefix(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
-    """The keys and values of a prefix of at least one token.
+    """Compute the keys and values of a prefix of at least one token.
 
     Args:
         model: A causal model of ``transformers`` for which ``can_share`` is true.
@@ -66,15 +66,15 @@ def run_with_prefix(
     present: Bool[Tensor, "text token"],
     **options: Any,
 ) -> Any:
-    """The model's output on ``token_ids``, where each row follows the prefix in ``cache``.
+    """Run the model on ``token_ids``, where each row follows the prefix in ``cache``.
 
-    Gradients flow back through the prefix. Afterwards the cache holds the rows as well.
+    Gradients flow back through the prefix. Afterwards, the cache contains the rows as well.
 
     Args:
-        model: The one that ``cache_prefix`` got.
-        cache: What ``cache_prefix`` returned.
-        token_ids: What follows the prefix.
-        present: Where there is a token; padding may be on either side.
+        model: The model passed to ``cache_prefix``.
+        cache: The result of ``cache_prefix``.
+        token_ids: Token ids after the prefix.
+        present: Mask of real tokens; padding may be on either side.
         options: Passed to the model's forward pass.
     """
     before = present.new_ones(len(token_ids), cache.get_seq_length())
@@ -136,7 +136,7 @@ class TransformersBackbone:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        # Threads that run the model have taps of their own.
+        # Each thread that runs the model has its own taps.
         self._local = threading.local()
         self._hook_blocks(_decoder_blocks(model))
         self.encoder, stored = _encoder_and_fingerprint(
@@ -151,7 +151,7 @@ class TransformersBackbone:
 
     @property
     def max_tokens(self) -> int:
-        """Length of the longest text that the model reads, in tokens."""
+        """Context length in tokens."""
         return self.encoder.max_tokens
 
     def states(
@@ -171,10 +171,10 @@ class TransformersBackbone:
 
     @contextmanager
     def stopping_after(self, layers: int | None) -> Generator[None]:
-        """Leave the block once a pass of this thread has computed so many hidden states.
+        """Leave the block once a pass of this thread has computed this many hidden states.
 
         Args:
-            layers: How many, from the embedding up; None: passes are complete.
+            layers: Number of hidden states, from the embedding up; None means complete passes.
         """
         outer, self._local.layers = self._depth, layers
         try:
@@ -200,14 +200,14 @@ class TransformersBackbone:
     def run(
         self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
     ) -> None:
-        """As ``Backbone.run``, in one forward pass, which stops after the layers that it needs."""
+        """As ``Backbone.run``, in one forward pass that stops after the required layers."""
         token_ids, mask = self.pad(prompts)
-        # Without the language-model head, whose logits are not used here.
+        # Without the language-model head, whose logits are not needed here.
         body = self.model.base_model
         if after:
             tap, self._tap = self._tap, None
             begun = DynamicCache()
-            # The first block's keys say how many tokens there are.
+            # The number of tokens is that of the first block's keys.
             with self.stopping_after(layers and max(layers, 2)):
                 _read_prefix(body, token_ids[0, :after], begun)
             self._tap = tap
@@ -226,15 +226,15 @@ class TransformersBackbone:
     def last_position(self) -> Int[Tensor, " one"]:
         """The value of ``logits_to_keep`` that keeps the last token only.
 
-        The number 1 would keep a slice, which is not contiguous in a batch, so that PyTorch would
-        copy the output matrix once for every row.
+        The number 1 would keep a slice that is not contiguous in a batch, so PyTorch would copy the
+        output matrix for every row.
         """
         return torch.tensor([-1], device=self.device)
 
     def pad(
         self, prompts: Sequence[EncodedPrompt], *, side: Literal["left", "right"] = "right"
     ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-        """The prompts' ids, padded on one side, and a mask of the real ones."""
+        """Pad the token ids of prompts on one side; return them with a mask of the real tokens."""
         longest = max(len(prompt) for prompt in prompts)
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
@@ -270,19 +270,19 @@ def _encoder_and_fingerprint(
     name: str,
     prompt_format: PromptFormat | None,
 ) -> tuple[PromptEncoder, Fingerprint]:
-    """What makes the prompts of a model, and its fingerprint."""
+    """The encoder of a model's prompts, and its fingerprint."""
     text = config.get_text_config()
     chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
     # A tokenizer without a limit reports an astronomically large one.
     limit = min(getattr(text, "max_position_embeddings", _NO_LIMIT), tokenizer.model_max_length)
     encoder = PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
-    # Hidden states are those of the embedding and of each block.
+    # Hidden states: the embedding and one per block.
     layers, width = text.num_hidden_layers + 1, text.hidden_size
     return encoder, fingerprint(checkpoint, encoder, name=name, layers=layers, width=width)
 
 
 def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks: the heaviest of the module lists with one entry per layer."""
+    """The decoder blocks: the module list with one entry per layer that has the most parameters."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
@@ -305,14 +305,16 @@ def load_backbone(
 
     Args:
         name: ``smollm2`` (the embedded default), a local folder, or a hub id.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: that of the stored weights.
-        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU, or the CPU without one.
-        prompt_format: ``chat``, ``raw``, or ``both`` for a probe that judges plain text too; None
-            means chat if the model has a chat template.
-        for_probing: Whether prompts dominate the work, as in training and in guarding. ``auto`` is
-            then ``float32`` for weights stored in ``bfloat16`` on an x86 CPU without bfloat16
-            arithmetic, if they take at most half of the free memory: reading is two to five times
-            as fast, and writing about as fast.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the dtype of the stored
+            weights.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the first GPU, or the CPU without
+            one.
+        prompt_format: ``chat``, ``raw``, or ``both`` for a probe that also classifies plain text;
+            None means chat if the model has a chat template.
+        for_probing: Whether prompts dominate the work, as in training and guarding. In this case,
+            ``auto`` means ``float32`` for weights stored in ``bfloat16`` on an x86 CPU without
+            bfloat16 arithmetic, if they take at most half of the free memory: reading is two to
+            five times as fast, and generation about as fast.
 
     Raises:
         SidelightError: The model cannot be found, is not a causal LM with decoder blocks, or its
@@ -323,7 +325,7 @@ def load_backbone(
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
     with _loading_errors(name, target):
-        # Weights may take hours to download: what is no model, or cannot fit, is refused before.
+        # Weights may take hours to download, so a wrong or oversized model is refused first.
         config, kind = _read_config(source := model_folder(path, with_weights=False))
         stored_dtype = config.get_text_config().dtype
         stored_dtype = "" if stored_dtype is None else str(stored_dtype).removeprefix("torch.")
@@ -356,12 +358,12 @@ def _dtype_for_probing(checkpoint: Checkpoint, folder: Path) -> DtypeName:
 
 
 def _read_config(folder: Path) -> tuple[PreTrainedConfig, Any]:
-    """The configuration, and the class that loads its model."""
+    """Read the configuration, and choose the class that loads its model."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             return config, AutoModelForCausalLM
-        # A model that also sees may be known as that alone; its text decoder is read.
+        # A vision-language model may be registered only as such; its text decoder is read.
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return config, AutoModelForImageTextToText
     raise ValueError(
@@ -375,7 +377,7 @@ def _path(name: str) -> str:
 
 
 def read_model(name: str | Path, *, prompt_format: PromptFormat | None = None) -> Model:
-    """A model as ``load_backbone`` describes it, without its weights.
+    """Read a model as in ``load_backbone``, without its weights.
 
     Args:
         name: As for ``load_backbone``.
@@ -399,17 +401,17 @@ def read_model(name: str | Path, *, prompt_format: PromptFormat | None = None) -
 def _require_memory(
     name: str, folder: Path, *, stored: str, wanted: str, target: torch.device
 ) -> None:
-    """Refuse weights that cannot fit: the system would end the process without a word.
+    """Refuse weights that cannot fit into memory, before the system kills the process.
 
     Args:
-        name: What the user calls the model.
-        folder: Its files; the weights may be missing.
-        stored: Their dtype in the files.
-        wanted: Their dtype once loaded.
-        target: Where they go.
+        name: Name that the user gave.
+        folder: Folder of its files; the weights may be missing.
+        stored: Dtype of the weights in the files.
+        wanted: Dtype of the loaded weights.
+        target: Target device.
     """
     weights, devices = stored_bytes(folder), {target}
-    # Weights of the stored dtype are mapped from disk, and need the memory of the target alone.
+    # Weights in the stored dtype are memory-mapped, and need memory only on the target.
     if stored != wanted and {stored, wanted} <= _DTYPE_BYTES.keys():
         weights = weights * _DTYPE_BYTES[wanted] // _DTYPE_BYTES[stored]
         devices.add(_CPU)
@@ -444,7 +446,7 @@ def _loading_errors(name: str, device: torch.device = _CPU) -> Generator[None]:
             f"{MODELS}"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's allocator of the CPU raises no class of its own, that of a GPU does.
+        # PyTorch's GPU allocator raises a specific exception class; its CPU allocator does not.
         is_of_gpu = isinstance(error, torch.OutOfMemoryError)
         is_full = is_of_gpu or isinstance(error, MemoryError)
         if not is_full and "allocate memory" not in str(error):

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def require_safetensors(model: str, engine: str, tokenizer: str | None) -> None:
-    """Check that a name is one of a model in safetensors files, which has its own tokenizer.
+    """Check that a name belongs to a model in safetensors files, without a separate tokenizer.
 
     Raises:
-        SidelightError: It is another engine's, or there is no such model.
+        SidelightError: Another engine owns the name, or there is no such model.
     """
     if (owner := owner_of(model)) is not None:
         raise SidelightError(

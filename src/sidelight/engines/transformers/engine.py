@@ -1,14 +1,14 @@
-"""The transformers engine: plain forward calls of a causal LM, tokens in, logits out.
+"""The transformers engine: plain forward calls of a causal LM.
 
-``transformers`` has a batching loop of its own, ContinuousBatchingManager. It takes no seed per
-request, tells which rows belong to which request in private attributes only, and reached 586
-tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop is ours:
+``transformers`` has its own batching loop, ContinuousBatchingManager. It supports no seed per
+request, exposes the mapping of rows to requests only in private attributes, and reached 586
+tokens/s on two CPU cores, compared with 1,596 for plain forward calls. The loop is therefore
 ``LocalEngine``.
 
-The keys and values of running requests are one left-padded batch that rows enter and leave. It uses
-only public parts of ``transformers``' ``DynamicCache``: its layers' ``keys`` and ``values``, and
-``update``. A plain ``DynamicCache()`` keeps every position in every layer; models with sliding
-windows get their windows from the attention mask.
+The keys and values of running requests form one left-padded batch that rows enter and leave. It
+uses only public parts of ``transformers``' ``DynamicCache``: the ``keys`` and ``values`` of its
+layers, and ``update``. A plain ``DynamicCache()`` keeps every position in every layer; sliding
+windows are applied through the attention mask.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ from sidelight.states.reader import Tap
 
 
 class PaddedRows:
-    """A cache, and which of its columns hold a token in each row.
+    """A cache, and a mask of the columns that contain a token in each row.
 
     Args:
         cache: Keys and values, ``[row, head, column, width]`` in each layer.
-        mask: True where a column holds a token of the row; the padding comes first.
+        mask: True where a column contains a token of the row; the padding comes first.
     """
 
     def __init__(self, cache: DynamicCache, mask: Bool[Tensor, "row column"]):
@@ -44,7 +44,7 @@ class PaddedRows:
         self.mask = mask
 
     def select(self, rows: Sequence[int]) -> "PaddedRows":
-        """These rows only, in their order, without the columns that pad all of them."""
+        """Only these rows, in this order, without columns that are padding in all of them."""
         if len(rows) == len(self.mask):
             return self
         index = torch.tensor(rows, device=self.mask.device)
@@ -56,7 +56,7 @@ class PaddedRows:
         return PaddedRows(cache, mask[:, start:])
 
     def joined(self, rows: "PaddedRows") -> "PaddedRows":
-        """The rows of both, padded on the left to one length."""
+        """Concatenate the rows of both, padded on the left to the same length."""
         width = max(self.mask.shape[1], rows.mask.shape[1])
         cache = DynamicCache()
         for i, pair in enumerate(zip(_layers(self.cache), _layers(rows.cache), strict=True)):
@@ -81,7 +81,7 @@ class TransformersDecoder:
     """Plain forward calls of a causal LM over left-padded rows.
 
     Args:
-        backbone: The model; only this object runs it, in one thread.
+        backbone: The model; only this object may run it, in one thread.
 
     Attributes:
         end_tokens: Ids that end a turn; they are counted, but are not part of the text.
@@ -131,7 +131,7 @@ class TransformersDecoder:
     def read_step(
         self, tokens: Sequence[int], rows: PaddedRows, tap: Tap | None
     ) -> Float[Tensor, "row vocabulary"]:
-        """One pass over the newest token of each row, which ``rows`` then holds."""
+        """One pass over the newest token of each row, which is added to ``rows``."""
         positions = rows.mask.sum(dim=1)[:, None]
         rows.mask = pad(rows.mask, (0, 1), value=True)
         token_ids = torch.tensor(tokens, device=self._backbone.device)[:, None]
@@ -165,7 +165,7 @@ class TransformersEngine(LocalEngine):
     """Serves one backbone of ``transformers`` with its probes.
 
     Args:
-        backbone: The model. Nothing else may run it meanwhile.
+        backbone: The model. Nothing else may run it at the same time.
         probes: As for ``LocalEngine``.
         limits: As for ``LocalEngine``.
         model: As for ``LocalEngine``.

@@ -79,8 +79,7 @@ def summarise_with_last(
 
 
 def merge_with_last(left: Ragged, right: Ragged) -> Ragged:
-    """As ``merge_softmax``, but the last head comes from ``right`` wherever ``right`` has a token.
-    """
+    """As ``merge_softmax``, but the last head is that of ``right`` if it has a token."""
     merged = merge_softmax(left, right)
     earlier, later = (side.values[:, :, -1:] for side in (left, right))
     last = torch.where(later[..., :1] > LOWEST, later, earlier)
