@@ -1,4 +1,4 @@
-"""The served model and its probes at ``/v1``, and changes of them at ``/admin/probes``."""
+"""The served model and its probes at ``/v1``, and their administration at ``/admin/probes``."""
 
 import asyncio
 from pathlib import Path
@@ -39,13 +39,13 @@ class Probes(BaseModel, Generic[Card]):
 
 
 class ModelCard(Model):
-    """The served model, as OpenAI words it, with its probes."""
+    """The served model in OpenAI's format, with its probes."""
 
     sidelight: Probes[ListedProbe]
 
 
 class ModelList(BaseModel):
-    """All served models: one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -53,13 +53,13 @@ class ModelList(BaseModel):
 
 @models_router.get("/v1/models")
 async def list_models(request: ServerRequest) -> ModelList:
-    """The one model that is served."""
+    """List the single served model."""
     return ModelList(data=[_card(request)])
 
 
 @models_router.get("/v1/models/{name:path}")
 async def retrieve(name: str, request: ServerRequest) -> ModelCard:
-    """The model of this name."""
+    """Retrieve the model with this name."""
     request.require_model(name)
     return _card(request)
 
@@ -88,9 +88,9 @@ def _probe_fields(probe: Probe) -> dict[str, Any]:
 
 
 class ThresholdCard(BaseModel):
-    """A threshold, and what others would flag of the texts that the probe was calibrated on.
+    """A threshold, and how other thresholds would perform on the calibration texts.
 
-    ``curve`` is null for an artifact that stores none.
+    ``curve`` is null if the artifact has no stored curve.
     """
 
     label: str
@@ -107,7 +107,7 @@ class RuleCard(ListedProbe):
 
 @models_router.get("/v1/probes")
 async def list_rules(request: ServerRequest) -> Probes[RuleCard]:
-    """Each probe that clients see, with its thresholds and the curves that they were chosen on."""
+    """List each visible probe with its thresholds and the curves that they were chosen on."""
     cards: list[RuleCard] = []
     for bound in request.registry.rules:
         if bound.is_shadow:
@@ -132,7 +132,7 @@ admin_probes_router = APIRouter(route_class=Route, dependencies=[AdminOnly])
 
 
 class ServedProbe(ListedProbe):
-    """One probe: what it is, where it came from, and what follows from its verdicts."""
+    """A loaded probe, its origin, and its rule."""
 
     side: RuleSide
     mode: Mode
@@ -142,7 +142,7 @@ class ServedProbe(ListedProbe):
 
 
 class Replacement(StrictBody):
-    """The folders and the policy to serve from now on; null: the same as now, read again."""
+    """The probes and the policy to serve; null reloads the current ones."""
 
     probe: Listed[str] | None = Field(
         None, description="All probes to serve: folders on this machine, or ready guards."
@@ -152,7 +152,7 @@ class Replacement(StrictBody):
 
 @admin_probes_router.get("/admin/probes")
 async def list_probes(request: ServerRequest) -> Probes[ServedProbe]:
-    """All probes that run, shadows too, with their rules and the folders they came from."""
+    """List all loaded probes, including those in shadow mode, with their rules and folders."""
     return _served(request)
 
 
@@ -175,7 +175,7 @@ def _served(request: ServerRequest) -> Probes[ServedProbe]:
 
 @admin_probes_router.put("/admin/probes")
 async def replace(body: Replacement, request: ServerRequest) -> Probes[ServedProbe]:
-    """Replace all probes and the policy at once; if that fails, the old ones serve on."""
+    """Replace all probes and the policy atomically; on failure, the old ones stay."""
     folders = None if body.probe is None else list(map(Path, body.probe))
     path = None if body.policy is None else Path(body.policy)
 
@@ -184,5 +184,5 @@ async def replace(body: Replacement, request: ServerRequest) -> Probes[ServedPro
         request.observer.change(request.registry.rules)
         return _served(request)
 
-    # It is made and audited even if its caller leaves.
+    # The change completes and is audited even if the client disconnects.
     return await asyncio.shield(asyncio.create_task(audited()))

@@ -1,4 +1,4 @@
-"""The HTTP application, an engine behind OpenAI's API, and the server that runs it."""
+"""The HTTP application, which puts an engine behind OpenAI's API, and its server."""
 
 import logging
 import socket
@@ -41,7 +41,7 @@ status_router.head("/health", include_in_schema=False)(health)
 
 @status_router.get("/ready")
 async def ready(request: ServerRequest) -> dict[str, str]:
-    """200 while the engine takes requests; 503 otherwise."""
+    """200 while the engine accepts requests; 503 otherwise."""
     if not request.engine.is_ready:
         raise EngineUnavailableError("The engine has stopped. Start the server again.")
     return {"status": "ready"}
@@ -53,7 +53,7 @@ async def ready(request: ServerRequest) -> dict[str, str]:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: ServerRequest) -> Response:
-    """All series, also of what the policy does not disclose."""
+    """All series, including what the policy does not disclose."""
     return Response(request.observer.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -80,11 +80,11 @@ def create_app(
     engine: Engine,
     config: ServerConfig | None = None,
 ) -> FastAPI:
-    """The application, which starts the engine when it starts, and closes it when it ends.
+    """Create the application, which starts the engine on startup and closes it on shutdown.
 
     Args:
-        engine: What answers.
-        config: The configuration; None: the defaults, with the environment's keys.
+        engine: Engine that serves requests.
+        config: Configuration; None uses the defaults, with keys from the environment.
 
     Raises:
         SidelightError: As for ``ServerContext``.
@@ -108,7 +108,7 @@ def create_app(
         context,
         (*_ROUTERS, page_router(pages)),
         lifespan=lifespan,
-        # A browser sends no key when it opens a page.
+        # Browsers do not send a key when opening a page.
         open_paths=tuple(pages),
     )
 
@@ -120,8 +120,8 @@ def application(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
     open_paths: Collection[str] = (),
 ) -> FastAPI:
-    """The application with these routes; those of ``open_paths`` need no key."""
-    # A redirect would lead to whatever the client wrote as the host.
+    """Build the application with these routes; ``open_paths`` need no key."""
+    # A redirect would use the host that the client sent.
     app = FastAPI(
         title="Sidelight", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
@@ -130,7 +130,7 @@ def application(
     for router in routers:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
-    # The last one added stands outermost: refused requests are counted too.
+    # The last middleware is outermost, so refused requests are counted too.
     app.add_middleware(
         Gatekeeper,
         access=config.access,
@@ -150,18 +150,18 @@ def application(
 def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
     """Serve until SIGINT or SIGTERM, which is raised again once running requests have finished.
 
-    The port is taken at once; who connects before ``load`` has returned waits until then.
+    The port is bound immediately; clients that connect before ``load`` returns wait.
 
     Args:
-        load: Gives the engine.
+        load: Function that loads the engine.
         config: The configuration.
 
     Raises:
-        SidelightError: The address cannot be listened on, or clients beyond this machine would be
-            served.
+        SidelightError: The address cannot be bound, or the server would be open to other machines
+            without a key.
     """
     require_keys(config)
-    # A file that cannot be written is refused before the model is loaded.
+    # An audit log that cannot be written is refused before the model is loaded.
     if audit := audit_of(config):
         audit.close()
     with listen(config) as listener:
@@ -179,7 +179,7 @@ def serve(load: Callable[[], Engine], config: ServerConfig) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says in our log what the end waits for."""
+    """uvicorn's server, which logs what the shutdown waits for."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         running, limit_s = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
@@ -188,10 +188,10 @@ class _Server(uvicorn.Server):
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """Take the server's address.
+    """Bind the server's address.
 
     Raises:
-        SidelightError: It cannot be listened on.
+        SidelightError: The address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
@@ -201,10 +201,10 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def require_keys(config: ServerConfig) -> None:
-    """Check that no client beyond this machine is served without a key, unless that is wanted.
+    """Check that other machines need a key, unless anonymous access is allowed.
 
     Raises:
-        SidelightError: They would be.
+        SidelightError: Other machines would be served without a key.
     """
     if config.host not in LOOPBACK and not config.access.keys and not config.allow_anonymous:
         raise SidelightError(

@@ -1,4 +1,4 @@
-"""The routes that classify texts and write none: OpenAI's moderations, and redaction."""
+"""Routes that classify without generating text: OpenAI's moderations, and redaction."""
 
 import asyncio
 import uuid
@@ -24,7 +24,7 @@ from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import Extension, TextsRequest
 from sidelight.types import Span, Verdicts, spans_json
 
-# Clients send OpenAI's own names by default; here they mean: every probe.
+# Clients send OpenAI's model names by default; here they select every probe.
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
 
 router = APIRouter(route_class=Route)
@@ -48,26 +48,27 @@ async def check(
     trusted: Collection[int] = (),
     explain: Collection[str] | None = None,
 ) -> list[Checked]:
-    """The verdicts of the chosen probes on each conversation, from one pass each.
+    """Classify each conversation with the chosen probes, in one pass each.
 
-    A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
-    those that read the prompt alone. The work ends when the request's client leaves.
+    A conversation that ends with an assistant turn is classified by every chosen probe, any other
+    only by those that read only the prompt. The work is cancelled when the client disconnects.
 
     Args:
-        request: Which begins with these terms, and has awaited nothing since.
-        context: What holds for it.
-        conversations: To judge.
-        decides_prompt: Whether the turns before the assistant's are judged; if they are made up, no
-            verdict on them counts.
-        counts_shadows: Whether verdicts of probes in shadow mode suffice, which are only counted.
-        tools: Indices of the conversations of one text that count as a tool's; None: all, since
-            their roles are unknown.
-        trusted: Indices of the conversations on which only rules that redact act.
-        explain: Names of probes whose verdicts are explained; None: the client does not ask.
+        request: The request that began with this context, and has awaited nothing since.
+        context: Context of the request.
+        conversations: Conversations to classify.
+        decides_prompt: Whether the turns before the assistant's are classified; if they are
+            synthetic, no verdict on them counts.
+        counts_shadows: Whether verdicts of probes in shadow mode, which are only counted, suffice.
+        tools: Indices of single-text conversations that count as tool results; None means all,
+            because their roles are unknown.
+        trusted: Indices of conversations to which only redacting rules apply.
+        explain: Names of probes whose verdicts to explain; None if not requested.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
-        RequestError: No chosen probe can judge one of them. An empty answer would look harmless.
+        RequestError: No chosen probe can classify a conversation. An empty result would look
+            harmless.
     """
     if not counts_shadows and not all(map(is_answered, conversations)):
         require_prompt_probe(context)
@@ -97,7 +98,7 @@ async def check(
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results; the first failure ends the others."""
+    """Gather results; the first failure cancels the others."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
@@ -112,7 +113,7 @@ async def _after_second_stage(
     decisions: Sequence[Decision],
     observer: RequestTextObserver,
 ) -> list[Decision]:
-    """The decisions on one conversation, with what judges say of the chosen probes and shadows."""
+    """Complete the decisions on a conversation with the opinions of judges."""
     if context.judges is None:
         return await checked_decisions(decisions, observer, None)
     shadows = (bound for bound in context.rules if bound.is_shadow)
@@ -168,17 +169,17 @@ def _require_verdicts(
 
 
 def as_user(text: str) -> list[Message]:
-    """A bare text as a user's message."""
+    """A plain text as a user message."""
     return [Message("user", text)]
 
 
 def as_answer(text: str) -> list[Message]:
-    """A bare text as the assistant's answer to an unknown prompt, on which no verdict counts."""
+    """A plain text as a response to an unknown prompt, on which no verdict counts."""
     return [*as_user(""), Message("assistant", text)]
 
 
 def is_answered(turns: Sequence[Message]) -> bool:
-    """Whether it has a response with content; an empty one cannot be classified."""
+    """Whether there is a response with content; an empty one cannot be classified."""
     return has_response(turns) and bool(turns[-1].content)
 
 
@@ -202,7 +203,7 @@ class Results(BaseModel, Generic[Result]):
 
 @router.post("/v1/moderations", name="create")
 async def moderate(body: TextsRequest, request: ServerRequest) -> Results[ModerationResult]:
-    """Each text is judged as a user's message, by the probes that read the prompt alone."""
+    """Classify each text as a user message with the probes that read only the prompt."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
@@ -219,9 +220,9 @@ async def moderate(body: TextsRequest, request: ServerRequest) -> Results[Modera
 
 
 class Redaction(BaseModel):
-    """A text with its placeholders, and the spans that they replace, in the text as sent.
+    """A text with placeholders, and the spans that they replace, in the text as sent.
 
-    Spans have probabilities, so only those of rules that disclose scores are there.
+    Spans include probabilities, so only those of rules that disclose scores are listed.
     """
 
     text: str
@@ -230,12 +231,12 @@ class Redaction(BaseModel):
 
 @router.post("/v1/redact", name="create")
 async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redaction]:
-    """Words that probes label become ``[LABEL]``."""
+    """Replace words that probes label with ``[LABEL]``."""
     if body.model is not None:
         request.require_model(body.model)
     texts = [as_user(text) for text in body.input]
     context = await request.begin(texts, body.probes)
-    # What is replaced says which words a probe has found.
+    # The replaced words reveal what a probe has found.
     labelling = tuple(
         bound
         for bound in context.chosen
@@ -251,7 +252,7 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
             code="no_span_probe",
             param="probes",
         )
-    # An empty text has nothing to judge.
+    # An empty text has nothing to classify.
     nonempty = [index for index, text in enumerate(body.input) if text]
     checked = await check(request, replace(context, chosen=labelling), [texts[i] for i in nonempty])
     results = [Redaction(text="", spans=[]) for _ in texts]
@@ -267,10 +268,10 @@ async def redact(body: TextsRequest, request: ServerRequest) -> Results[Redactio
 
 
 def spans_of(decisions: Iterable[Decision]) -> list[Span]:
-    """The words that these probes have labelled, in order.
+    """The spans that these probes have labelled, in order.
 
     Raises:
-        VerdictError: The places of the spans of a probe are unknown.
+        VerdictError: The positions of a probe's spans are unknown.
     """
     every: list[Span] = []
     for decision in decisions:

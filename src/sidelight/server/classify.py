@@ -1,4 +1,4 @@
-"""Classification as vLLM's server defines it: one probe, and a label for each text."""
+"""vLLM's classification API: one probe, and a label for each text."""
 
 import time
 import uuid
@@ -38,7 +38,7 @@ def _refuse_token_ids(value: Any) -> Any:
 
 
 class ClassifyRequest(StrictBody):
-    """Texts, each as a user's message, or one conversation."""
+    """Texts, each as a user message, or one conversation."""
 
     unread: ClassVar[Unread] = {
         # Content goes through the chat template, which writes the special tokens.
@@ -85,7 +85,9 @@ class ClassifyRequest(StrictBody):
         return self
 
     def conversations(self, side: Side) -> list[list[Message]]:
-        """What a probe of this side classifies; a bare text is on the side that the probe reads."""
+        """The conversations for a probe of this side; a plain text is on the side that the probe
+        reads.
+        """
         if self.messages is not None:
             return [[message.as_message() for message in self.messages]]
         return [as_user(text) if side == "input" else as_answer(text) for text in self.input or ()]
@@ -119,7 +121,7 @@ class ClassifyResponse(BaseModel):
 @router.post("/classify", name="create")
 @router.post("/v1/classify", name="create")
 async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
-    """Texts are classified by the one probe that ``model`` names."""
+    """Classify texts with the single probe that ``model`` names."""
     context = _of_one_probe(await request.begin(body.conversations("input")), body.model)
     (bound,) = context.chosen
     conversations = body.conversations(bound.side)
@@ -138,7 +140,7 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
 
 
 def classification_of(index: int, verdict: Verdict | None) -> Classification:
-    """A verdict in the shape of vLLM's classification API."""
+    """A verdict in the format of vLLM's classification API."""
     assert verdict is not None, "check refuses a text without one"
     probabilities = verdict.probabilities
     label = max(verdict.labels, key=probabilities.__getitem__, default=NONE)
@@ -147,10 +149,10 @@ def classification_of(index: int, verdict: Verdict | None) -> Classification:
 
 
 def _of_one_probe(context: RequestContext, name: str | None) -> RequestContext:
-    """The same, reporting the probe that a request's ``model`` means.
+    """A copy that reports the probe selected by a request's ``model``.
 
     Raises:
-        RequestError: It means none, or might mean several.
+        RequestError: It selects no probe, or is ambiguous.
     """
     named = [bound for bound in context.chosen if bound.name == name]
     if named:

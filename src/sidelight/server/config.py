@@ -30,13 +30,13 @@ _SECRETS = frozenset({"api_key", "admin_key", "metrics_key", "audit_salt"})
 
 
 def _as_secret(value: Any) -> Any:
-    """Without the line break at the end of one from a file."""
+    """Strip the line break at the end of a secret from a file."""
     if not isinstance(value, str):
         return value
     secret = value.strip(" \t\r\n")
     if not secret:
         raise ValueError("is blank. Set it to a secret, or remove it")
-    # Bytes of an environment variable that are not UTF-8 become half characters.
+    # Bytes of an environment variable that are not UTF-8 become lone surrogates.
     if any(0xD800 <= ord(character) <= 0xDFFF for character in secret):
         raise ValueError("is not valid UTF-8. Use another secret")
     return secret
@@ -53,9 +53,9 @@ _Keys = Annotated[tuple[SecretStr, ...], BeforeValidator(_as_secrets)]
 class ServerConfig(BaseModel):
     """The configuration of one server.
 
-    A value given by name (an option of ``sidelight serve``) wins over an environment variable, and
-    that over the TOML file named by ``config``. Fields with a description are options, whose names
-    have hyphens; the file may set every field but ``config``.
+    A keyword argument (an option of ``sidelight serve``) overrides an environment variable, which
+    overrides the TOML file named by ``config``. Fields with a description are command-line options,
+    whose names have hyphens; the file may set every field except ``config``.
     """
 
     model_config = ConfigDict(
@@ -142,37 +142,38 @@ class ServerConfig(BaseModel):
         "context of one text and its n answers if that is more]",
     )
     deadline: float = Field(default=600, gt=0, description="Seconds before a request is cancelled.")
-    # Options that other commands have too.
+    # Options shared with other commands.
     engine: str = "auto"
     engine_option: dict[str, Any] = Field(default_factory=dict)
     model: str | None = None
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    # Seconds that running requests have from SIGTERM on.
+    # Grace period of running requests after SIGTERM, in seconds.
     drain_s: float = Field(default=30, ge=0)
 
     @model_validator(mode="before")
     @classmethod
     def _read_sources(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The values given by name, over those of variables and of the file."""
-        # Only secrets have variables: Kubernetes sets SIDELIGHT_PORT for a service named sidelight.
+        """Merge keyword arguments, environment variables and the file, in this precedence."""
+        # Only secrets have variables, because Kubernetes sets SIDELIGHT_PORT for a service named
+        # sidelight.
         every = {variable.upper(): text for variable, text in os.environ.items()}
         variables = {n: every[v] for n in _SECRETS if (v := f"{_PREFIX}{n.upper()}") in every}
         path = arguments.get("config")
         file = {} if path is None else _read_file(Path(path), cls.model_fields.keys() - {"config"})
         values = {**file, **variables, **arguments}
         if isinstance(of_file := file.get("engine_option"), dict):
-            # Each is an option by itself.
+            # Each is a separate option.
             values["engine_option"] = {**of_file, **arguments.get("engine_option", {})}
         return values
 
     @cached_property
     def access(self) -> Access:
-        """The rights of callers, by the files as they were at the start.
+        """The access rights of callers, from the key files as read at startup.
 
         Raises:
-            SidelightError: A key or a file of keys is wrong.
+            SidelightError: A key or a key file is not valid.
         """
         return Access(
             keys_of("api-key", self.api_key, self.api_keys_file),
@@ -182,38 +183,39 @@ class ServerConfig(BaseModel):
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """The names that requests may be sent to; None: any, since a key has to be sent too."""
+        """The host names that requests may use; None allows any, because a key is required too."""
         if self.access.keys and not self.allowed_host:
             return None
         return frozenset({"localhost", *map(name_of, (self.host, *self.allowed_host))} - {""})
 
     @cached_property
     def salt(self) -> bytes:
-        """Secret of the hashes in the audit log; a new one if none is given."""
+        """Secret salt of the hashes in the audit log; random unless configured."""
         if self.audit_salt is None:
             return secrets.token_bytes(32)
         return self.audit_salt.get_secret_value().encode()
 
     @cached_property
     def loaded_policy(self) -> "Policy":
-        """The policy of the file that ``policy`` names; without one, every probe is scored.
+        """The policy in the configured file; without one, every probe is in mode ``score``.
 
         Raises:
-            SidelightError: The file is wrong.
+            SidelightError: The file is not valid.
         """
-        # Heavy: the options of the command line come from this class.
+        # Imported here, because the command line derives its options from this class and must start
+        # fast.
         from sidelight.policy.rules import Policy, read_policy
 
         return read_policy(self.policy) if self.policy else Policy()
 
 
 def name_of(place: str) -> str:
-    """The host of an origin or of ``HOST:PORT``, in small letters; "" if there is none."""
+    """The host of an origin or of ``HOST:PORT``, in lower case; "" if there is none."""
     try:
         host = urlsplit(place if "//" in place else f"//{place}").hostname or ""
     except ValueError:
         return ""
-    # The dot of a whole name, which browsers keep.
+    # The trailing dot of an absolute name, which browsers keep.
     return host.removesuffix(".")
 
 
@@ -233,10 +235,10 @@ def _read_file(path: Path, known: Collection[str]) -> dict[str, Any]:
 
 
 def read_config(**options: Any) -> ServerConfig:
-    """The configuration from these options, the environment, and the file that ``config`` names.
+    """Read the configuration from these options, the environment, and the file named by ``config``.
 
     Raises:
-        SidelightError: A value is wrong; the message says where it is.
+        SidelightError: A value is not valid; the message says where it is.
     """
     try:
         return ServerConfig(**options)
@@ -252,6 +254,6 @@ def read_config(**options: Any) -> ServerConfig:
         place = f"{'.'.join(map(str, first['loc']))} in {options.get('config')}"
     if first["type"] == "value_error":
         raise SidelightError(f"{place} {first['msg'].removeprefix('Value error, ')}.")
-    # Options of an engine may hold tokens, such as vLLM's `hf_token`.
+    # Engine options may contain secrets, such as vLLM's `hf_token`.
     got = "" if name in _SECRETS | {"engine_option"} else f", got {first['input']!r}"
     raise SidelightError(f"{place}: {first['msg']}{got}.")

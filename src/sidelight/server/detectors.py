@@ -1,4 +1,4 @@
-"""The detectors API of the FMS guardrails orchestrator: texts, and what probes flag in them.
+"""The detectors API of the FMS guardrails orchestrator.
 
 Only what a rule flags is a detection, and its score is the probability, so callers need no
 threshold.
@@ -33,7 +33,7 @@ from sidelight.types import Span
 
 
 class DetectorError(BaseModel):
-    """A refusal or a failure, as the orchestrator reads it; ``code`` is the status."""
+    """An error in the orchestrator's format; ``code`` is the HTTP status."""
 
     code: int
     message: str
@@ -50,7 +50,7 @@ DetectorId = Annotated[
 
 
 class DetectorParameters(StrictBody):
-    """Parameters of a detector: none is read, since a server's policy has the thresholds."""
+    """Parameters of a detector, which are ignored: the server's policy has the thresholds."""
 
     unread: ClassVar[Unread] = {"threshold": None}
 
@@ -62,7 +62,7 @@ class DetectorRequest(StrictBody):
 
 
 class ContentsRequest(DetectorRequest):
-    """Texts, each by itself."""
+    """Independent texts."""
 
     contents: Listed[str] = Field(min_length=1, max_length=MAX_ITEMS)
 
@@ -77,14 +77,14 @@ class ChatDetectionRequest(DetectorRequest):
 
 
 class GenerationRequest(DetectorRequest):
-    """A prompt, and the text that a model has written after it."""
+    """A prompt, and the text that a model has generated."""
 
     prompt: str
     generated_text: str
 
 
 class Detection(BaseModel):
-    """A label that a probe, ``detection``, flags."""
+    """A label flagged by the probe named in ``detection``."""
 
     detection: str
     detection_type: str
@@ -92,7 +92,7 @@ class Detection(BaseModel):
 
 
 class ContentDetection(Detection):
-    """A label that is flagged in characters of a text, or in the whole of it."""
+    """A label that is flagged in a span of a text, or in the whole text."""
 
     start: int
     end: int
@@ -102,8 +102,8 @@ class ContentDetection(Detection):
 class ChatDetection(Detection):
     """A label that is flagged in a conversation.
 
-    ``metadata`` has the ``start`` and ``end`` of a labelled span, and the number of its
-    ``message`` if there are several.
+    ``metadata`` has the ``start`` and ``end`` of a labelled span, and the index of its ``message``
+    if there are several.
     """
 
     metadata: IfAny[dict[str, int]] = None
@@ -136,7 +136,9 @@ async def detect_in_contents(
 async def detect_in_chat(
     body: ChatDetectionRequest, request: ServerRequest, detector_id: DetectorId = None
 ) -> list[ChatDetection]:
-    """Probes of prompts read the turns before an answer; an answer at the end, others."""
+    """Detect in a chat. Probes of prompts read the turns before a response; probes of responses
+    read a final response.
+    """
     turns = [message.as_message() for message in body.messages]
     sides: set[Side] = {"input", "output"} if is_answered(turns) else {"input"}
     context = _detecting(await request.begin([turns]), detector_id, sides)
@@ -147,7 +149,7 @@ async def detect_in_chat(
 async def detect_in_generation(
     body: GenerationRequest, request: ServerRequest, detector_id: DetectorId = None
 ) -> list[ChatDetection]:
-    """What probes of responses flag in a generated text."""
+    """Detect in a generated text with probes of responses."""
     turns = [Message("user", body.prompt), Message("assistant", body.generated_text)]
     context = _detecting(await request.begin([turns]), detector_id, {"output"})
     if any(bound.side == "input" for bound in context.chosen):
@@ -185,12 +187,12 @@ def _place(span: Span) -> dict[str, int]:
 def _detecting(
     context: RequestContext, name: str | None, sides: Collection[Side]
 ) -> RequestContext:
-    """The same, reporting the probe of this name; None: those of the sides.
+    """A copy that reports the probe with this name, or all probes of the sides if None.
 
-    If no probe is left, others in shadow mode read these sides: their verdicts are counted.
+    If no probe is left, probes in shadow mode read these sides, and their verdicts are counted.
 
     Raises:
-        RequestError: There is no such probe.
+        RequestError: The probe does not exist.
     """
     if name is not None:
         chosen = tuple(bound for bound in context.chosen if bound.name == name)
@@ -217,7 +219,7 @@ def _detecting(
 def _flags(
     context: RequestContext, decisions: Iterable[Decision]
 ) -> Iterator[tuple[Json, Span | None]]:
-    """The fields of a ``Detection`` for each flag that the client may see, and its span."""
+    """The fields of a ``Detection`` for each visible flag, and its span."""
     for each in context.visible(decisions):
         verdict = each.verdict
         assert verdict is not None, "check refuses a text without one"

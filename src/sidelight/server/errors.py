@@ -1,4 +1,4 @@
-"""Every failure as an answer in its API's error shape, without tracebacks and without prompts."""
+"""Error responses in the format of each API, without tracebacks or prompts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,15 +21,15 @@ from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller
 
-# What the routes of the detectors API begin with.
+# Prefix of the routes of the detectors API.
 DETECTORS = "/api/v1/text/"
-# As nginx logs a client that left; it is never received.
+# nginx's status for a client that disconnected; it is never received.
 _CLIENT_LEFT = 499
 _MAX_QUOTED = 500
 
-# OpenAI's types of errors; others are the server's fault from 500 on, or the request's.
+# OpenAI's error types; other statuses are server errors from 500 on, else request errors.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# Status and code by the nearest class of an error.
+# Status and code by the closest class of an error.
 _KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
     SidelightError: (400, None),
     ContextLengthError: (400, "context_length_exceeded"),
@@ -42,7 +42,7 @@ _KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
 
 
 class RequestError(SidelightError):
-    """An error as HTTP answers it: ``code`` is for programs, ``param`` the field at fault."""
+    """An HTTP error: ``code`` is machine-readable, and ``param`` is the field that caused it."""
 
     def __init__(
         self,
@@ -60,20 +60,20 @@ class RequestError(SidelightError):
         self.headers = headers
 
     def answer(self, scope: Scope) -> JSONResponse:
-        """The answer to this request, in the shape that clients of its route read."""
+        """The response to this request, in the format of its route."""
         is_detectors = routed_path(scope).startswith(DETECTORS)
         body = {"code": self.status, "message": str(self)} if is_detectors else self.body
         return JSONResponse(body, status_code=self.status, headers=self.headers)
 
 
 def routed_path(scope: Scope) -> str:
-    """The path that routes are found by, without the prefix that an application is served under."""
+    """The path for routing, without the prefix that the application is mounted under."""
     path, prefix = scope["path"], scope.get("root_path", "")
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def as_request_error(error: SidelightError, *, is_admin: bool = False) -> RequestError:
-    """The answer to a client; ``is_admin`` if its key sees verdicts that rules do not disclose."""
+    """Convert an error for a client; ``is_admin`` if its key sees undisclosed verdicts."""
     message, headers = str(error), None
     match error:
         case RequestError():
@@ -94,7 +94,7 @@ def as_request_error(error: SidelightError, *, is_admin: bool = False) -> Reques
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make every failure of ``app`` an answer in its shape; ``RequestScope`` answers crashes."""
+    """Give every error of ``app`` its API's format; ``RequestScope`` handles crashes."""
     app.exception_handler(SidelightError)(_failed)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)
@@ -115,7 +115,7 @@ def wrong_field(error: Mapping[str, Any], place: Sequence[int | str]) -> Request
     """One of pydantic's errors, at this place of the body."""
     field = error.get("ctx", {}).get("field")
     param = _shortened(".".join(map(str, [*place, *([field] if field else [])])))
-    # A body that is not an object has no field to blame: most often the content type is missing.
+    # A body that is not an object has no field to name; usually, the content type is missing.
     message = (
         f"{param}: {_shortened(error['msg'])}"
         if param
@@ -125,7 +125,7 @@ def wrong_field(error: Mapping[str, Any], place: Sequence[int | str]) -> Request
 
 
 def _shortened(text: str) -> str:
-    """Without what the client has written at length: keys, and values of a wrong kind."""
+    """Truncate long client text, such as keys and values of the wrong type."""
     return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
 
 

@@ -1,4 +1,4 @@
-"""LiteLLM's generic guardrail: whether its proxy may send texts on, and in which words."""
+"""LiteLLM's generic guardrail API, which decides how its proxy forwards texts."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ _ROLES: Mapping[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
-# The roles that a text may have, from the most trusted on.
+# The possible roles of a text, most trusted first.
 _TRUST: Sequence[Role] = ("system", "assistant", "user", "tool")
 
 router = APIRouter(route_class=Route)
@@ -52,8 +52,8 @@ class GuardrailParameters(StrictBody):
 class GuardrailRequest(StrictBody):
     """Texts and tool calls of a request or of its response.
 
-    Images cannot be classified, so they are refused. Other fields are not read. LiteLLM sends the
-    messages of a request, and never those before a response.
+    Images cannot be classified, so they are refused. Other fields are ignored. LiteLLM sends the
+    messages of a request, but never those before a response.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -71,7 +71,7 @@ class GuardrailRequest(StrictBody):
 
     @model_validator(mode="after")
     def _require_content(self) -> "GuardrailRequest":
-        # A proxy that sends texts in another field would have all of them passed.
+        # If a proxy sent texts in another field, all of them would pass.
         if self.texts is None and self.tool_calls is None:
             raise RequestError(
                 "Got neither 'texts' nor 'tool_calls', so there is nothing to classify. Send "
@@ -82,10 +82,9 @@ class GuardrailRequest(StrictBody):
         return self
 
     def roles(self) -> dict[str, Role]:
-        """The role that each text has in the messages: of several, the least trusted.
+        """The role of each text in the messages, or the least trusted of several.
 
-        ``system`` are the turns that the conversation begins with. As in a chat, a later one counts
-        as the user's.
+        Only leading system turns are ``system``. As in a chat, a later one counts as the user's.
         """
         roles: dict[str, Role] = {}
         is_leading = True
@@ -111,8 +110,8 @@ def _texts_of(message: Mapping[str, Any]) -> list[str]:
 class GuardrailResponse(BaseModel):
     """``BLOCKED`` if a probe flags a text, else ``NONE``.
 
-    ``GUARDRAIL_INTERVENED`` if a rule redacts: then ``texts`` are what is to be sent on. Of a text
-    that is still being written, ``stream_holdback_chars`` are to wait for what follows.
+    ``GUARDRAIL_INTERVENED`` means that a rule redacts, and ``texts`` must be forwarded instead. For
+    a text that is still being generated, the proxy must hold back ``stream_holdback_chars``.
     """
 
     action: Literal["BLOCKED", "GUARDRAIL_INTERVENED", "NONE"]
@@ -124,10 +123,10 @@ class GuardrailResponse(BaseModel):
 
 @router.post("/beta/litellm_basic_guardrail_api", name="create")
 async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResponse:
-    """Each text of a request is judged by itself, by its role; each of a response as an answer.
+    """Classify each text of a request separately, by its role, and each text of a response.
 
-    The answer has ``texts`` only if a rule redacts, or invisible characters were stripped: a proxy
-    keeps its own.
+    The result has ``texts`` only if a rule redacts or invisible characters were stripped; otherwise
+    a proxy keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
     is_response = body.input_type == "response"
@@ -139,7 +138,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         require_trusted_turns(context.policy, [[Message("system", text.words)] for text in system])
     except PolicyError as refusal:
         return _blocked(refusal)
-    # A proxy may take the parameters of its own client.
+    # A proxy may pass on parameters from its own client.
     context = context.with_enforced()
     side: Side = "output" if is_response else "input"
     context = replace(context, chosen=tuple(b for b in context.chosen if b.side == side))
@@ -149,7 +148,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         _refuse(context, side)
     redacts = any(bound.mode == "redact" for bound in context.chosen)
     if redacts:
-        # Trusted words pass, but what they say of people is masked all the same.
+        # Trusted texts pass, but personal data in them is still redacted.
         checked_texts += system
     invisible = context.policy.invisible_characters
     try:
@@ -178,7 +177,8 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         action="BLOCKED" if flagged else "GUARDRAIL_INTERVENED" if is_masked else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
         texts=masked if is_masked else None,
-        # The next words may label the last ones anew, so a proxy sends a text once it is whole.
+        # The next words may change the labels of the last ones, so a proxy sends a text once it is
+        # complete.
         stream_holdback_chars=[*map(len, masked)] if is_response and redacts else None,
         sidelight=Extension(
             verdicts=[entry for _, decisions in checked for entry in context.entries(decisions)]
@@ -187,7 +187,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
 
 
 def _blocked(refusal: SidelightError) -> GuardrailResponse:
-    """A blocked response with the reason, which LiteLLM drops from an error."""
+    """A blocked response with the reason, which LiteLLM would drop from an error."""
     return GuardrailResponse(
         action="BLOCKED", blocked_reason=str(refusal), sidelight=Extension(verdicts=[])
     )
@@ -207,7 +207,7 @@ def _reject_disguises(
 
 
 def _refuse(context: RequestContext, side: Side) -> None:
-    """Refuse texts that no chosen probe can judge."""
+    """Refuse texts that no chosen probe can classify."""
     if side == "input":
         require_prompt_probe(context)
     raise RequestError(
@@ -219,12 +219,12 @@ def _refuse(context: RequestContext, side: Side) -> None:
 
 @dataclass(frozen=True)
 class _Text:
-    """A text of a request or response, or a call.
+    """A text of a request or response, or a tool call.
 
     Attributes:
-        index: Its place among the texts and, behind them, the calls.
-        words: What it says; never empty.
-        role: Its role; None if unknown. ``system`` is a turn that the conversation begins with.
+        index: Index among the texts, followed by the calls.
+        words: The text; never empty.
+        role: Role; None if unknown. ``system`` is a leading turn of the conversation.
         is_response: Whether it is part of the response.
     """
 
@@ -235,14 +235,16 @@ class _Text:
 
     @property
     def conversation(self) -> list[Message]:
-        """The text by itself, since many templates know no tools, and no turns out of order."""
+        """The text as a single message, because many templates support neither tools nor arbitrary
+        turn orders.
+        """
         if self.is_response:
             return as_answer(self.words)
         return as_user(self.words)
 
 
 def _texts(body: GuardrailRequest) -> list[_Text]:
-    """The texts, then the calls; empty ones have nothing to judge."""
+    """The non-empty texts, then the non-empty calls."""
     is_response = body.input_type == "response"
     roles = {} if is_response else body.roles()
     words_and_roles: list[tuple[str, Role | None]] = [
@@ -259,7 +261,7 @@ def _texts(body: GuardrailRequest) -> list[_Text]:
 
 
 def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
-    """The probes that flag a text, and whose rule does not redact."""
+    """The probes that flag a text and whose rule does not redact."""
     flagged = (
         d.rule.name
         for text_decisions in decisions
@@ -272,12 +274,12 @@ def _flagged(decisions: Iterable[Sequence[Decision]]) -> list[str]:
 def _mask(
     body: GuardrailRequest, texts: Sequence[_Text], decisions: Sequence[Sequence[Decision]]
 ) -> tuple[list[str], list[str]]:
-    """The texts with placeholders for what rules redact, and the probes that would redact a call.
+    """Redact the texts; also return the probes that would redact a call.
 
     Args:
         body: The request.
-        texts: What was judged of it.
-        decisions: On each of these.
+        texts: The classified texts.
+        decisions: Decisions on each of these.
     """
     masked, in_calls = [*(body.texts or ())], list[str]()
     for text, text_decisions in zip(texts, decisions, strict=True):
@@ -286,6 +288,6 @@ def _mask(
         if text.index < len(masked):
             masked[text.index] = redacted(text.words, spans)
         else:
-            # The protocol has no way to send a call on in other words.
+            # The protocol cannot forward a modified call.
             in_calls += [d.rule.name for d in redacting if d.action == "redact"]
     return masked, in_calls

@@ -1,4 +1,4 @@
-"""The judges of a server's policies, and what one request asks them."""
+"""The judges of a server's policies, and the questions of one request."""
 
 import asyncio
 import logging
@@ -15,12 +15,13 @@ _log = logging.getLogger(__name__)
 
 
 class Judges:
-    """The clients of a server.
+    """The judge clients of a server.
 
-    A judge that a new policy leaves as it is keeps its client, with its budget and its answers.
+    A judge that a new policy does not change keeps its client, with its budget and its cached
+    answers.
 
     Args:
-        config: Says where the server itself listens.
+        config: Configuration with the server's own address.
     """
 
     def __init__(self, config: ServerConfig):
@@ -29,10 +30,10 @@ class Judges:
         self._later: set[asyncio.Task[None]] = set()
 
     def prepare(self, policy: Policy) -> None:
-        """Make the clients of a policy; takes seconds at first.
+        """Create the clients of a policy; the first call takes seconds.
 
         Raises:
-            SidelightError: A judge has no key, or is this server.
+            SidelightError: A judge has no key, or is this server itself.
         """
         for name, settings in deferred_to(policy).items():
             require_another_server(settings, name, host=self._host, port=self._port)
@@ -40,7 +41,7 @@ class Judges:
                 self._clients[_name_of(settings)] = JudgeClient(settings, name=name)
 
     def of(self, policy: Policy, key_id: str | None) -> "RequestJudges | None":
-        """What a request under this policy may ask; None: no rule defers."""
+        """The judges for a request under this policy; None if no rule defers."""
         clients = {
             name: self._clients[_name_of(settings)]
             for name, settings in deferred_to(policy).items()
@@ -79,7 +80,7 @@ class RequestJudges:
 async def _logged(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
-    # No client is left to be told. The message might quote a text.
+    # The client has already been answered. The error's message might quote a text.
     except Exception as error:  # noqa: BLE001
         _log.error("A verdict of a shadow could not be recorded (%s).", type(error).__name__)
 

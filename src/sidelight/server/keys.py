@@ -1,6 +1,6 @@
-"""Keys: who may ask what of a server, and the files that they are read from at the start.
+"""API keys: access rights, and the key files that are read at startup.
 
-Only the digests of keys are kept, and nothing prints them.
+Only digests of keys are stored, and they are never printed.
 """
 
 import hashlib
@@ -14,26 +14,26 @@ from pydantic import SecretStr
 
 from sidelight.errors import SidelightError
 
-# What may surround a key in a header. Other blanks are part of it: headers are latin-1, in which
-# the last byte of "à" in UTF-8 is a blank.
+# Whitespace that may surround a key in a header. Other whitespace belongs to the key: headers are
+# latin-1, in which the last byte of "à" in UTF-8 is a space.
 _BLANKS = " \t"
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: the name under which it is audited, and the SHA-256 digest of its secret."""
+    """A key: its id in the audit log, and the SHA-256 digest of its secret."""
 
     id: str
     digest: bytes = field(repr=False)
 
     @classmethod
     def of(cls, id: str, secret: str) -> "Key":
-        """The key with a secret, or with ``sha256:`` and the secret's digest in hexadecimal.
+        """Create a key from its secret, or from ``sha256:`` and the secret's digest in hexadecimal.
 
         Raises:
-            SidelightError: It begins like a digest but is none, so that the text in the file would
-                itself be the secret.
+            SidelightError: It begins like a digest but is not valid, so the text itself would
+                become the secret.
         """
         hashed = _DIGEST.fullmatch(secret)
         if not hashed and secret.startswith("sha256:"):
@@ -47,9 +47,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Caller:
-    """The sender of a request, by the id of the key; None: without one.
+    """The sender of a request, identified by the id of the key; None without a key.
 
-    ``is_scraper``: its key opens ``/metrics`` and nothing else.
+    ``is_scraper`` is True if the key opens only ``/metrics``.
     """
 
     key_id: str | None = None
@@ -59,14 +59,14 @@ class Caller:
 
 @dataclass(frozen=True)
 class Access:
-    """The rights of callers.
+    """The access rights of callers.
 
     Attributes:
-        keys: Open everything but ``/admin`` and ``/metrics``; without any, that is open to
-            all.
-        admin_keys: Open everything; without any, ``/admin`` is closed.
-        metrics_keys: Open ``/metrics``.
-        foreign_keys: Keys that something else asks for. Here they open nothing and name their
+        keys: Keys for everything except ``/admin`` and ``/metrics``, which is open to all without
+            any key.
+        admin_keys: Keys for everything; without any, ``/admin`` is closed.
+        metrics_keys: Keys for ``/metrics``.
+        foreign_keys: Keys checked by another component. Here they open nothing, but identify
             callers.
     """
 
@@ -78,13 +78,13 @@ class Access:
     def opens_metrics(self, caller: Caller, *, hides_scores: bool) -> bool:
         """Whether this caller may read ``/metrics``.
 
-        Any caller may if there are no keys and the policy withholds nothing.
+        Every caller may if there are no keys and the policy withholds nothing.
         """
         is_open = not self.keys and not self.metrics_keys and not hides_scores
         return is_open or caller.is_admin or caller.is_scraper
 
     def caller(self, authorization: str) -> Caller | None:
-        """The sender of this header; None: not authorised."""
+        """The sender of this header; None if not authorised."""
         scheme, _, secret = authorization.partition(" ")
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
         digest = _digest(secret.strip(_BLANKS).encode("latin-1"))
@@ -98,7 +98,7 @@ class Access:
 
 
 def keys_of(prefix: str, secrets: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
-    """The keys that are given, numbered after a prefix, and those of a file."""
+    """The given keys, numbered after a prefix, and the keys of a file."""
     numbered = (
         Key.of(f"{prefix}-{i}", secret.get_secret_value()) for i, secret in enumerate(secrets, 1)
     )
@@ -106,13 +106,13 @@ def keys_of(prefix: str, secrets: Sequence[SecretStr], path: Path | None) -> tup
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file: one ``ID KEY`` per line.
+    """Read the keys of a file: one ``ID KEY`` per line.
 
-    Blank lines and ``#`` lines do not count.
+    Blank lines and lines starting with ``#`` are ignored.
 
     Raises:
-        SidelightError: It is unreadable, a line has another form, or an id occurs twice. The
-            message names the line and quotes nothing of it.
+        SidelightError: The file is unreadable, a line is malformed, or an id is repeated. The
+            message names the line without quoting it.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -135,7 +135,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 def _match(keys: Sequence[Key], digest: bytes) -> Key | None:
-    # All are compared, each in constant time: the time taken reveals nothing about them.
+    # All are compared, each in constant time, so that timing reveals nothing about them.
     matches = [key for key in keys if hmac.compare_digest(key.digest, digest)]
     return matches[0] if matches else None
 

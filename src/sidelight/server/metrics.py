@@ -1,4 +1,4 @@
-"""Series for Prometheus: requests, tokens, times and verdicts. No text, no keys.
+"""Prometheus metrics: requests, tokens, times and verdicts, without texts or keys.
 
 Every label has a bounded number of values.
 """
@@ -26,7 +26,7 @@ from sidelight.policy.rules import Action, BoundRule
 from sidelight.probes.probe import Probe
 from sidelight.types import Verdict
 
-# `deploy/alerts.yaml` names these bounds.
+# `deploy/alerts.yaml` refers to these bounds.
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _CHANGES = ("flagged", "passed")
@@ -34,11 +34,11 @@ _CLASSIFICATION_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
 
 
 class Metrics(Collector):
-    """The series of one server, in a registry of its own.
+    """The metrics of one server, in a separate registry.
 
     Args:
-        engine: Has the requests that run and wait.
-        rules: Gives those of all probes that run.
+        engine: Engine with the running and waiting requests.
+        rules: Function that returns the rules of all loaded probes.
     """
 
     def __init__(self, engine: Engine, rules: Callable[[], Iterable[BoundRule]]):
@@ -108,19 +108,19 @@ class Metrics(Collector):
         build.info({"version": version("sidelight")})
 
     def exposition(self) -> bytes:
-        """The series in Prometheus's text format, and those of the process."""
+        """The metrics in Prometheus's text format, including process metrics."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         ProcessCollector(registry=registry)
         return generate_latest(registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The series; counters of each probe start at 0: a first count would be no increase.
+        """All series. Counters of each probe start at 0, because a first value is not an increase.
 
-        The times at which series began are left out: they double what is stored, and no query uses
-        for them.
+        The creation times of series are left out, because they double the storage and no query uses
+        them.
         """
-        # A new family at each scrape: a version that is no longer served leaves no series.
+        # A new family at each scrape, so that a version that is no longer served leaves no series.
         served = InfoMetricFamily("sidelight_probe", "Probes that are served", labels=["probe"])
         for rule in self._rules():
             served.add_metric([rule.name], {"version": rule.probe.version})
@@ -141,11 +141,11 @@ class Metrics(Collector):
             yield family
 
     def count(self, decisions: Sequence[Decision], beside: Sequence[Decision] = ()) -> None:
-        """Count verdicts, what followed from them, and whether shadows agreed.
+        """Count verdicts, the actions taken, and the agreement of shadow probes.
 
         Args:
-            decisions: To count.
-            beside: Counted before, on the same text: shadows are compared with them.
+            decisions: Decisions to count.
+            beside: Decisions counted earlier on the same text, to compare shadow probes with.
         """
         for decision in decisions:
             rule, verdict = decision.rule, decision.verdict

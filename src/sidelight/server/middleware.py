@@ -1,6 +1,6 @@
-"""The layers between uvicorn and the routes: ids, deadlines, names of the server, and keys.
+"""Middleware: request ids, deadlines, allowed hosts, and keys.
 
-Slow clients and too many connections are for a proxy to limit.
+Slow clients and excess connections must be limited by a proxy.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ from sidelight.server.keys import Access, Caller
 from sidelight.server.observe import RequestObserver
 
 REQUEST_ID = "x-request-id"
-# Probes of Kubernetes and load balancers cannot send a secret.
+# Health checks of Kubernetes and load balancers cannot send a secret.
 _OPEN = frozenset({"/health", "/ready"})
-# Operators have to see a busy server too, and they ask every few seconds.
+# Operators must be able to monitor a busy server, and they poll every few seconds.
 _OPERATORS = _OPEN | {"/metrics"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _access_log = logging.getLogger("sidelight.access")
@@ -31,21 +31,21 @@ _log = logging.getLogger("sidelight.server")
 
 
 class RequestScope:
-    """Gives each request an id and a deadline, answers its crash, and records its end.
+    """Gives each request an id and a deadline, responds to crashes, and records the end.
 
-    The id is in the answer's ``x-request-id``. One that the client sends is ignored: it would be
-    the client's text in our logs. For the same reason, requests are counted and logged by the
-    template of their route, never by path or query. Crashes are answered here, since Starlette's
-    own handler is outside all middleware: its answer would have no id.
+    The id is in the response header ``x-request-id``. A client's id is ignored, because it would
+    put client text into the logs. For the same reason, requests are counted and logged by the
+    template of their route, never by path or query. Crashes are handled here, because Starlette's
+    own handler is outside all middleware and its response would have no id.
 
     The deadline and a server shutdown cancel the request, which frees its engine slot. A response
     that has not started becomes 504 (deadline) or 503 (shutdown). An event stream ends with an
     error event and no ``[DONE]``; any other started response is truncated.
 
     Args:
-        app: What answers.
-        observer: The server's; each request gets one of its own, in its state.
-        deadline: Seconds from the end of the request's head to the last byte of the answer.
+        app: The wrapped application.
+        observer: The server's observer; each request gets its own in its state.
+        deadline: Seconds from the end of the request headers to the last byte of the response.
     """
 
     def __init__(self, app: ASGIApp, *, observer: RequestObserver, deadline: float):
@@ -61,7 +61,7 @@ class RequestScope:
         observer = self._observer.of(f"req_{uuid.uuid4().hex}")
         scope.setdefault("state", {})["observer"] = observer
         send = observer.annotating(send)
-        # Of the answer, once it has begun.
+        # Status of the response, once it has started.
         status, content_type = 500, None
 
         async def named(message: Message) -> None:
@@ -77,7 +77,7 @@ class RequestScope:
         try:
             async with timeout:
                 await self._app(scope, receive, named)
-        # Whatever fails: the answer to a crash must have the id under which it is logged.
+        # On any error, because the response to a crash must have the id under which it is logged.
         except (Exception, asyncio.CancelledError) as failure:
             task = asyncio.current_task()
             is_cut = True
@@ -124,7 +124,7 @@ class RequestScope:
             "status": status,
             "seconds": round(seconds, 4),
         }
-        # Probes ask every other second.
+        # Health checks poll every other second.
         is_routine = scope["path"] in _OPERATORS and status in (200, 503)
         level = logging.DEBUG if is_routine else logging.INFO
         line = "%(method)s %(route)s %(status)d %(seconds).3f s"
@@ -153,20 +153,20 @@ def _crash(request_id: str) -> RequestError:
 
 
 class Gatekeeper:
-    """Refuses what is for another server, or has no key that opens it.
+    """Refuses requests for another host, or without a sufficient key.
 
-    ``/health``, ``/ready`` and ``open_paths`` are open to all; ``/metrics`` needs a key, but none
-    of a user, if there are keys or the policy ``hides_scores`` what it tells. The gate is before
-    the routing, so that no client without a key learns which routes exist. A request that passes
-    carries its ``Caller`` in its state.
+    ``/health``, ``/ready`` and ``open_paths`` are open to all. ``/metrics`` needs a metrics or
+    admin key if there are keys or the policy ``hides_scores``. The check precedes routing, so that
+    clients without a key do not learn which routes exist. A request that passes has its ``Caller``
+    in its state.
 
-    A page in a browser can have its own name point at this machine (DNS rebinding), and then read
-    what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
-    ``hosts`` are the only names that are answered. Addresses and names under ``localhost`` are
-    answered too, which no page can take, and the origin that is the very server asked.
+    A web page can make its own host name resolve to this machine (DNS rebinding), and then read the
+    responses of a server without keys. Its requests have that name in ``Host`` and ``Origin``, so
+    only ``hosts`` are allowed. Also allowed are addresses and names under ``localhost``, which no
+    page can claim, and the server's own origin.
 
-    A server that ``defers`` to judges answers no server that asks it as a judge: the two might ask
-    each other without end.
+    A server that ``defers`` to judges refuses requests as a judge, because two such servers could
+    ask each other endlessly.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Gatekeeper:
     def _require_access(self, scope: Scope) -> None:
         path, headers = routed_path(scope), Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
-            # RFC 9112, section 6.1: a proxy may have taken the other one for the body's end.
+            # RFC 9112, section 6.1: a proxy may have used the other header for the end of the body.
             raise RequestError(
                 "Got both Content-Length and Transfer-Encoding. Send one of them.",
                 code="ambiguous_length",
@@ -225,7 +225,7 @@ class Gatekeeper:
             )
 
     def _caller(self, path: str, headers: Headers) -> Caller:
-        """The sender of a request, whose key opens this path."""
+        """Identify the sender of a request, and check that the key opens this path."""
         sent = headers.getlist("authorization")
         if len(sent) > 1:
             # A proxy might have checked the other one.
@@ -241,7 +241,8 @@ class Gatekeeper:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        # vLLM answers all that begins so with its metrics, and routers the path and a line break.
+        # vLLM serves its metrics on all paths with this prefix, and routers match the path followed
+        # by a line break.
         if path.startswith("/metrics") and not self._access.opens_metrics(
             caller, hides_scores=self._hides_scores()
         ):
@@ -261,7 +262,7 @@ class Gatekeeper:
         return caller
 
     def _foreign_name(self, headers: Headers) -> str | None:
-        """A name that a request is sent to or comes from, unless this server answers to it."""
+        """A host name in ``Host`` or ``Origin`` that is not allowed; None if all are allowed."""
         if self._hosts is None:
             return None
         asked = {host: name_of(host) for host in headers.getlist("host")}
@@ -275,7 +276,7 @@ class Gatekeeper:
 
 
 def _is_local(name: str) -> bool:
-    """Whether no page in a browser can have this name lead to a place of its choice."""
+    """Whether no web page can make this name resolve to an address of its choice."""
     # Resolvers do not look up names under localhost (RFC 6761, section 6.3).
     if name.endswith(".localhost"):
         return True

@@ -1,6 +1,6 @@
-"""The observation of a request: its counts, its span, its audit lines and its log lines.
+"""Observation of a request: metrics, trace spans, audit lines and log lines.
 
-Names, numbers and hashes only: never a text, a key, or a word that a client chose.
+Only names, numbers and hashes are recorded, never a text, a key, or client-chosen words.
 """
 
 import asyncio
@@ -52,15 +52,15 @@ _APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 @dataclass
 class RequestObserver:
-    """Counts, audits and logs what happens in one request.
+    """Counts, audits and logs the events of one request.
 
     Attributes:
-        metrics: Series of the server.
-        audit: Where decisions are written; None: nowhere.
-        request_id: As in the answer's ``x-request-id``.
-        key_id: Of the API key that was sent; None: the request had none.
-        decisions: What followed from each verdict so far.
-        trace_events: Whether the span gets an event for each verdict that rules disclose.
+        metrics: Metrics of the server.
+        audit: Audit log; None without one.
+        request_id: As in the response header ``x-request-id``.
+        key_id: Id of the API key; None if the request had none.
+        decisions: Decisions so far.
+        trace_events: Whether to add a span event for each disclosed verdict.
     """
 
     metrics: Metrics
@@ -72,7 +72,7 @@ class RequestObserver:
     _traced: int = field(default=0, init=False)
 
     def of(self, request_id: str, *, key_id: str | None = None) -> "RequestObserver":
-        """The same for one request."""
+        """A copy for one request."""
         observer = RequestObserver(self.metrics, self.audit, request_id, key_id)
         observer.trace_events = self.trace_events
         return observer
@@ -80,8 +80,8 @@ class RequestObserver:
     def annotate_span(self) -> None:
         """Set the verdicts as attributes of the current span, if OpenTelemetry records one.
 
-        Those of a probe are lists with one entry per verdict: a request may have several texts. An
-        event is added once, however often this is called.
+        The attributes of a probe are lists with one entry per verdict, because a request may have
+        several texts. Each event is added only once, even if this is called repeatedly.
         """
         span = None if otel is None else otel.get_current_span()
         if span is None or not span.is_recording():
@@ -96,7 +96,7 @@ class RequestObserver:
                 for label, score in scores(decision.rule.probe, decision.verdict).items():
                     lists[f"{name}.score.{label}"].append(score)
         span.set_attributes(lists)
-        # Readers of traces may lack the right to see what rules hide.
+        # Readers of traces may not be allowed to see what rules hide.
         new, self._traced = self.decisions[self._traced :], len(self.decisions)
         for each in visible_to(new, is_admin=False) if self.trace_events else ():
             attributes: dict[str, str | float] = {EVALUATION["probe"]: each.probe}
@@ -110,7 +110,7 @@ class RequestObserver:
             span.add_event(EVALUATION["event"], attributes)
 
     def annotating(self, send: Send) -> Send:
-        """Annotate the span before the last message: instrumentation ends it with that."""
+        """Annotate the span before the last message, with which instrumentation ends it."""
 
         async def send_annotated(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
@@ -122,7 +122,7 @@ class RequestObserver:
     def change(self, rules: Sequence[BoundRule]) -> None:
         """Audit which probes are served by which rules after a change.
 
-        The change stands even if that fails.
+        The change persists even if this fails.
         """
         line = {
             "change": "replace",
@@ -136,7 +136,7 @@ class RequestObserver:
         """Write lines to the audit log, if there is one.
 
         Raises:
-            RequestError: It cannot be written.
+            RequestError: The audit log cannot be written.
         """
         if self.audit is None:
             return
@@ -151,17 +151,17 @@ class RequestObserver:
 
 
 class RequestTextObserver:
-    """The ``policy.enforcement.TextObserver`` of one text, whose clock starts when it is made.
+    """The ``policy.enforcement.TextObserver`` of one text, whose clock starts at its creation.
 
-    Where the audit log cannot be written, ``prompt``, ``check`` and ``end`` raise ``RequestError``
-    if one of their rules blocks what cannot be classified; otherwise the failure is only logged and
-    counted. A text that is only checked has a ``check`` and nothing else.
+    If the audit log cannot be written, ``prompt``, ``check`` and ``end`` raise ``RequestError`` if
+    one of their rules fails closed; otherwise the failure is only logged and counted. A text that
+    is only classified has a ``check`` and no other event.
 
     Args:
-        request: Whose text it is.
-        text: What is judged; the audit log gets its hash.
-        is_prompt_known: Whether the decisions on its prompt have been recorded already, with
-            another text.
+        request: Observer of the request.
+        text: The classified text; the audit log gets its hash.
+        is_prompt_known: Whether the decisions on its prompt have already been recorded with another
+            text.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class RequestTextObserver:
         self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
 
     def check(self, event: PromptClassified, decisions: Sequence[Decision]) -> None:
-        """As ``prompt``, for a text after which nothing is written."""
+        """As ``prompt``, for a text that is only classified."""
         self._metrics.prompt_tokens.inc(event.tokens)
         self._metrics.classification.labels("input").observe(event.classification_s)
         self._record(decisions)
@@ -194,7 +194,7 @@ class RequestTextObserver:
             self._tokens = max(self._tokens, event.tokens)
         elif isinstance(event, Finished):
             self._tokens = event.completion_tokens
-        # A text that no probe reads took none of a probe's time.
+        # A text that no probe reads has no classification time.
         if isinstance(event, ResponseScored | Finished) and event.verdicts != Verdicts():
             self._classification_s = event.classification_s
 
@@ -212,7 +212,7 @@ class RequestTextObserver:
         if self._classification_s is not None:
             self._metrics.classification.labels("output").observe(self._classification_s)
         if is_cancelled:
-            # No answer is left that could be refused.
+            # The response has ended, so it can no longer be refused.
             with suppress(RequestError):
                 self._record(decisions)
         else:
@@ -255,14 +255,14 @@ class RequestTextObserver:
 
 
 class AuditLog(WatchedFileHandler):
-    """Appends JSON lines to a file, and to the new one at its path after a rotation.
+    """Appends JSON lines to a file, and follows log rotation.
 
-    A line is handed to the operating system before the request goes on, but not synced to the disk:
-    it survives a crash of the process, not one of the machine.
+    A line is passed to the operating system before the request continues, but not synced to disk:
+    it survives a crash of the process, but not of the machine.
 
     Args:
         path: The file.
-        salt: Secret of the texts' hashes; equal texts have equal hashes under the same salt.
+        salt: Secret salt of the text hashes; equal texts have equal hashes under the same salt.
 
     Raises:
         SidelightError: It cannot be written.
@@ -281,7 +281,7 @@ class AuditLog(WatchedFileHandler):
         """Append the lines.
 
         Raises:
-            RequestError: They could not be written, or only in part.
+            RequestError: The lines could not be written completely.
         """
         text = "\n".join(map(json.dumps, lines))
         try:
@@ -305,7 +305,7 @@ class AuditLog(WatchedFileHandler):
         return hmac.new(self._salt, words.encode(), hashlib.sha256).hexdigest()
 
     def close(self) -> None:
-        """Close the file; requests whose lines it has not taken were refused already."""
+        """Close the file; requests whose lines were not written have already been refused."""
         with suppress(OSError):
             super().close()
 
@@ -318,7 +318,7 @@ class AuditLog(WatchedFileHandler):
 
 
 def audit_of(config: ServerConfig) -> AuditLog | None:
-    """The audit log that a server's configuration asks for.
+    """The audit log of a server's configuration; None without one.
 
     Raises:
         SidelightError: It cannot be written.
@@ -328,17 +328,17 @@ def audit_of(config: ServerConfig) -> AuditLog | None:
     return AuditLog(config.audit_log, salt=config.salt)
 
 
-# Fields that the server's own records carry, next to the message.
+# Extra fields of the server's own records.
 _FIELDS = ("request_id", "key_id", "method", "route", "status", "seconds")
 
 
 class LogFormatter(logging.Formatter):
     """One line: time in UTC, level, logger, message, and the ids of the request and its key.
 
-    Of an exception it keeps where it happened: its own message may quote a prompt.
+    Only the location of an exception is logged, because its message may quote a prompt.
 
     Args:
-        as_json: Whether it is a JSON object, which has all fields of the record.
+        as_json: Whether to write a JSON object, which has all fields of the record.
     """
 
     def __init__(self, *, as_json: bool):
@@ -346,10 +346,11 @@ class LogFormatter(logging.Formatter):
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; where an exception happened is below, or a field."""
+        """Format the record; the location of an exception follows the line, or is a field."""
         message, places = record.getMessage(), ""
         if record.name == "asyncio":
-            # The bracket holds a callback's arguments, the lines below a task with its exception.
+            # The bracket contains a callback's arguments; the following lines are a task with its
+            # exception.
             message = message.split("\n")[0].split("(")[0]
         if record.exc_info and (error := record.exc_info[1]) is not None:
             trace = "".join(traceback.format_tb(error.__traceback__))
@@ -376,12 +377,12 @@ def _is_no_cancellation(record: logging.LogRecord) -> bool:
 
 
 def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
-    """Settings for ``logging.config``: every record of the process goes to standard error.
+    """Settings for ``logging.config`` that send every record of the process to standard error.
 
     Args:
-        level: Of the server's own loggers; others log warnings and errors only. uvicorn's lines of
-            its start and end are left out at ``info``: the server's own say more.
-        as_json: One JSON object per line, in place of text.
+        level: Level of the server's own loggers; others log only warnings and errors. At ``info``,
+            uvicorn's startup and shutdown lines are left out in favour of the server's own.
+        as_json: Write one JSON object per line instead of text.
     """
     handler = {
         "class": "logging.StreamHandler",

@@ -1,4 +1,4 @@
-"""The probes that are served and their rules, which an operator replaces all at once."""
+"""The served probes and their rules, which are replaced atomically."""
 
 import asyncio
 import logging
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 class ProbeRegistry:
-    """The probes that run, with their rules.
+    """The loaded probes with their rules.
 
     Args:
-        engine: Runs the probes.
-        config: Names the policy, and the folders that probes are read from again.
+        engine: Engine that runs the probes.
+        config: Configuration with the policy, and the folders for reloading probes.
 
     Attributes:
-        folders: Those that the probes were loaded from, by name.
-        judges: Asked by rules that defer.
+        folders: Folders of the probes by name.
+        judges: Judges for rules that defer.
 
     Raises:
         SidelightError: A judge has no key, or is this server.
@@ -44,44 +44,45 @@ class ProbeRegistry:
         self.judges = Judges(config)
         self.judges.prepare(self._policy)
         self.folders = {read_card(folder).name: folder for folder in config.probe}
-        # The versions and policy that are being taken, while the engine may or may not have them.
+        # The versions and policy of a replacement in progress, which the engine may or may not have
+        # yet.
         self._incoming: tuple[list[str], Policy] | None = None
         self._has_hidden_scores = False
         self._changing = asyncio.Lock()
 
     @property
     def policy(self) -> Policy:
-        """The policy of the probes that the engine has now, also in the middle of a change."""
+        """The policy of the engine's current probes, even during a replacement."""
         if self._incoming is not None and self._incoming[0] == _versions(self._engine.probes):
             return self._incoming[1]
         return self._policy
 
     @property
     def rules(self) -> tuple[BoundRule, ...]:
-        """Every probe that runs, with its rule."""
+        """Every loaded probe with its rule."""
         return bound_rules(self.policy, self._engine.probes)
 
     @property
     def hides_scores(self) -> bool:
-        """Whether a rule withholds from clients what the metrics would tell them, or has done so.
+        """Whether a rule withholds, or has withheld, what the metrics would reveal to clients.
 
-        The series keep what was counted under earlier rules.
+        The metrics keep the counts of earlier rules.
         """
         return self._has_hidden_scores or not all(bound.discloses_scores() for bound in self.rules)
 
     @property
     def defers(self) -> bool:
-        """Whether a rule asks a judge."""
+        """Whether a rule defers to a judge."""
         return bool(deferred_to(self.policy))
 
     async def replace(
         self, folders: Sequence[Path] | None = None, policy_path: Path | None = None
     ) -> None:
-        """Serve other probes under another policy from now on; if that fails, nothing changes.
+        """Replace the probes and the policy; on failure, nothing changes.
 
         Args:
-            folders: Of all probes; None: the served ones, read again from where they came.
-            policy_path: The policy's file; None: the one that is served, read again.
+            folders: Folders of all probes; None reloads the served ones.
+            policy_path: Policy file; None reloads the current one.
 
         Raises:
             SidelightError: A probe or the policy cannot be read, or they do not fit each other or
@@ -113,7 +114,7 @@ class ProbeRegistry:
             model = next((probe.card.backbone for probe in self._engine.probes), None)
             named = probe_folders(folders, model and model.name, model and (lambda: model.digest))
             pairs = [(load_probe(folder), folder) for folder in named]
-        # What was read again may have another name.
+        # A reloaded probe may have another name.
         return [probe for probe, _ in pairs], {probe.name: path for probe, path in pairs if path}
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's questions about one text, which is read once; each names the probe that answers it.
+"""OpenAI's decisions API: questions about one text, each answered by the probe that it names.
 
 A question that no probe can answer is refused, never guessed.
 """
@@ -30,14 +30,14 @@ from sidelight.types import Task, Verdict, spans_json
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
 
-# The probe and label that a name in a question means.
+# The probe and label that a name in a question refers to.
 Meanings = Mapping[str, tuple[str, str]]
 
 router = APIRouter(route_class=Route)
 
 
 class InputMessage(ChatMessage):
-    """One turn of the conversation to judge."""
+    """One turn of the conversation to classify."""
 
     type: Literal["message"] = "message"
 
@@ -50,7 +50,7 @@ class ChoiceOption(StrictBody):
 
 
 class PredicateQuestion(StrictBody):
-    """How probable is the class that ``name`` means?"""
+    """How probable is the class that ``name`` refers to?"""
 
     type: Literal["predicate"]
     name: str | None = None
@@ -67,7 +67,7 @@ class ChoiceQuestion(StrictBody):
 
 
 class ScoreQuestion(StrictBody):
-    """A rating on ordered levels: no probe gives one, so it is refused."""
+    """A rating on ordered levels, which is refused because no probe provides one."""
 
     type: Literal["score"]
     name: str | None = None
@@ -113,8 +113,8 @@ class DecisionRequest(StrictBody):
 class DecisionResponse(Decision):
     """OpenAI's decision, whose answers are in the order of the questions.
 
-    Explanations are in the order of the verdicts, and spans by probe, if it labels words and its
-    rule discloses them.
+    Explanations are in the order of the verdicts. Spans are listed by probe, if it labels spans and
+    its rule discloses them.
     """
 
     explanations: IfAny[list[dict[str, Any]]] = None
@@ -123,7 +123,7 @@ class DecisionResponse(Decision):
 
 @router.post("/v1/decisions", name="create")
 async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionResponse:
-    """The input is read once, however many questions there are; each names its probe."""
+    """Answer questions about an input, which is read only once."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
     context = await request.begin([turns])
@@ -170,7 +170,7 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
 def _asked(
     body: DecisionRequest, context: RequestContext, meanings: Meanings, *, is_answered: bool
 ) -> tuple[BoundRule, ...]:
-    """The probes that a question names, and that can judge the input."""
+    """The probes that a question names and that can classify the input."""
     named = {question.name or "" for question in body.questions}
     asked = named | {meanings[name][0] for name in named if name in meanings}
     return tuple(
@@ -206,7 +206,7 @@ def _answer(
     if isinstance(question, ChoiceQuestion) and name in verdicts:
         verdict, task = verdicts[name], tasks[name]
         values = [option.value for option in question.choices]
-        # A binary probe also takes true for its positive label and false for the other.
+        # A binary probe also accepts true for its positive label and false for the other.
         of_bool = task.labels if task.kind == "binary" else ("", "")
         labels = [value if isinstance(value, str) else of_bool[value] for value in values]
         by_label = dict(zip(labels, values, strict=True))

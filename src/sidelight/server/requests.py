@@ -1,4 +1,4 @@
-"""A request at a route: its body, the parts of the server that answer it, and their limits."""
+"""Requests to a route: the body, the shared server context, and limits."""
 
 import asyncio
 import gc
@@ -28,12 +28,12 @@ from sidelight.server.probes import ProbeRegistry
 
 _log = logging.getLogger("sidelight.server")
 T = TypeVar("T")
-# Most tokens of all texts of a request, unless one text alone may have more.
+# Maximum tokens of all texts of a request, unless a single text may have more.
 _REQUEST_TOKENS = 2**16
 
 
 class ServerContext:
-    """The parts of one server, which its requests share; ``started_at`` is Unix time.
+    """The state of one server that its requests share; ``started_at`` is Unix time.
 
     Raises:
         SidelightError: A file that ``config`` names cannot be read or written, or the policy does
@@ -64,16 +64,16 @@ class ServerContext:
         for_text: bool = False,
         is_admin: bool = False,
     ) -> RequestContext:
-        """Terms for a request from now on.
+        """Create the context of a request.
 
         Args:
-            observer: Its own.
-            probes: Those that it reports: see ``RequestContext.choose``.
-            for_text: Whether a text will be written.
+            observer: Observer of the request.
+            probes: Names of the probes to report; see ``RequestContext.choose``.
+            for_text: Whether text will be generated.
             is_admin: Whether the client sees what rules do not disclose.
 
         Raises:
-            PolicyError: There is no such probe.
+            PolicyError: A probe does not exist.
         """
         policy, rules = self.registry.policy, self.registry.rules
         observe = partial(RequestTextObserver, observer)
@@ -85,10 +85,10 @@ class ServerContext:
 
 
 class ServerRequest(Request):
-    """A request with the parts of the server that answer it, and an observer of its own.
+    """A request with access to the server context and its own observer.
 
     Attributes:
-        until_answered: What it has entered, and leaves at its end.
+        until_answered: Context managers that the request has entered and leaves at its end.
     """
 
     def __init__(self, request: Request):
@@ -101,18 +101,17 @@ class ServerRequest(Request):
         self._value: Any = None
 
     async def read(self) -> None:
-        """Read the body, which must be strict JSON within the server's limit of size.
+        """Read the body, which must be strict JSON within the server's size limit.
 
-        Refused with 400: a name twice in an object, of which two readers might take different
-        ones; ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting. The
-        standard library's parser accepts all but the last two. ``1e999`` arrives as an
-        infinity, which the field that reads it has to refuse: ``StrictBody`` does so for fields of
-        numbers.
+        Refused with 400: duplicate names in an object, which parsers resolve differently; ``NaN``,
+        ``Infinity``, lone surrogates, invalid UTF-8, and excessive nesting. The standard library's
+        parser accepts all but the last two. ``1e999`` becomes an infinity, which the field must
+        refuse; ``StrictBody`` does so for numeric fields.
         """
         limit, received, size = self.context.config.max_body_bytes, bytearray(), 0
         async for chunk in self.stream():
             size += len(chunk)
-            # The rest is read and dropped: closing the connection on a client that still sends
+            # The rest is read and discarded, because closing the connection while the client sends
             # would reset it, and the client might never see the reason.
             if size <= limit:
                 received += chunk
@@ -139,11 +138,11 @@ class ServerRequest(Request):
 
     @property
     def is_admin(self) -> bool:
-        """Whether it has an admin key, which sees every verdict."""
+        """Whether the request has an admin key, which sees every verdict."""
         return self.state.caller.is_admin
 
     def require_model(self, name: str) -> None:
-        """Refuse a request for another model than the served one."""
+        """Refuse a request for a model other than the served one."""
         served = self.engine.model
         if name != served:
             raise RequestError(
@@ -161,18 +160,17 @@ class ServerRequest(Request):
         n: int = 1,
         max_tokens: int | None = 0,
     ) -> RequestContext:
-        """Its terms from now on.
+        """Begin the request, and return its context.
 
         Args:
-            texts: What is read.
-            probes: Those that the client chooses; None: it does not.
-            n: How often each is read.
-            max_tokens: Most tokens written after each: 0 for no text, None for as many as fit.
+            texts: The texts to read.
+            probes: Probes chosen by the client; None for the default.
+            n: Number of times that each is read.
+            max_tokens: Maximum tokens generated after each: 0 for no text, None for as many as fit.
 
         Raises:
-            RequestError: It is beyond the limits of texts and tokens.
-            PolicyError: The policy refuses the turns that a text begins with, or there is no such
-                probe.
+            RequestError: The request exceeds the limits of texts or tokens.
+            PolicyError: The policy refuses the leading turns of a text, or a probe does not exist.
         """
         await self._require_size(texts, n=n, max_tokens=max_tokens)
         await unless_left(self, self.until_answered.enter_async_context(self.engine.serving()))
@@ -228,16 +226,16 @@ def _without_collection() -> Generator[None]:
 
 
 class Route(APIRoute):
-    """A route whose requests are ``ServerRequest``, read before they are checked."""
+    """A route whose requests are ``ServerRequest``, read before validation."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's hook for requests of another class."""
+        """FastAPI's hook for a custom request class."""
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
             served = ServerRequest(request)
             async with served.until_answered:
-                # Before FastAPI's own reading, which would turn every error into a bare 400.
+                # Before FastAPI reads the body, which would turn every error into a plain 400.
                 if self.body_field is not None:
                     await served.read()
                 return await handle(served)
@@ -255,15 +253,15 @@ def _require_admin(request: Request) -> None:
         )
 
 
-# A dependency of the routes that only an admin key opens.
+# Dependency of routes that need an admin key.
 AdminOnly = Depends(_require_admin)
 
 
 async def unless_left(request: Request, work: Awaitable[T]) -> T:
-    """The outcome of ``work``, which is cancelled as soon as the client leaves.
+    """Await ``work``, and cancel it as soon as the client disconnects.
 
     Raises:
-        ClientDisconnect: It left.
+        ClientDisconnect: The client disconnected.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
@@ -275,11 +273,11 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
-        # What fails now does not matter, but asyncio would log it if it were not fetched.
+        # Errors no longer matter, but asyncio would log them if they were not retrieved.
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _left(request: Request) -> None:
-    # The body has been read: the only message that can follow is the disconnect.
+    # The body has been read, so the only message that can follow is the disconnect.
     while (await request.receive())["type"] != "http.disconnect":
         pass

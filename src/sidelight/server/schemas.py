@@ -1,7 +1,7 @@
-"""Bodies of requests: the types that they share, and OpenAI's own requests.
+"""Request bodies: shared types, and OpenAI's requests.
 
-A field that is not declared here is refused, and so is a wrong value: an answer that ignores either
-would not be what the client asks for.
+Undeclared fields and invalid values are refused, because a response that ignored them would not be
+what the client asked for.
 """
 
 from collections.abc import Mapping
@@ -31,13 +31,13 @@ from sidelight.models.conversation import Message, PlainText
 
 
 class ErrorResponse(BaseModel):
-    """A refusal or a failure, as OpenAI words it."""
+    """An error in OpenAI's format."""
 
     error: ErrorObject
 
 
 class Extension(BaseModel):
-    """The ``sidelight`` field of an answer: every verdict with all its labels."""
+    """The ``sidelight`` field of a response: every verdict with all its labels."""
 
     verdicts: list[dict[str, Any]]
 
@@ -47,25 +47,25 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorResponse, "description": "Failed, loading, or past its deadline."},
 }
 
-# What a request with ``stream`` gets: one chunk a line after ``data:``, then ``[DONE]``.
+# Response to a request with ``stream``: one chunk per line after ``data:``, then ``[DONE]``.
 EVENTS: dict[str, Any] = {"text/event-stream": {}}
 
 
-# The path of a folder may be a model's name.
+# A model name may be the path of a folder.
 _MAX_NAME = 4096
 _MAX_QUOTED = 100
 _MAX_STOPS = 16
-# Of a list, and of the messages of a conversation with their parts and calls: every object costs
-# time, in which no other client is served.
+# Limit of a list, and of messages including their parts and calls, because every object takes time
+# in which no other client is served.
 MAX_ITEMS = 2048
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint.
 _COMPLETION_TOKENS = 16
 
-# Fields that are accepted and not read, with the values that they may have besides those that ask
-# for nothing in any field; None: any value.
+# Fields that are accepted but ignored, with their allowed values besides the general no-op values;
+# None allows any value.
 Unread = Mapping[str, tuple[Any, ...] | None]
-# Fields of requests for text that belong elsewhere.
+# Remedies for fields that belong to another route or engine.
 _REMEDIES = {
     "prompt": "a chat request has 'messages'. Send them instead, or send the prompt to "
     "/v1/completions.",
@@ -112,9 +112,10 @@ def _as_parts(value: Any) -> Any:
 
 
 def few(*lists: str) -> BeforeValidator:
-    """Refuse a list that has too many items with those of its items' lists of these names.
+    """A validator that limits the items of a list, including the lists with these names in its
+    items.
 
-    Every object costs time that no other request gets.
+    Every object takes time in which no other request is served.
     """
 
     def require_few(items: Any) -> Any:
@@ -134,15 +135,16 @@ def few(*lists: str) -> BeforeValidator:
 
 
 T = TypeVar("T")
-# A field of an answer that is there only if it says something.
+# A response field that is omitted if empty.
 IfAny = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
-# A list ends at its first wrong item: only that one is reported, and each error costs time.
+# Validation stops at the first invalid item, because only that one is reported and each error takes
+# time.
 Listed = Annotated[list[T], Field(fail_fast=True)]
 Many = Annotated[Listed[T] | None, Field(max_length=MAX_ITEMS)]
-# Counted as a whole before pydantic makes objects of it.
+# Counted as a whole before pydantic creates objects.
 MessageList = Annotated[Listed[T], few("content", "tool_calls")]
-# One text or several. Not a union: that would blame one member for an error in the other.
+# One text or several. Not a union, which would report errors for the wrong member.
 Texts = Annotated[Listed[str], BeforeValidator(_as_list, json_schema_input_type=str | Listed[str])]
 ProbeNames = Annotated[
     Listed[Name] | None, Field(description="Names of the probes to use; null uses all.")
@@ -150,20 +152,20 @@ ProbeNames = Annotated[
 
 
 class StrictBody(BaseModel):
-    """A client's body: each value of the declared type, nothing converted, no other field."""
+    """A request body with strict types and no undeclared fields."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
     unread: ClassVar[Unread] = {}
     # The remedy for another value of a field in ``unread``.
     unsupported: ClassVar[str] = "Leave it out, or serve the model with --engine vllm."
-    # In place of that, by field.
+    # Remedies that replace it, by field.
     remedies: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, value: Any) -> Any:
-        """Report the first unknown field alone; pydantic would report each."""
+        """Report only the first unknown field; pydantic would report all."""
         if not isinstance(value, dict) or cls.model_config.get("extra") != "forbid":
             return value
         fields: dict[Any, Any] = {}
@@ -191,12 +193,12 @@ def _is_default(content: Any, neutral: tuple[Any, ...] | None) -> bool:
 def _field_error(
     code: Literal["unknown_parameter", "unsupported_parameter"], field: str, message: str
 ) -> PydanticCustomError:
-    """``server.errors`` makes the code and the field those of the answer."""
+    """An error whose code and field ``server.errors`` puts into the response."""
     return PydanticCustomError(code, "{message}", {"field": field, "message": message})
 
 
 class ContentPart(StrictBody):
-    """A piece of a message; only text is read."""
+    """A part of a message; only text is read."""
 
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -210,7 +212,7 @@ class CalledFunction(StrictBody):
 
 
 class ToolCall(StrictBody):
-    """A function that the model calls; calls of another kind cannot be classified."""
+    """A function call; calls of other types cannot be classified."""
 
     id: str | None = None
     index: int | None = None
@@ -219,12 +221,12 @@ class ToolCall(StrictBody):
 
 
 class ChatMessage(StrictBody):
-    """One turn: text, the tools that the assistant calls, or what a tool has answered.
+    """One turn: text, the assistant's tool calls, or the result of a tool.
 
-    ``name`` and the ids of calls are not read.
+    ``name`` and the ids of calls are ignored.
     """
 
-    # Clients write null into each field of an answer that is sent back.
+    # Clients set fields to null when they send a response back.
     unread: ClassVar[Unread] = dict.fromkeys(
         ("annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal"), ()
     )
@@ -262,7 +264,7 @@ class ChatMessage(StrictBody):
 
 
 class StreamOptions(StrictBody):
-    """The content of a stream besides text; nothing is ever obfuscated."""
+    """Options for the content of a stream besides text; nothing is ever obfuscated."""
 
     include_usage: bool = False
     include_scores: bool = Field(
@@ -273,20 +275,20 @@ class StreamOptions(StrictBody):
 
 
 class ChatModeration(StrictBody):
-    """Asks for moderation, which every answer carries anyway; the probes are its model."""
+    """Requests moderation, which every response includes anyway, with the probes as its model."""
 
     model: str | None = None
 
 
 class ReportRequest(StrictBody):
-    """The fields by which a request for text chooses its report."""
+    """The fields with which a generation request chooses its report."""
 
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
 
 
 class WritingRequest(ReportRequest):
-    """The common fields of requests for text."""
+    """The common fields of generation requests."""
 
     unread: ClassVar[Unread] = _UNREAD
     remedies: ClassVar[Mapping[str, str]] = _REMEDIES
@@ -302,7 +304,7 @@ class WritingRequest(ReportRequest):
     stream_options: StreamOptions | None = None
 
     def sampling(self) -> Sampling:
-        """The request's settings, with OpenAI's defaults."""
+        """The sampling settings, with OpenAI's defaults."""
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -322,7 +324,7 @@ class ChatRequest(WritingRequest):
         return [message.as_message() for message in self.messages]
 
     def sampling(self) -> Sampling:
-        """The request's settings; of the two limits, OpenAI's newer one counts."""
+        """The sampling settings; of the two token limits, OpenAI's newer one takes precedence."""
         limit = self.max_completion_tokens or self.max_tokens
         return replace(super().sampling(), max_tokens=limit)
 
@@ -340,7 +342,7 @@ class CompletionRequest(WritingRequest):
 
 
 class TextsRequest(StrictBody):
-    """Texts to judge, each by itself."""
+    """Texts to classify independently."""
 
     input: Texts = Field(min_length=1, max_length=MAX_ITEMS)
     model: Name | None = Field(None, description="The served model's name.")

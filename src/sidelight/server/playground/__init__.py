@@ -1,7 +1,7 @@
 """The playground: a page in a browser.
 
-Its files are served as they lie here, hold nothing secret, and load nothing from elsewhere; what
-they show comes from the API, by the user's own key.
+Its files are served unchanged, contain no secrets, and load nothing from other hosts. The page gets
+its data from the API with the user's own key.
 """
 
 from collections.abc import Callable, Coroutine, Mapping
@@ -25,8 +25,8 @@ _HEADERS = {
 
 
 def playground() -> dict[str, Path | str]:
-    """The playground: each path with its file, or with the path that it leads to."""
-    # Relative, as no host may be named that a client wrote.
+    """The paths of the playground, each with its file or its redirect target."""
+    # Relative, because a host from the client must not be used.
     moved = {"/": "playground", "/playground/": "../playground"}
     files = (path for path in sorted(_HERE.iterdir()) if path.suffix in (".js", ".css", ".svg"))
     named = {f"/playground/{file.name}": file for file in files}
@@ -34,7 +34,7 @@ def playground() -> dict[str, Path | str]:
 
 
 def page_router(pages: Mapping[str, Path | str]) -> APIRouter:
-    """Serve these files and redirects, outside of the OpenAPI document."""
+    """Serve these files and redirects, excluded from the OpenAPI document."""
     router = APIRouter()
     for path, file in pages.items():
         router.add_route(path, _page(file), include_in_schema=False)
