@@ -8,7 +8,7 @@ def main() -> None:
     import signal
 
     handler = signal.getsignal(signal.SIGINT)
-    # KeyboardInterrupt would be a traceback here, and pydantic may make another error of it.
+    # KeyboardInterrupt would print a traceback here, and pydantic may convert it to another error.
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sidelight.cli import main as run
@@ -18,7 +18,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # With ``python -m``, this is the working directory, which may hold downloads.
+    # With ``python -m``, this is the working directory, which may contain downloads.
     if not sys.flags.safe_path:
         del sys.path[0]
     main()

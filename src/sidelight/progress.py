@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error."""
+"""Progress of long-running work, on standard error."""
 
 import sys
 from collections.abc import Callable, Generator
@@ -11,12 +11,12 @@ _is_quiet = ContextVar("is_quiet", default=False)
 
 
 Progress = Callable[[int | float], object]
-"""To be called with the amount of work done since the last call."""
+"""Callback that takes the amount of work done since the last call."""
 
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Show no progress inside the block."""
+    """Suppress progress inside the block."""
     token = _is_quiet.set(True)
     try:
         yield
@@ -25,7 +25,7 @@ def quiet() -> Generator[None]:
 
 
 def say(sentence: str) -> None:
-    """Print a line where progress is shown."""
+    """Print a line to the progress output."""
     if not _is_quiet.get():
         print(sentence, file=sys.stderr, flush=True)
 
@@ -35,9 +35,9 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
     """A progress bar on a terminal; elsewhere, as in a log, a line every 15 seconds.
 
     Args:
-        title: What is being done.
+        title: Description of the work.
         total: The amount of work, in ``unit``.
-        unit: What is counted, in the plural.
+        unit: Unit of work, in the plural.
     """
     from tqdm import tqdm
 
@@ -53,7 +53,7 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
         bar_format=_LINE if is_log else None,
     ) as bar:
         yield bar.update
-        # Closing would print the last line once more.
+        # Closing would print the last line again.
         if is_log and not bar.disable and bar.last_print_n == bar.n:
             bar.display = _nothing
 

@@ -1,4 +1,4 @@
-"""The ``sidelight`` command. Each subcommand is a file; what is heavy is imported when it runs."""
+"""The ``sidelight`` command. Each subcommand is a file; heavy modules are imported when it runs."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from sidelight.errors import SidelightError, how_to_install
 from sidelight.extensions import extension_names, load_extension
 
 _GROUP = "sidelight.commands"
-# Commands of packages that may be missing.
+# Commands of packages that may not be installed.
 _PACKAGES = {
     "label": "label",
     **dict.fromkeys(("anatomy", "bench", "redteam", "reproduce", "search"), "lab"),
@@ -28,7 +28,7 @@ _SERVING = ("fastapi", "openai", "prometheus_client", "uvicorn")
 
 
 class _Commands(click.Group):
-    """The product's commands, and those of installed packages in the group `sidelight.commands`."""
+    """Sidelight's commands, and those of installed packages in the group `sidelight.commands`."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with options.printed_warnings() as printed:
@@ -69,7 +69,9 @@ def app() -> None:
 
 
 def _serve() -> click.Command:
-    """The command, or one that says what to install: its options come from what it needs."""
+    """The command, or one that says what to install, because its options come from its
+    dependencies.
+    """
     try:
         from sidelight.cli.serve import serve
     except ModuleNotFoundError as error:
@@ -96,7 +98,7 @@ def demo(keep: bool, port: int) -> None:
     The chats use the openai client and a policy that blocks injections. The probe is trained on
     240 labelled texts and classifies intents.
     """
-    # If the packages of a server are missing, say so before the model is loaded.
+    # Report missing server packages before the model is loaded.
     import_module("sidelight.server.app")
     from sidelight.demo import run_demo
 
@@ -109,10 +111,10 @@ for _command in (*_COMMANDS, _serve()):
 
 
 def limit_threads() -> None:
-    """Set OpenMP's wait policy, and its threads where there is a CPU quota; the user's word wins.
+    """Set OpenMP's wait policy, and its threads under a CPU quota, unless the user has set them.
 
-    By default OpenMP's threads spin while they wait: beside another busy process, two of them can
-    be slower than one. This is settled before torch is imported.
+    By default, OpenMP's threads spin while they wait, so next to another busy process, two of them
+    can be slower than one. This must be set before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from joblib import cpu_count
@@ -122,8 +124,8 @@ def limit_threads() -> None:
 
 
 def main() -> None:
-    """Run the command; what a user can put right is one line and exit code 2."""
-    # Processes of vLLM and of multiprocessing would import from the working directory first.
+    """Run the command; an error that the user can fix is one line with exit code 2."""
+    # Subprocesses of vLLM and multiprocessing would import from the working directory first.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         limit_threads()
@@ -144,7 +146,8 @@ def main() -> None:
         print(f"Stopped.{remedy if is_resumed else ''}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # Who read the output has left, such as `head`; Python must not write the rest at exit.
+        # The reader of the output, such as `head`, has exited; Python must not write the rest at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -155,7 +158,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package in _SERVING:
             _fail(f"A server needs the package {package}. {how_to_install('.[serve]')}")
-        # One of ours is called as its folder.
+        # Sidelight's packages are named like their folders.
         ours, _, name = package.partition("_")
         if ours != "sidelight":
             raise

@@ -1,4 +1,4 @@
-"""``sidelight eval``, ``predict`` and ``parity``: what trained probes say about texts."""
+"""``sidelight eval``, ``predict`` and ``parity``: verdicts of trained probes."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sidelight.probes.explanation import Explanation
     from sidelight.types import Span, Verdict
 
-# Of the labels of spans, in turn; black is legible on each.
+# Colours of the labels of spans, in turn; black text is legible on each.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "bright_red", "bright_blue")
 
 
@@ -114,9 +114,9 @@ def evaluate(
     from sidelight.training.validation import require_side
 
     if plots is not None:
-        # If matplotlib is missing, say so before the backbone runs.
+        # Report a missing matplotlib before the backbone runs.
         import_module("sidelight.data.plots")
-    # Before imports that take seconds: a wrong file or column is refused at once.
+    # Before slow imports, so that a wrong file or column is refused immediately.
     probe = runtime.probe_folder(probe)
     card = read_card(probe)
     if plots is not None:
@@ -212,7 +212,7 @@ def predict(
     from sidelight.probes.card import read_card
     from sidelight.training.validation import require_side
 
-    # Before imports that take seconds: what the probe cannot judge is refused at once.
+    # Before slow imports, so that texts that the probe cannot classify are refused immediately.
     probe = runtime.probe_folder(probe)
     card = read_card(probe)
     if prints_spans and (out is not None or explains or card.spans is None):
@@ -245,7 +245,7 @@ def predict(
 
 
 def _require_texts(texts: Sequence[str], data: str | None) -> None:
-    """Refuse a call without texts, or with texts of two kinds; say which file is read."""
+    """Refuse a call without texts, or with both kinds of texts; announce the file."""
     if not texts and data is None:
         raise SidelightError(
             "There is no text to classify. Pass texts after the probe, or name a file with --data."
@@ -261,7 +261,7 @@ def _require_texts(texts: Sequence[str], data: str | None) -> None:
 def _read_texts(
     texts: Sequence[str], data: str | None, columns: Mapping[str, Any]
 ) -> "tuple[Example, ...]":
-    """The texts of the command line, or of a file, whose rows verdicts have to line up with."""
+    """The texts of the command line or of a file, whose rows must match the verdicts."""
     from sidelight.data.examples import as_example
     from sidelight.data.loading import load_examples
 
@@ -298,9 +298,9 @@ def _print_spans(
 
 
 def annotated_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) -> "Text":
-    """A text in which each span has a colour, and its label behind it.
+    """The text with each span in colour, followed by its label.
 
-    Control characters are shown by their escapes, so that no text can steer a terminal.
+    Control characters are escaped, so that no text can control the terminal.
     """
     from rich.text import Text
 
@@ -320,7 +320,7 @@ def annotated_text(text: str, spans: Sequence["Span"], labels: Sequence[str]) ->
 
 
 def why(example: "Example", explanation: "Explanation") -> str:
-    """The verdict, what its logit is the sum of, and the tokens and layers that count most."""
+    """The verdict, the terms of its logit, and the tokens and layers with the largest shares."""
     data = explanation.to_dict()
     texts = [turn.content for turn in _turns(example)]
     tokens = [
@@ -342,7 +342,7 @@ def why(example: "Example", explanation: "Explanation") -> str:
 
 
 def _turns(example: "Example") -> "tuple[Message, ...]":
-    """The prompt, and the answer as its last turn if there is one."""
+    """The prompt, followed by the response, if any."""
     from sidelight.models.conversation import Message
 
     if example.response is None:
@@ -436,7 +436,7 @@ def _runtimes(
     engine_option: dict[str, Any],
     model: Mapping[str, Any],
 ) -> dict[str, Runtime]:
-    """The model in each of the engines that are compared, and the quantised copy."""
+    """The runtimes of the compared engines and of the quantised copy."""
     has_options = quantised is not None or {*names} != {DEFAULT}
 
     def runtime(engine: str, options: dict[str, Any], **settings: Any) -> Runtime:
@@ -444,7 +444,7 @@ def _runtimes(
 
     runtimes: dict[str, Runtime] = {}
     for name in names:
-        # Options that quantise the copy must not quantise the original; transformers has none.
+        # Options that quantise the copy must not apply to the original; transformers has none.
         left_out = (find_backend(name).quantising or ()) if quantised is not None else ()
         engine_options = {k: v for k, v in engine_option.items() if k not in left_out}
         runtimes[name] = runtime(name, {} if name == DEFAULT and has_options else engine_options)
@@ -460,7 +460,7 @@ def _runtimes(
 
 
 def _print_differences(differences: "Sequence[Difference]", gate: float | None) -> None:
-    """Print the differences, and end the command if too many verdicts differ for the gate."""
+    """Print the differences, and exit with code 1 if more verdicts differ than the gate allows."""
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "

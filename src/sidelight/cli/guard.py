@@ -1,4 +1,4 @@
-"""``sidelight guard``: trains ready guards for a model, measures them, and writes a policy."""
+"""``sidelight guard``: train ready guards for a model, measure them, and write a policy."""
 
 import json
 import shlex
@@ -93,14 +93,14 @@ def guard(
         if out is not None:
             check_folder(out / name)
     options.announce("Reading the texts")
-    # What cannot be read must not cost the hours of training.
+    # Unreadable data must be found before hours of training.
     texts, tests = _read(cards, data, rows)
     options.announce("Loading the model")
     backbone = runtime.load_backbone()
     home = trained_guards(backbone.fingerprint.digest) if out is None else out
     folders: list[Path] = []
     with only_writer(home):
-        # A wrong policy must not be found only after the hours of training, either.
+        # So must an invalid policy.
         if (home / _POLICY).exists():
             read_policy(home / _POLICY)
         for number, (name, dataset) in enumerate(texts.items(), 1):
@@ -119,7 +119,7 @@ def _names(only: str | None) -> list[str]:
     from sidelight.data.guards import guard_names
 
     if only is None:
-        # Where there is none, the error says what to install.
+        # If no guard is installed, the error says what to install.
         return guard_names() or ["injection"]
     return [*dict.fromkeys(name.strip() for name in only.split(","))]
 
@@ -159,7 +159,7 @@ def _train(
     takes_all: bool,
     force: bool,
 ) -> "LabelledExamples":
-    """Train a guard that is not complete, and give the texts that it is trained on."""
+    """Train a guard unless it is complete, and return its training texts."""
     from sidelight.cli.show import print_fit
     from sidelight.probes.card import holds_probe, read_card, require_free
     from sidelight.training import ready
@@ -190,7 +190,7 @@ def _measure(
     tests: "dict[str, LabelledExamples]",
     folder: Path,
 ) -> None:
-    """Write and print the figures on tests, of which a kill costs one at most."""
+    """Write and print the metrics on tests; an interruption loses at most one test."""
     from sidelight.probes.artifact import load_probe
     from sidelight.progress import say
     from sidelight.scoring import GuardTests
@@ -208,7 +208,7 @@ def _measure(
 
 
 def _read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """The figures of an earlier run; none where they cannot be read, since they are made again."""
+    """The metrics of an earlier run; empty if unreadable, because they can be measured again."""
     try:
         results = json.loads(path.read_bytes())
         for test in results.values():
@@ -219,7 +219,7 @@ def _read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _line(test: Mapping[str, Any]) -> str:
-    """The figures of a test; TF-IDF finds so many at as many false positives."""
+    """The metrics of a test, next to TF-IDF at the same number of false positives."""
     title, positives = f"{test['title']}, {test['rows']} texts", test.get("positives")
     if trained := test.get("trained"):
         title += f" ({trained} of them were used in training, so the result is too optimistic)"
@@ -241,13 +241,13 @@ def _line(test: Mapping[str, Any]) -> str:
 
 
 def _write_policy(path: Path, home: Path) -> None:
-    """Write a policy for all guards of a folder, unless there is one, which may lack some."""
+    """Write a policy for all guards of a folder unless one exists; warn if that lacks a guard."""
     from sidelight.policy.rules import read_policy, side_of
     from sidelight.probes.card import PROBE, read_card
     from sidelight.training.ready import shadow_policy
 
     cards = [read_card(probe.parent) for probe in sorted(home.glob(f"*/{PROBE}"))]
-    # Versions of a guard have one name.
+    # All versions of a guard share a name.
     cards = [*{each.name: each for each in cards}.values()]
     if not path.exists():
         write_text(path, shadow_policy(cards))

@@ -17,7 +17,7 @@ def inspect(probe: Path, as_json: bool) -> None:
 
     probe = probe_folder(probe)
     card = read_card(probe)
-    # Before imports that take seconds: a folder without a probe is refused at once.
+    # Before slow imports, so that a folder without a probe is refused immediately.
     from sidelight.probes.artifact import load_probe
 
     load_probe(probe)

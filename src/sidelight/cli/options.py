@@ -1,4 +1,4 @@
-"""Options that several commands share, and what the commands make of them."""
+"""Options that several commands share, and their processing."""
 
 import json
 import warnings
@@ -47,7 +47,7 @@ class _OfEngines(click.Option):
 
 
 class _Engines(click.Choice[str]):
-    """The installed engines; of others, the error says where engines come from."""
+    """The installed engines; for other names, the error says where engines come from."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
@@ -86,7 +86,7 @@ def _assigned(_context: click.Context, option: Any, value: tuple[str, ...]) -> d
 
 
 def _assigned_json(*parsed: Any) -> dict[str, Any]:
-    """As ``_assigned``; the values are JSON, or texts without quotes."""
+    """As ``_assigned``, with values as JSON or as unquoted texts."""
     options: dict[str, Any] = {}
     for name, text in _assigned(*parsed).items():
         try:
@@ -97,10 +97,10 @@ def _assigned_json(*parsed: Any) -> dict[str, Any]:
 
 
 def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of ``--set``, each of the type that it has in ``kinds``.
+    """Convert values of ``--set`` to their types in ``kinds``.
 
     Raises:
-        SidelightError: A name is not known, or a value is of another type.
+        SidelightError: A name is unknown, or a value has the wrong type.
     """
     values: dict[str, Any] = {}
     for name, text in assigned.items():
@@ -113,17 +113,17 @@ def typed(assigned: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, An
 
 
 def announce(step: str) -> None:
-    """Say on standard error what comes next, before imports and models that take seconds."""
+    """Announce the next step on standard error, before slow imports and model loading."""
     click.echo(f"{step} ...", err=True)
 
 
-# Where the context of a command has its warnings.
+# Key of the warnings in a command's context.
 PRINTED_WARNINGS = "sidelight.printed_warnings"
 
 
 @contextmanager
 def printed_warnings() -> Generator[list[str]]:
-    """Print each warning once, on standard error; gives what was printed."""
+    """Print each warning once on standard error; yield the printed warnings."""
     printed: list[str] = []
     show = warnings.showwarning
 
@@ -141,7 +141,7 @@ def printed_warnings() -> Generator[list[str]]:
 
 
 def with_warnings(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A command's result as JSON values, with the warnings that it has printed."""
+    """A command's result as JSON values, including the printed warnings."""
     return {**result, "warnings": [*click.get_current_context().meta[PRINTED_WARNINGS]]}
 
 
@@ -152,19 +152,20 @@ def examples(*commands: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
-    """The texts to train on, how to read them, and where hidden states go: see ``training``.
+    """The training texts, how to read them, and the storage of hidden states; see ``training``.
 
-    What has a default is given by ``--set``.
+    Fields with a default are set by ``--set``.
 
     Attributes:
-        rationale: The column of the words that a text has its label for, where they are known.
-        groups: Columns, separated by commas, whose equal values keep rows in one fold.
-        limit: Use so many rows, drawn at random; each class keeps its share.
-        max_tokens: Longer texts are cut, and counted; judging never cuts.
+        rationale: Column of the words that justify a text's label, where known.
+        groups: Comma-separated columns whose equal values keep rows in the same fold.
+        limit: Number of rows to use, drawn at random with the share of each class preserved.
+        max_tokens: Length to which longer texts are truncated for training, with a warning;
+            prediction never truncates.
         cache: Folder for hidden states; None is the user's cache.
-        keep_cache: Whether the hidden states stay for another run.
-        states: How hidden states are kept: auto, disk, stream or whole.
-        memory: The most memory that hidden states may take, above the model, in GiB.
+        keep_cache: Whether to keep the hidden states for other runs.
+        states: How to store hidden states: auto, disk, stream or whole.
+        memory: Maximum memory for hidden states in GiB, in addition to the model.
     """
 
     data: str
@@ -186,10 +187,10 @@ class TrainingInputs:
     memory: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
 
     def load(self, spans: str | None = None) -> "tuple[LabelledExamples, LabelledExamples | None]":
-        """Training texts, and validation texts where some are named.
+        """Load the training texts, and the validation texts if named.
 
         Args:
-            spans: The column of spans; None reads labels.
+            spans: Column of spans; None reads labels.
         """
         from sidelight.data.loading import load_examples
 
@@ -222,7 +223,7 @@ class TrainingInputs:
         return training, read(self.validation, split=self.validation_split, task=training.task)
 
     def fit_options(self) -> "FitOptions":
-        """The options of how the texts are read, and where their hidden states go."""
+        """The fit options for reading the texts and storing their hidden states."""
         from sidelight.training.settings import READS, FitOptions
 
         return FitOptions(
@@ -236,7 +237,7 @@ class TrainingInputs:
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """These options as one decorator, in their order on the help page."""
+    """Combine options into one decorator, in their order on the help page."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(options):
@@ -247,7 +248,7 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 def _gathered(name: str, kind: type[Any], **defaults: Any) -> Callable[[Command], Command]:
-    """Options that are fields of ``kind`` reach the command as one object, named ``name``."""
+    """Pass options that are fields of ``kind`` to the command as one object called ``name``."""
     names = {field.name for field in fields(kind)}
 
     def decorate(command: Command) -> Command:
@@ -269,7 +270,7 @@ _data = partial(
 )
 data = _data(required=True)
 optional_data = _data()
-# A file, or a folder, to write.
+# A file or a folder to write.
 new_file = partial(click.option, type=PATH, callback=checked_file)
 new_folder = partial(click.option, type=PATH, callback=checked_folder)
 out = new_folder("--out", required=True, help="Output folder.")
@@ -337,11 +338,11 @@ free_port = click.option(
     show_default=False,
     help="Port. [default: a free one]",
 )
-# Where a data file has text, label and response.
+# Columns of text, label and response in a data file.
 columns = together(text, label, response, split)
 # A probe and labelled texts to measure it on.
 measured = together(click.argument("probe", type=PATH), data, columns, missing_label)
-# Which engine. With ``backbone``, which gathers it too, the command gets one ``runtime``.
+# The engine. With ``backbone``, which also collects it, the command gets a ``runtime``.
 engine = click.option(
     "--engine",
     type=_Engines(["auto", *engine_names()]),
@@ -350,7 +351,7 @@ engine = click.option(
 )
 _gather = partial(_gathered, "runtime", Runtime)
 backbone = together(engine_option, model, tokenizer, dtype, device, _gather(engine="auto"))
-# For what needs weights in transformers.
+# For commands that need the weights in transformers.
 transformers = together(
     _model(
         help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the "
@@ -360,16 +361,16 @@ transformers = together(
     device,
     _gather(),
 )
-# Options that ``--set`` gives, by name.
+# Options of ``--set`` by name.
 INPUT_SETTINGS = {
     field.name: field.type for field in fields(TrainingInputs) if field.default is not MISSING
 }
 
 
 def _inputs(command: Command) -> Command:
-    """What ``--set`` says of the texts goes to ``inputs``; the rest stays in ``assigned``.
+    """Move data options of ``--set`` to ``inputs``; the rest stays in ``assigned``.
 
-    Of a ready guard, the card says whether answers are read.
+    For a ready guard, the card determines whether responses are read.
     """
 
     gathered = _gathered("inputs", TrainingInputs)(command)
@@ -391,10 +392,10 @@ _ABOUT_INPUTS = f"Any other option; may be repeated. Data options: {', '.join(IN
 
 
 def training(more: str = "") -> Callable[[Command], Command]:
-    """The options of a training: ``inputs``, ``out``, and ``assigned``, the rest of --set.
+    """The options of training: ``inputs``, ``out``, and ``assigned``, the rest of --set.
 
     Args:
-        more: What ``--set`` takes beside ``INPUT_SETTINGS``, for its help.
+        more: Help on the options that ``--set`` accepts in addition to ``INPUT_SETTINGS``.
     """
     return together(
         data,

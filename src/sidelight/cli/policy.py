@@ -33,7 +33,7 @@ def check(path: Path, probe: tuple[Path, ...], litellm: bool) -> None:
     """
     from sidelight.policy.rules import read_policy, require_policy_applies
 
-    # Before imports that take seconds: a wrong file is refused at once.
+    # Before slow imports, so that an invalid file is refused immediately.
     checked = read_policy(path)
     from sidelight.policy.weaknesses import weaknesses
     from sidelight.probes.artifact import load_probe

@@ -1,4 +1,4 @@
-"""``sidelight recalibrate``: a probe fitted to new traffic, without training."""
+"""``sidelight recalibrate``: fit a probe to new traffic without training."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def recalibrate(
     require_free(folder, force=force)
     if name is not None:
         require_name(name)
-    # Before imports and models that take seconds: what cannot be recalibrated is refused at once.
+    # Before slow imports and model loading, so that a wrong probe is refused immediately.
     card = read_card(probe)
     require_recalibratable(card, rule, by_texts=data is not None)
     columns["on_missing_label"] = missing_label
@@ -109,7 +109,9 @@ def _require_aim(data: str | None, rule: "ThresholdRule | None") -> None:
 
 
 def _new_texts(data: str, card: "ProbeCard", **columns: Any) -> "LabelledExamples":
-    """The labelled texts, which the probe can judge and was not trained on."""
+    """Load the labelled texts, and check that the probe can classify them and was not trained on
+    them.
+    """
     options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
     from sidelight.training.recalibration import require_new_texts
@@ -122,7 +124,7 @@ def _new_texts(data: str, card: "ProbeCard", **columns: Any) -> "LabelledExample
 
 
 def _report(before: "Probe", recalibrated: "Recalibrated", folder: Path, *, as_json: bool) -> None:
-    """The figures before and after, and where the thresholds were and are."""
+    """Print the metrics and thresholds before and after."""
     from sidelight.cli.show import print_reports, summary
 
     *_, entry = recalibrated.probe.card.training.recalibrations

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime(EngineOptions):
-    """The options of a command that name a model and an engine.
+    """A command's options for the model and the engine.
 
     Attributes:
-        model: The name of the model; None: that of the probes, or the embedded one.
-        engine: The name of the engine; ``auto``: the first that runs the model.
+        model: Name of the model; None means the probes' model, or the embedded one.
+        engine: Name of the engine; ``auto`` means the first that can run the model.
 
     Raises:
-        SidelightError: The engine lacks an option that is given; or there is no such device here,
-            or no model in the folder or file that is named.
+        SidelightError: The engine does not have a given option, or the device or the model does not
+            exist.
     """
 
     model: str | None
@@ -44,29 +44,29 @@ class Runtime(EngineOptions):
         elif self.engine != "auto":
             self.backend_of(EMBEDDED_NAME)
         if self.device not in ("auto", "cpu"):
-            # torch takes seconds, which are lost only if the device is wrong.
+            # Importing torch takes seconds, so the device is checked only if it could be wrong.
             from sidelight.models.machine import find_device
 
             find_device(self.device)
 
     def backend_of(self, model: str) -> Backend:
-        """The engine that runs a model: the named one, or that of its name."""
+        """The engine for a model: the named one, or the one that its name implies."""
         options = {field.name: getattr(self, field.name) for field in fields(EngineOptions)}
         return backend_of(model, EngineOptions(**options), self.engine)
 
     def probe_folder(self, source: Path) -> Path:
-        """The folder of a probe, or of a guard that was trained for the model."""
+        """The folder of a probe, or of a guard trained for the model."""
         with self._estimating():
             return probe_folder(source, *self._guarded_model())
 
     def probe_folders(self, sources: "Sequence[Path]") -> list[Path]:
-        """The folders of probes, and of guards that were trained for the model."""
+        """The folders of probes, and of guards trained for the model."""
         with self._estimating():
             return probe_folders(sources, *self._guarded_model())
 
     @contextmanager
     def _estimating(self) -> "Generator[None]":
-        """Say what training a guard would take, where it has not been trained."""
+        """Add the estimated training cost to errors about untrained guards."""
         try:
             yield
         except UntrainedGuardError as error:
@@ -78,7 +78,7 @@ class Runtime(EngineOptions):
             raise SidelightError(f"{error} ({estimate})") from error
 
     def _guarded_model(self) -> "tuple[str, Callable[[], str]] | tuple[None, None]":
-        """The model that a guard has to be trained for, and what gives its digest."""
+        """The model that a guard must be trained for, and a function that returns its digest."""
         if self.model is None and self.engine == "auto":
             return None, None
         name = self.model_of([])
@@ -87,16 +87,16 @@ class Runtime(EngineOptions):
         return name, lambda: self.backend_of(name).read(name).fingerprint.digest
 
     def model_of(self, probes: "Sequence[Probe]") -> str:
-        """The named model, or that of the first probe.
+        """The named model, or the model of the first probe.
 
         Raises:
-            SidelightError: It is a folder without a model, no file, or not for this engine.
+            SidelightError: The model does not exist, or this engine cannot run it.
         """
         name = self.model or (probes[0].card.backbone.name if probes else EMBEDDED_NAME)
         return self.backend_of(name).find(name)
 
     def load_backbone(self, prompt_format: "PromptFormat | None" = None) -> "Backbone":
-        """The backbone, for texts that are read; warns if chats are read as texts by default."""
+        """Load the backbone for reading texts; warn if chats are read as plain texts by default."""
         name = self.model_of([])
         backbone = self.backend_of(name).load(name, prompt_format)
         _warn_of_format(backbone, prompt_format)
@@ -105,7 +105,7 @@ class Runtime(EngineOptions):
     def load_transformers(
         self, prompt_format: "PromptFormat | None" = None
     ) -> "TransformersBackbone":
-        """The backbone in transformers, for what needs its weights."""
+        """Load the backbone in transformers, for commands that need its weights."""
         from sidelight.engines.transformers.backbone import TransformersBackbone
 
         backbone = self.load_backbone(prompt_format)
@@ -114,14 +114,14 @@ class Runtime(EngineOptions):
 
     @contextmanager
     def reader(self, prompt_format: "PromptFormat | None" = None) -> "Generator[Reader]":
-        """The model as training reads it, until the block ends."""
+        """Yield the model as a reader for training."""
         name = self.model_of([])
         with self.backend_of(name).reader(name, prompt_format) as reader:
             _warn_of_format(reader, prompt_format)
             yield reader
 
     def load_classifier(self, probe: Path) -> "Classifier":
-        """A saved probe on its backbone."""
+        """Load a saved probe on its backbone."""
         from sidelight.classifier import load
         from sidelight.probes.artifact import load_probe
 
@@ -130,7 +130,7 @@ class Runtime(EngineOptions):
         return load(probe, model=self.backend_of(name).load(name, loaded.card.prompt_format))
 
     def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
-        """An engine with these probes."""
+        """Load an engine with these probes."""
         name = self.model_of(probes)
         return self.backend_of(name).engine(name, probes)
 

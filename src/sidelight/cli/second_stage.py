@@ -1,4 +1,4 @@
-"""``sidelight eval --judge``: a judge is asked about labelled texts, and fitted to a probe."""
+"""``sidelight eval --judge``: ask a judge about labelled texts, and fit it to a probe."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SecondStageOptions:
-    """The options of ``eval`` about a judge.
+    """The judge options of ``eval``.
 
     Attributes:
-        file: Of the judge.
-        share: Of background traffic, that the fit is for.
-        ask: The largest share of it that is asked about.
-        threshold: What the threshold is chosen for; None: what the probe's was.
+        file: File of the judge.
+        share: Share of background traffic that the fit is for.
+        ask: Maximum share of background traffic to ask about.
+        threshold: Objective of the threshold; None uses the probe's.
     """
 
     file: Path
@@ -43,10 +43,11 @@ class SecondStageOptions:
         return read_judge(self.file)
 
     def prepare(self, probe: Path, save: Path | None, *, force: bool) -> Path:
-        """The folder for the fitted probe, once everything that needs no model is checked.
+        """Check everything that needs no model, and return the folder for the fitted probe.
 
         Raises:
-            SidelightError: The judge's file or key is wrong, or the folder holds a probe.
+            SidelightError: The judge's file or key is not valid, or the folder already contains a
+                probe.
         """
         from sidelight.probes.card import require_free
         from sidelight.statistics.thresholds import ThresholdRule
@@ -69,7 +70,7 @@ class SecondStageOptions:
         """Ask the judge and fit it.
 
         Raises:
-            SidelightError: It does not answer, or too few texts are deferred.
+            SidelightError: The judge does not answer, or too few texts are deferred.
         """
         from sidelight.judges.answers import ask_all, cached_answers, cost_of, sent_characters
         from sidelight.judges.fitting import defer_thresholds, fit_judge

@@ -16,7 +16,7 @@ from sidelight.server.config import ServerConfig, read_config
 
 
 def _config_options(command: options.Command) -> options.Command:
-    """An option for each field of the configuration, which checks what its type does not."""
+    """An option for each field of the configuration, which validates the values."""
     for name, field in reversed(ServerConfig.model_fields.items()):
         if field.description is None:
             continue
@@ -61,7 +61,7 @@ def serve(context: click.Context, **values: Any) -> None:
 
     Options override environment variables, which override the --config file.
     """
-    # Nothing ends process 1, as of a container, by a signal that it does not handle.
+    # Process 1, as in a container, ignores signals without a handler.
     signal.signal(signal.SIGTERM, _end)
     from sidelight.probes.card import read_card, require_distinct_names
 
@@ -74,7 +74,7 @@ def serve(context: click.Context, **values: Any) -> None:
     )
     names = {field.name for field in fields(Runtime)}
     runtime = Runtime(serves=True, **config.model_dump(include=names))
-    # Before imports that take seconds: what is wrong with files and folders is refused at once.
+    # Before slow imports, so that wrong files and folders are refused immediately.
     config = config.model_copy(update={"probe": tuple(runtime.probe_folders(config.probe))})
     require_distinct_names([read_card(folder).name for folder in config.probe])
     policy, _ = config.loaded_policy, config.access

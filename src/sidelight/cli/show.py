@@ -1,6 +1,6 @@
-"""Figures of trainings and measurements, for a terminal.
+"""Terminal output of training and evaluation results.
 
-Those of a training and of an evaluation end with one sentence, ``summary``.
+The results of training and evaluation end with a one-sentence ``summary``.
 """
 
 import sys
@@ -22,15 +22,15 @@ from sidelight.training.fit import Fit
 from sidelight.types import NONE, visible
 
 _METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
-# Fewer conversations give no false-positive rate.
+# With fewer conversations, no false-positive rate is given.
 _FEWEST = 100
-# The ways to decide about deferred texts, by their names in JSON.
+# Ways to decide on deferred texts, by their names in JSON.
 _DECIDED_BY = {
     "probe": "Probe alone",
     "fit": "With the fit",
     "without a fit": "Judge alone on deferred texts",
 }
-# Of a table outside a terminal.
+# Width of a table outside a terminal.
 _WIDTH = 110
 
 
@@ -40,7 +40,7 @@ def console() -> Console:
 
 
 def print_reports(title: str, reports: Mapping[str, Report]) -> None:
-    """A line for each report, by its name."""
+    """Print a line for each report, with its name."""
     table = Table(title=title, title_justify="left")
     table.add_column("probe")
     for metric in _METRICS:
@@ -51,7 +51,7 @@ def print_reports(title: str, reports: Mapping[str, Report]) -> None:
 
 
 def print_fit(result: Fit) -> None:
-    """The figures of a training on held-out texts and on background traffic."""
+    """Print the metrics of training on held-out texts and background traffic."""
     spec, folds = result.probe.card.mechanism, result.probe.card.training.folds
     if result.spans is not None:
         print_spans(result.spans)
@@ -70,7 +70,7 @@ def print_fit(result: Fit) -> None:
 
 
 def depth_sentence(trials: Sequence[DepthTrial]) -> str:
-    """How many layers a probe reads, and what that costs."""
+    """A sentence on the depth of a probe and its effect on the loss."""
     deepest = trials[0]
     chosen = [trial for trial in trials if trial.is_accepted][-1]
     read = f"Depth: {chosen.layers} of {deepest.layers} hidden states"
@@ -87,7 +87,7 @@ def depth_sentence(trials: Sequence[DepthTrial]) -> str:
 
 
 def print_sources(sources: Mapping[str, Detections]) -> None:
-    """True and false positives by source, out of fold."""
+    """Print true and false positives by source, out of fold."""
     table = Table(title="By source", title_justify="left")
     table.add_column("source")
     for name in ("found", "false positives"):
@@ -100,7 +100,7 @@ def print_sources(sources: Mapping[str, Detections]) -> None:
 
 
 def print_assessment(assessment: Assessment) -> None:
-    """The figures on labelled rows; for whole texts also thresholds and the worst errors."""
+    """Print the metrics on labelled rows; for whole texts, also thresholds and the worst errors."""
     probe = assessment.probe
     if assessment.spans is not None:
         print_spans(assessment.spans)
@@ -128,7 +128,7 @@ def print_assessment(assessment: Assessment) -> None:
 
 
 def print_operating_points(assessment: Assessment) -> None:
-    """Thresholds to choose from: what each finds and flags of these rows."""
+    """Print alternative thresholds with their true and false positives on these rows."""
     if not (points := assessment.operating_points):
         return
     table = Table(title="Other thresholds on these rows", title_justify="left")
@@ -143,7 +143,7 @@ def print_operating_points(assessment: Assessment) -> None:
 
 
 def print_deferral(report: DeferralReport) -> None:
-    """Recall by the share of texts that a judge is asked about, and what the fit does."""
+    """Print recall by the share of texts deferred to a judge, and the effect of the fit."""
     unanswered = f", excluding {report.unanswered} without an answer" if report.unanswered else ""
     title = f"Deferred to {report.fit.model}: {report.rows:,} texts{unanswered}, out of fold"
     table = Table(title=title, title_justify="left")
@@ -179,7 +179,7 @@ def print_deferral(report: DeferralReport) -> None:
 
 
 def print_report(report: Report) -> None:
-    """A table of the metrics, then one of the labels."""
+    """Print a table of the metrics, then one of the labels."""
     metrics = Table(title=f"{report.rows:,} rows, {report.task.kind}", title_justify="left")
     metrics.add_column("metric")
     metrics.add_column("value [95 % interval]")
@@ -196,7 +196,7 @@ def print_report(report: Report) -> None:
 
 
 def print_spans(report: SpanReport) -> None:
-    """A row for all labels together and one for each."""
+    """Print a row for all labels pooled, and one for each."""
     table = Table(title=f"Spans in {report.texts:,} texts", title_justify="left")
     table.add_column("label")
     for name in (*report.metrics, "spans"):
@@ -210,11 +210,11 @@ def print_spans(report: SpanReport) -> None:
 
 
 def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
-    """One sentence on what a probe finds and what it flags without cause.
+    """One sentence on true and false positives of a probe.
 
     Args:
-        report: Figures on texts that did not train the probe.
-        background: How many background conversations were flagged, and of how many; none of 0.
+        report: Metrics on texts that the probe was not trained on.
+        background: Number of flagged background conversations, and their total; (0, 0) if unknown.
     """
     if isinstance(report, SpanReport):
         return _span_summary(report)
@@ -232,7 +232,7 @@ def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
             f"Finds {found:,} of {found + missed:,} labels in {rows:,} texts and assigns "
             f"{false:,} wrongly{flagged}."
         )
-    # A test may have texts of one label alone.
+    # A test may have texts of only one label.
     positives, negatives = found + missed, passed + false
     finds = f"finds {found:,} of {positives:,} '{task.labels[1]}' texts" if positives else ""
     flags = [f"{false:,} of {negatives:,} other texts"] if negatives else []
@@ -253,7 +253,7 @@ def _span_summary(report: SpanReport) -> str:
 
 
 def _background_share(flagged: int, conversations: int) -> str:
-    """A rate, or counts where there are too few conversations; "" without any."""
+    """A rate, or counts if there are too few conversations; "" without any."""
     if not conversations:
         return ""
     if conversations < _FEWEST:
@@ -262,7 +262,7 @@ def _background_share(flagged: int, conversations: int) -> str:
 
 
 def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
-    """The lines on what a probe flags of background traffic, and finds inside it."""
+    """Lines on the false positives in background traffic and the embedded positives found."""
     conversations = len(traffic.background)
     lines = [rate_sentence(traffic.flagged, conversations, abstains=abstains)]
     if conversations >= _FEWEST:
@@ -285,7 +285,7 @@ def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
 
 
 def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
-    """The false-positive rate on background traffic; for few conversations, how to get one."""
+    """The false-positive rate on background traffic, or with few conversations, how to get one."""
     if conversations < _FEWEST:
         return (
             f"False positives: unknown, because {conversations} background conversations are too "

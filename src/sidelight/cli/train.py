@@ -1,4 +1,4 @@
-"""``sidelight train``: from a labelled file to a probe on disk."""
+"""``sidelight train``: train a probe on a labelled file."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sidelight.training.settings import FitOptions
     from sidelight.types import MechanismSpec
 
-# As ``training.settings.AUTO``, whose import takes seconds.
+# Equal to ``training.settings.AUTO``, whose import takes seconds.
 _AUTO = "auto"
 
 
@@ -89,7 +89,7 @@ def train(
     if (guard := guard_of(inputs.data)) is not None:
         spans = spans or guard.card.columns["spans"]
     _require_agreement(inputs, mechanism, assigned, spans, background)
-    # Before texts and models, which take seconds: a misspelt name or value is refused at once.
+    # Before texts and models are loaded, so that a misspelt name or value is refused immediately.
     from sidelight.probes.card import require_free, require_name
     from sidelight.statistics.thresholds import ThresholdRule
     from sidelight.training.background import load_background
@@ -117,7 +117,7 @@ def train(
     from sidelight.training.fit import fit
 
     with runtime.reader(prompt_format) as reader, only_writer(out):
-        # Another run may have ended meanwhile.
+        # Another run may have finished in the meantime.
         require_free(out, force=force)
         result = fit(reader, training, validation, name=name, options=fit_options, out=out)
     if as_json:
@@ -135,7 +135,7 @@ def _require_agreement(
     spans: str | None,
     background: str | None,
 ) -> None:
-    """Refuse options of which one leaves another without a meaning."""
+    """Refuse contradictory options."""
     for target in assigned:
         owner, dot, _ = target.partition(".")
         if dot and owner != mechanism:
@@ -158,7 +158,7 @@ def _require_agreement(
 def _fit_options(
     inputs: options.TrainingInputs, mechanism: str, assigned: Mapping[str, str], *, of_spans: bool
 ) -> tuple["FitOptions", "PromptFormat | None"]:
-    """The options of the training, and the format of prompts, that ``--set`` gives."""
+    """The training options and the prompt format from ``--set``."""
     from sidelight.training.settings import named_mechanism, suggested_settings
 
     settings = {setting: text for setting, text in assigned.items() if "." not in setting}
@@ -180,7 +180,7 @@ def _fit_options(
         none=chosen.pop("none", True),
         context_tokens=chosen.pop("context_tokens", None),
         early_exit=layers == _AUTO,
-        # What is left are settings of the optimisation.
+        # The rest are optimisation settings.
         settings=suggested_settings(named_mechanism(mechanism, of_spans=of_spans)).changed(
             layers=layers if isinstance(layers, int) else None, **chosen
         ),
@@ -211,7 +211,7 @@ def _spec(mechanism: str, assigned: Mapping[str, str]) -> "MechanismSpec":
 
 
 def _kinds() -> dict[str, Any]:
-    """The types of what ``--set`` gives to training."""
+    """The types of the training options of ``--set``."""
     from pydantic import PositiveInt
 
     from sidelight.models.conversation import PromptFormat, Side

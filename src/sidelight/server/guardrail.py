@@ -148,7 +148,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
         _refuse(context, side)
     redacts = any(bound.mode == "redact" for bound in context.chosen)
     if redacts:
-        # Trusted texts pass, but personal data in them is still redacted.
+        # Trusted texts pass, but the words that rules redact are still replaced.
         checked_texts += system
     invisible = context.policy.invisible_characters
     try:

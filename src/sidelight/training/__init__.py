@@ -1,1 +1,1 @@
-"""From labelled examples to calibrated probes, and the classifier that users hold."""
+"""Training of calibrated probes from labelled examples, and the classifier for users."""

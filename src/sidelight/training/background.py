@@ -1,4 +1,6 @@
-"""Background conversations, which training shows texts in and a probe learns to let pass."""
+"""Background conversations, which are the context of training texts and which a probe learns to let
+pass.
+"""
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,26 +19,26 @@ from sidelight.models.conversation import Message
 
 Messages = tuple[Message, ...]
 
-# NOTICE has the sources of its rows and their licences.
+# See NOTICE for the sources and licences of its rows.
 PACKAGED = Path(__file__).with_name("background.jsonl.gz")
-# Characters and turns at which a conversation is longer.
+# Limits of characters and turns between the length strata.
 _LENGTHS, _TURNS = (64, 256, 1024, 4096), (2, 5)
 _WEIGHTS = (1.0, 1.0, 1.0, 3.0, 8.0)
-# Cosine from which background counts as a labelled text, and how many it is compared to at once.
+# Cosine from which background counts as a labelled text, and the batch size of the comparison.
 _SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
-# Texts that are so many times as long as each other are never alike.
+# Texts whose lengths differ by more than this factor are never near-duplicates.
 _LONGER = 4
-# With fewer conversations, training warns.
+# Training warns about fewer conversations.
 _FEW_CONVERSATIONS = 50
 
 
 @dataclass(frozen=True)
 class Background:
-    """Background conversations, each ending by a turn that the assistant would answer.
+    """Background conversations, each ending with a turn that the assistant would answer.
 
     Attributes:
-        conversations: Their turns; none if training goes without.
-        sources: Where each of them is from; "" is nowhere that others are from. None: unknown.
+        conversations: Turns of each conversation; empty if training uses none.
+        sources: Source of each conversation; "" means a source of its own. None if unknown.
     """
 
     conversations: tuple[Messages, ...] = ()
@@ -46,7 +48,7 @@ class Background:
         return len(self.conversations)
 
     def select(self, rows: Iterable[int]) -> "Background":
-        """The conversations of these rows, in their order."""
+        """Only these conversations, in this order."""
         rows, sources = [*rows], self.sources
         conversations = tuple(self.conversations[row] for row in rows)
         return replace(
@@ -56,10 +58,10 @@ class Background:
         )
 
     def split_into(self, count: int) -> list["Background"]:
-        """The conversations in parts of about one size, with those of a source in one part.
+        """Split the conversations into parts of similar size, keeping each source in one part.
 
-        What is left out of training by parts is then as unlike the rest as traffic that was never
-        collected: conversations of one source resemble each other.
+        A held-out part is then as different from the rest as traffic that was never collected,
+        because conversations of one source resemble each other.
         """
         rows_of: dict[object, list[int]] = {}
         for row, source in enumerate(self.sources or ("",) * len(self)):
@@ -71,18 +73,18 @@ class Background:
 
 
 def load_background(name: str | Path) -> Background:
-    """The background traffic that a user names, in a balanced order.
+    """Load the named background traffic, in a balanced order.
 
-    Each beginning of it has as many conversations of each length, number of turns, kind and source
-    as there are, and a third to a half of a user's own.
+    Every prefix has balanced numbers of conversations of each length, number of turns, kind and
+    source, and a third to a half of the user's own.
 
     Args:
-        name: A file with a column ``text`` of texts or chat messages, which the packaged set is
-            added to, since few files have every length and kind; ``packaged``, that set alone; or
-            ``none``. Columns ``kind`` and ``source`` are used where there are any.
+        name: A file with a column ``text`` of texts or chat messages, to which the packaged set is
+            added, because few files have every length and kind; ``packaged`` for only that set; or
+            ``none``. Columns ``kind`` and ``source`` are used if present.
 
     Raises:
-        SidelightError: There is no such file, or no text in it.
+        SidelightError: The file does not exist, or contains no text.
     """
     if name == "none":
         return Background()
@@ -97,7 +99,7 @@ def _packaged(path: Path) -> Background:
 
 
 def _balanced(*sets: Examples) -> Background:
-    """All conversations, those of each set balanced over strata of its own."""
+    """All conversations, with each set balanced over its own strata."""
     conversations: list[Messages] = []
     sources: list[str] = []
     strata: list[tuple[Hashable, ...]] = []
@@ -107,7 +109,7 @@ def _balanced(*sets: Examples) -> Background:
             turns = _request(item.messages)
             length, *features = _stratum(turns, cells, unknown=len(strata))
             strata.append((number, length, *features))
-            # A third or an eighth of the conversations that take most of the time.
+            # Only a third or an eighth of the conversations that take the most time.
             weights.append(_WEIGHTS[length])
             conversations.append(turns)
             source = cells.get("source")
@@ -117,7 +119,7 @@ def _balanced(*sets: Examples) -> Background:
 
 
 def _request(messages: Messages) -> Messages:
-    """The turns up to the last that the assistant would answer."""
+    """The turns up to the last one that the assistant would answer."""
     asked = [index for index, turn in enumerate(messages) if turn.role != "assistant"]
     return messages[: asked[-1] + 1] if asked else messages
 
@@ -125,14 +127,14 @@ def _request(messages: Messages) -> Messages:
 def _stratum(
     turns: Messages, cells: Mapping[str, object], *, unknown: int
 ) -> tuple[int, *tuple[Hashable, ...]]:
-    """The stratum to balance; a conversation of unknown kind or source has one of its own."""
+    """The stratum of a conversation; unknown kinds and sources have their own."""
     characters = sum(len(turn.content) for turn in turns)
     named = (str(cells.get(column) or unknown) for column in ("kind", "source"))
     return int(np.digitize(characters, _LENGTHS)), int(np.digitize(len(turns), _TURNS)), *named
 
 
 def choose_conversations(background: Background, examples: LabelledExamples) -> Background:
-    """The background without conversations that hold a labelled text; warns of these."""
+    """The background without conversations that contain a labelled text, with a warning."""
     conversations = background.conversations
     keys = {item.text_key for item in examples.items}
     turns = [[Example((turn,)).text_key for turn in messages] for messages in conversations]

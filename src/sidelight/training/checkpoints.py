@@ -1,4 +1,4 @@
-"""Checkpoints of a training, so that a killed run can resume."""
+"""Checkpoints of a training run, for resuming after an interruption."""
 
 import json
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _EPOCHS, _NUMBERS, _RUN = "epochs", "numbers", "run_sha256"
 def save_checkpoint(
     runs: Sequence[TrainingRun], path: Path, *, epochs: int, run_sha256: str
 ) -> None:
-    """Write the runs after so many epochs, whole or not at all.
+    """Write the runs after this number of epochs, atomically.
 
     Args:
         runs: The runs.
         path: The file.
-        epochs: How many they have completed.
-        run_sha256: A hash of what decides them, which ``resume`` compares.
+        epochs: Number of completed epochs.
+        run_sha256: Hash of everything that determines them, which ``resume`` compares.
 
     Raises:
-        SidelightError: The disk is full, or cannot be written.
+        SidelightError: The disk is full or not writable.
     """
     states = [run.state() for run in runs]
     tensors = {

@@ -1,10 +1,10 @@
-"""The settings in which training shows a text: alone, and as it may come in background traffic.
+"""Contexts of training texts: alone, and embedded in background traffic.
 
-A probe that has only seen texts alone takes everything else for what is rarest among them: it
-flags greetings, long prompts and what tools answer, and misses a text inside a long one. So each
-text is also shown in a few contexts, made from background conversations (``background.py``), and
-these are shown by themselves, without a label. A context stays on its text's side of every split,
-and so does the background that it is made of.
+A probe trained only on isolated texts treats everything else as its rarest class: it flags
+greetings, long prompts and tool results, and misses a text embedded in a long one. Each text is
+therefore also shown in a few contexts built from background conversations (``background.py``),
+which are also shown alone as unlabelled texts. A context, and the background that it is built from,
+stays on the same side of every split as its text.
 """
 
 import re
@@ -26,39 +26,39 @@ from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
 Kind = Literal["without_context", "inside", "turn", "plain", "background"]
-# Some texts of a data set, and the background that their contexts are made of.
+# Some texts of a data set, and the background for their contexts.
 Group = tuple[Int[Numbers, " _"], Background]
 
-# How often each context of a text is drawn; plain text, where a probe allows it.
+# Probability of each kind of context; plain text only if the probe allows it.
 _SHARES: dict[Kind, float] = {"inside": 0.8, "turn": 0.2}
-# Words around a text, log-uniform.
+# Number of words around a text, log-uniform.
 _SURROUNDING_WORDS = (5, 400)
 _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
-# How often a text that is one turn of several is judged alone.
+# Probability that a text that is one of several turns is classified alone.
 _ONE_TURN_SHARE = 0.5
-# The tokens of contexts: relative to those of the texts, but at least so many; and the share of
-# them that is background alone. A GPU reads as many in a few seconds.
+# Tokens of contexts relative to those of the texts, the minimum, and the share of background alone.
+# A GPU reads this many in a few seconds.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS_ON_GPU = 0.6, 40_000, 400_000
 _BACKGROUND_SHARE = 0.7
-# No probe reads these turns where they lead.
+# No probe reads these turns at the beginning.
 _SYSTEM = ("system", "developer")
-# A text gets so many contexts at most, and so many attempts at one.
+# Maximum number of contexts per text, and of attempts per context.
 _MOST_OF_A_TEXT, _ATTEMPTS = 3, 4
 
 
 @dataclass(frozen=True)
 class Context:
-    """A setting of a text, or a conversation of the background.
+    """A text in its context, or a background conversation.
 
     Attributes:
-        kind: ``without_context``; ``inside`` other text; a ``turn`` of a conversation; as ``plain``
-            text. Or ``background`` by itself.
-        example: The conversation that is run.
-        prompt: The same, encoded, without what is not classified.
-        words: How many words stand around the text, or in the background.
-        text: The labelled text, by its place in its data set; None for background.
-        group: The group of texts that it was drawn for.
+        kind: ``without_context``, ``inside`` other text, a ``turn`` of a conversation, ``plain``
+            text, or ``background`` alone.
+        example: The conversation to run.
+        prompt: The encoded conversation, restricted to what is classified.
+        words: Number of words around the text, or in the background.
+        text: Row of the labelled text in its data set; None for background.
+        group: Index of the group of texts that it was drawn for.
     """
 
     kind: Kind
@@ -70,7 +70,7 @@ class Context:
 
 
 def has_contexts(examples: LabelledExamples, options: FitOptions) -> bool:
-    """Whether training shows texts in background: not responses, nor texts of labelled spans."""
+    """Whether training uses contexts, as it does except for responses and labelled spans."""
     return not options.reads.includes_response and examples.spans is None
 
 
@@ -80,13 +80,13 @@ def draw_contexts(
     groups: Sequence[Group],
     options: FitOptions,
 ) -> tuple[Context, ...]:
-    """Contexts of texts, and background alone; none without background, or of labelled spans.
+    """Draw contexts of texts, and background alone; empty without background or for labelled spans.
 
     Args:
-        reader: Encodes them.
+        reader: Reader that encodes them.
         examples: The texts.
-        groups: Those that contexts are drawn for.
-        options: What is read, how many tokens of contexts, and the longest context.
+        groups: Groups of texts to draw contexts for.
+        options: Options that set what is read, the tokens of contexts, and the longest context.
     """
     task, encoder = examples.task, reader.encoder
     is_available = (
@@ -123,7 +123,9 @@ def draw_contexts(
 
 
 def context_budget(tokens: int, *, least: float | None = None) -> int:
-    """The tokens of the contexts of texts that have so many; ``least``: by default, on a CPU."""
+    """Number of tokens of contexts for texts of this total length; ``least`` defaults to that on a
+    CPU.
+    """
     least = _LEAST_CONTEXT_TOKENS if least is None else least
     return round(max(least, _CONTEXT_TOKENS * tokens))
 
@@ -132,14 +134,14 @@ class ContextSampler:
     """Draws contexts for labelled texts.
 
     Args:
-        encoder: Encodes conversations for the backbone.
-        reads: What the probe reads.
-        conversations: The background to draw from, the first ones first where it is shown alone;
-            without any, there is plain text alone.
-        by_turn: Whether a part of a text can have the labels. With several classes, a text is only
+        encoder: Encoder of conversations for the backbone.
+        reads: Tokens that the probe reads.
+        conversations: The background to draw from, in this order if shown alone; without any, only
+            plain text is drawn.
+        by_turn: Whether labels can apply to part of a text. For multi-class tasks, a text is only
             shown as the last turn of a conversation.
-        max_tokens: No context is longer.
-        seed: Decides what is drawn.
+        max_tokens: Maximum length of a context.
+        seed: Seed of the draw.
     """
 
     def __init__(
@@ -165,15 +167,15 @@ class ContextSampler:
             self._shares["plain"] = 1.0
 
     def background(self, *, tokens: int) -> list[Context]:
-        """Conversations as they are.
+        """Draw conversations without changes.
 
         Args:
-            tokens: No more are taken once they have so many tokens.
+            tokens: Stop once this total number of tokens is reached.
         """
         contexts: list[Context] = []
         order = [*range(len(self._conversations))]
         if not self._by_turn:
-            # A class needs many texts: short ones come first more often, but not always.
+            # A class needs many texts, so short ones are more likely to come first.
             sizes = [sum(len(turn.content) for turn in turns) for turns in self._conversations]
             order.sort(key=lambda place: self._random.expovariate(1 / max(1, sizes[place])))
         for place in order:
@@ -193,11 +195,11 @@ class ContextSampler:
         *,
         tokens: int,
     ) -> list[Context]:
-        """Contexts of some texts, each with one before any has two.
+        """Draw contexts of some texts; each text gets one before any gets two.
 
         Args:
             examples: The data set.
-            texts: Which of its texts get contexts.
+            texts: Rows of the texts that get contexts.
             tokens: No more are drawn once they have so many tokens.
         """
         contexts: list[Context] = []
@@ -211,14 +213,14 @@ class ContextSampler:
                 if context is not None:
                     contexts.append(replace(context, text=text))
                     tokens -= len(context.prompt)
-                    # Plain text is the same each time.
+                    # The plain text of a text is always the same.
                     if context.kind != "plain":
                         again.append(text)
             order = again
         return contexts
 
     def _context(self, example: Example) -> Context | None:
-        """One context; None for what has none, such as a conversation or a long text."""
+        """Draw a context; None if the text has none, such as a conversation or a long text."""
         if [message.role for message in example.messages] != ["user"] or example.response:
             return None
         # A word has at least one token.
@@ -243,7 +245,7 @@ class ContextSampler:
         return None
 
     def _placed(self, kind: Kind, text: str) -> tuple[Example, int | None]:
-        """A conversation with the text, and which of its turns is judged; None: all."""
+        """A conversation with the text, and the turn to classify; None classifies all."""
         random = self._random
         if kind == "inside":
             return Example((Message("user", self._inside(text)),)), None
@@ -261,7 +263,7 @@ class ContextSampler:
         return Example(tuple(turns)), place if random.random() < _ONE_TURN_SHARE else None
 
     def _inside(self, text: str) -> str:
-        """The text before, after or between sentences of the background."""
+        """Place the text before, after or between sentences of the background."""
         shortest, longest = _SURROUNDING_WORDS
         words = round(shortest * (longest / shortest) ** self._random.random())
         sentences = self._sentences(words)
@@ -270,11 +272,11 @@ class ContextSampler:
         return self._random.choice(_JOINTS).join(filter(None, around))
 
     def _sentences(self, words: int) -> list[str]:
-        """Neighbouring sentences from random conversations, of about so many words in all."""
+        """Adjacent sentences from random conversations, with about this many words in all."""
         chosen: list[str] = []
         while words > 0:
             turns = self._random.choice(self._conversations)
-            # What a user asks for is what a request is made of; answers are longer.
+            # Requests consist of what users write; responses are longer.
             users = [turn for turn in turns if turn.role == "user"]
             content = self._random.choice(self._random.choice([users, turns]) or turns).content
             for sentence in filter(str.strip, _SENTENCE_END.split(content)):
@@ -283,11 +285,11 @@ class ContextSampler:
                 words -= length
                 if words <= 0:
                     break
-            words -= 1  # Ends for a background without a word.
+            words -= 1  # Terminates even if the background has no words.
         return chosen
 
     def _encoded(self, example: Example) -> EncodedPrompt | None:
-        """The conversation encoded; None if it is too long or the template refuses it."""
+        """Encode the conversation; None if it is too long or the template refuses it."""
         try:
             prompt = self._encoder.encode_any_length(example.conversation)
         except SidelightError:

@@ -1,4 +1,4 @@
-"""What a training would take, estimated before any text is run: disk, and time on a CPU."""
+"""Estimates of the disk space and CPU time of a training run, before any text is run."""
 
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,24 +13,24 @@ from sidelight.states.compression import compressed_token_bytes
 from sidelight.training.contexts import context_budget
 from sidelight.training.settings import MOST_UNCOMPRESSED_BYTES, TRAINING_MAX_TOKENS
 
-# Operations per token and parameter, in products as fast as the measured ones: 2.7 for the forward
+# Operations per token and parameter, at the measured speed of matrix products: 2.7 for the forward
 # pass, of which 2 are the products themselves, and the rest for the probe, its folds and their
 # calibration. Measured with `sidelight guard --only injection` on SmolLM2-135M.
 _OPERATIONS = 4.0
-# Rows, depth and columns of the product that measures this CPU: a batch in one block.
+# Rows, depth and columns of the product that measures this CPU, as for a batch in one block.
 _PRODUCT = (1024, 576, 1536)
 _REPETITIONS = 20
 
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """What training a probe takes; ``str`` says it in a sentence's words.
+    """Cost of training a probe; ``str`` formats it for a sentence.
 
     Attributes:
-        tokens: Those of the texts and of their contexts.
-        disk_bytes: For their hidden states, compressed if whole ones would take over 10 GiB. They
-            are removed at the end.
-        seconds: On this CPU; right within a factor of two.
+        tokens: Number of tokens of the texts and their contexts.
+        disk_bytes: Disk space for hidden states, compressed if they would take more than 10 GiB
+            uncompressed. They are removed at the end.
+        seconds: Time on this CPU, accurate within a factor of two.
     """
 
     tokens: int
@@ -50,17 +50,17 @@ def estimate_training(
     *,
     operations_per_s: float | None = None,
 ) -> TrainingEstimate:
-    """Estimate what training a probe on these texts takes, with the packaged background.
+    """Estimate the cost of training a probe on these texts with the packaged background.
 
-    Disk is exact up to the contexts that are drawn. Time is proportional to tokens and parameters,
-    of which a block of width D has about 12 D^2 (Kaplan et al. 2020, section 2.1); a mixture of
-    experts takes less.
+    The disk space is exact except for the drawn contexts. The time is proportional to tokens and
+    parameters, of which a block of width D has about 12 D^2 (Kaplan et al. 2020, section 2.1); a
+    mixture of experts takes less.
 
     Args:
         texts: The training texts.
-        encoder: Counts their tokens.
+        encoder: Encoder that counts their tokens.
         model: The frozen LLM, which need not be loaded.
-        operations_per_s: Of this CPU, in float32; None measures it, in under a second.
+        operations_per_s: Speed of this CPU in float32; None measures it in under a second.
     """
     tokens = sum(training_tokens(texts, encoder))
     if texts.spans is None and texts.items[0].response is None:
@@ -74,10 +74,10 @@ def estimate_training(
 
 
 def training_tokens(texts: LabelledExamples, encoder: PromptEncoder) -> list[int]:
-    """The tokens of each text that a training reads.
+    """The number of tokens that training reads from each text.
 
     Raises:
-        SidelightError: The model's template cannot render one.
+        SidelightError: The model's template cannot render a text.
     """
     limit = min(TRAINING_MAX_TOKENS, encoder.max_tokens)
     counts: list[int] = []
@@ -89,7 +89,9 @@ def training_tokens(texts: LabelledExamples, encoder: PromptEncoder) -> list[int
 
 
 def _operations_per_s() -> float:
-    """Of the fastest of some matrix products, since other programs interrupt some of them."""
+    """Measure the fastest of several matrix products, because other programs interrupt some of
+    them.
+    """
     rows, depth, width = _PRODUCT
     left, right = torch.randn(rows, depth), torch.randn(depth, width)
     seconds: list[float] = []

@@ -1,6 +1,6 @@
-"""How many layers a probe reads: the fewest that are as good on held-out texts.
+"""The depth of a probe: the fewest layers that are as good on held-out texts.
 
-A pass that writes nothing stops after the deepest layer that a loaded probe reads, so a check of a
+A pass without generation stops after the deepest layer that a loaded probe reads, so checking a
 probe that reads two thirds of the layers takes two thirds of the time.
 """
 
@@ -20,16 +20,16 @@ from sidelight.training.settings import FitOptions
 from sidelight.training.traffic import conversations_among
 from sidelight.types import Task
 
-# Shares of the deepest layer that are tried. Below half, no set was as good.
+# Depths to try, as shares of the deepest layer. Below half, no data set was as good.
 _SHARES = (5 / 6, 2 / 3, 1 / 2)
-# The most that a lower depth may lose, as a share of the loss at full depth: the upper end of the
+# Maximum loss of a lower depth, relative to the loss at full depth, for the upper end of the
 # one-sided 95 % confidence interval of the paired difference.
 _TOLERANCE = 0.05
 _ONE_SIDED = 1.645
 
 
 def candidate_depths(deepest: int) -> list[int]:
-    """The depths that a training chooses from, the deepest first."""
+    """The candidate depths, deepest first."""
     depths = [deepest, *(max(2, round(share * deepest)) for share in _SHARES)]
     return sorted({depth for depth in depths if depth <= deepest}, reverse=True)
 
@@ -37,15 +37,16 @@ def candidate_depths(deepest: int) -> list[int]:
 def choose_depth(
     runs: Sequence[TrainingRun], dataset: ProbeDataset, options: FitOptions
 ) -> tuple[TrainingRun, tuple[DepthTrial, ...]]:
-    """The run of the smallest depth that is not worse than the deepest, and what was tried.
+    """Choose the run with the smallest depth that is not worse than the deepest; also return the
+    trials.
 
-    Depths are tried from the deepest down, until one loses too much: so the probability to accept
-    one that does is that of a single test.
+    Depths are tried from the deepest down until one loses too much, so the probability of wrongly
+    accepting one is that of a single test.
 
     Args:
-        runs: The same training at several depths; their logits are out of fold.
-        dataset: What they were trained on.
-        options: Those of the training.
+        runs: The same training run at several depths, with out-of-fold logits.
+        dataset: Data set that they were trained on.
+        options: Options of the training run.
     """
     deepest, *rest = sorted(runs, key=lambda run: run.depth, reverse=True)
     if not rest:
@@ -79,7 +80,9 @@ def _compared(
 def text_losses(
     run: TrainingRun, dataset: ProbeDataset, options: FitOptions
 ) -> Float[np.ndarray, " text"]:
-    """The calibrated log loss of each text with its contexts, or of a text's tokens their mean."""
+    """The calibrated log loss of each text with its contexts, or the mean over the tokens of each
+    text.
+    """
     measured = dataset.measured
     if measured.examples.spans is not None:
         return _token_losses(run, measured)
@@ -98,7 +101,7 @@ def text_losses(
         probabilities = calibrated.calibration.apply(in_contexts)
         rest = log_losses(task, probabilities, measured.labels[texts:])
         losses = np.concatenate([losses, rest])
-    # A text and its contexts are one observation, and so is a conversation by itself.
+    # A text and its contexts are one observation, as is a single conversation.
     owners = np.arange(len(losses))
     for row, context in enumerate(dataset.contexts, start=texts):
         owners[row] = row if context.text is None else context.text

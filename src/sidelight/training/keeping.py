@@ -1,4 +1,6 @@
-"""How the hidden states of a training are kept: whole, compressed, or computed in each epoch."""
+"""Storage of the hidden states of a training run: uncompressed, compressed, or recomputed in each
+epoch.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,39 +28,39 @@ from sidelight.training.dataset import Split
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.settings import MOST_UNCOMPRESSED_BYTES, FitOptions
 
-# Tokens that directions are measured on, and that a probe is tried on with and without them.
+# Tokens for measuring directions, and for comparing a probe with and without compression.
 _SAMPLE_TOKENS = 8192
-# The most that out-of-fold logits of the sample may differ between whole and compressed states:
-# root mean square, in standard deviations of the logits.
+# Maximum difference of out-of-fold logits between uncompressed and compressed states: root mean
+# square, in standard deviations of the logits.
 TOLERANCE = 0.5
 _TRIAL_FOLDS = 2
-# The fewest texts to try it on, unless they have so many times the tokens.
+# Minimum number of texts for the comparison, unless they have this many times the tokens.
 _TRIAL_TEXTS, _MOST_LONG = 32, 4
-# More than this is computed in each epoch instead, in bytes of compressed states.
+# Above this size of compressed states in bytes, states are recomputed in each epoch.
 MOST_DISK_BYTES = 200 * 2**30
-# A GPU's operations per second, at the share of its peak that inference reaches, and a fast disk's
-# bytes per second.
+# Operations per second of a GPU at the share of its peak that inference reaches, and bytes per
+# second of a fast disk.
 _GPU_OPERATIONS_PER_S = 1e14
 _DISK_BYTES_PER_S = 2e9
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """How states are kept.
+    """How states are stored.
 
     Attributes:
-        compression: How they are stored; None: whole.
-        is_streamed: Whether they are computed whenever they are read.
+        compression: Compression of the states; None if uncompressed.
+        is_streamed: Whether states are recomputed whenever they are read.
     """
 
     compression: Compression | None = None
     is_streamed: bool = False
 
     def apply(self, reader: Reader, split: Split, *, title: str) -> Split:
-        """The split with its states kept so; those on disk are there afterwards.
+        """Store the states of a split in this way; those on disk exist afterwards.
 
         Raises:
-            SidelightError: The states would not fit the disk, or one is not finite.
+            SidelightError: The states would not fit on the disk, or a state is not finite.
         """
         states = split.states
         if self.compression is not None:
@@ -74,16 +76,17 @@ class Keeping:
 def choose_keeping(
     reader: Reader, splits: Sequence[Split], candidates: Sequence[Candidate], options: FitOptions
 ) -> Keeping:
-    """Choose how hidden states are kept, from ``options.states`` and the number of tokens.
+    """Choose how to store hidden states, from ``options.states`` and the number of tokens.
 
-    ``auto`` keeps up to 10 GiB whole, and more compressed on disk. It recomputes states in each
-    epoch if they would take over 200 GiB, or a GPU computes them faster than a disk reads.
+    ``auto`` stores up to 10 GiB uncompressed, and larger states compressed on disk. It recomputes
+    states in each epoch if they would take more than 200 GiB, or if a GPU computes them faster than
+    a disk reads them.
 
     Args:
         reader: The frozen LLM, in any engine.
-        splits: What trains, then what measures; their states have not been computed.
-        candidates: What is trained; without any, states stay whole.
-        options: How the user wants them kept.
+        splits: The training split, then the measured split, before their states are computed.
+        candidates: Mechanisms to train; without any, states stay uncompressed.
+        options: Options of the user.
 
     Raises:
         SidelightError: A state is not finite, or the compression cannot be written.
@@ -91,7 +94,8 @@ def choose_keeping(
     training = splits[0]
     who = replace(reader.fingerprint, layers=training.states.layers)
     tokens = sum(sum(split.states.lengths) for split in splits)
-    # Without candidates, or where other trainings share states, they are whole and on disk.
+    # Without candidates, or if other training runs share states, they are stored uncompressed on
+    # disk.
     is_temporary = bool(candidates) and not options.keep_cache
     fits = tokens * token_bytes(who) <= MOST_UNCOMPRESSED_BYTES
     if options.states == "whole" or (options.states == "auto" and (fits or not is_temporary)):
@@ -116,11 +120,11 @@ def choose_keeping(
 
 
 def _can_be_compressed(candidates: Sequence[Candidate], training: Split) -> bool:
-    """Whether all train on standardised states of one kind, each layer with its own parameters."""
+    """Whether all use the same standardised states and separate parameters per layer."""
     who = training.states.fingerprint
     geometry = Geometry(who.layers, who.width, training.task.outputs)
     resolved = [settings.resolved_for(len(training), training.task) for _, settings in candidates]
-    # Their sizes alone: no memory is taken, and no random number is drawn.
+    # Only sizes are needed: no memory is allocated, and no random numbers are drawn.
     with torch.device("meta"):
         mechanisms = [build_mechanism(spec, geometry) for spec, _ in candidates]
     return (
@@ -131,12 +135,12 @@ def _can_be_compressed(candidates: Sequence[Candidate], training: Split) -> bool
 
 
 def reads_faster_than_disk(who: Fingerprint, device: torch.device, bytes_per_token: int) -> bool:
-    """Whether a model on a GPU computes a token's states sooner than a disk reads its bytes.
+    """Whether a model on a GPU computes a token's states faster than a disk reads them.
 
     Args:
         who: The model.
-        device: Where it runs.
-        bytes_per_token: The bytes of a token on disk.
+        device: Device that runs it.
+        bytes_per_token: Size of a token's states on disk.
     """
     if device.type == "cpu":
         return False
@@ -144,7 +148,7 @@ def reads_faster_than_disk(who: Fingerprint, device: torch.device, bytes_per_tok
 
 
 def gpu_pass_s(blocks: int, width: int) -> float:
-    """Estimated seconds in which a GPU computes the states of a token."""
+    """Estimated seconds for a GPU to compute the states of a token."""
     # A block of width D has about 12 D^2 parameters, each for two operations.
     return 2 * 12 * blocks * width**2 / _GPU_OPERATIONS_PER_S
 
@@ -152,11 +156,11 @@ def gpu_pass_s(blocks: int, width: int) -> float:
 def _tried_compression(
     reader: Reader, training: Split, candidates: Sequence[Candidate], is_streamed: bool
 ) -> Compression | None:
-    """The compression that a sample gives; None, with a warning, if it changes a probe.
+    """Fit and test a compression on a sample; None, with a warning, if it changes a probe.
 
-    Directions are measured on some texts, and tried on others. The compression is written, and so
-    are the sample's compressed states unless states are streamed: after a kill, the same training
-    finds both.
+    Directions are measured on some texts and tested on others. The compression is written, as are
+    the sample's compressed states unless states are streamed, so that the same training run finds
+    both after an interruption.
     """
     states = training.states
     settings = candidates[0][1].resolved_for(len(training), training.task)
@@ -196,9 +200,9 @@ def _tried_compression(
 
 
 def _samples(training: Split) -> tuple[list[int], list[int]]:
-    """Distinct texts in random order: some for directions, and others that try them.
+    """Distinct texts in random order: some for measuring directions, and others for testing them.
 
-    Those that try them alternate between texts with and without a label.
+    The latter alternate between texts with and without a label.
     """
     states = training.states
     rows: dict[str, int] = {}
@@ -215,7 +219,9 @@ def _samples(training: Split) -> tuple[list[int], list[int]]:
 
 
 def _first(states: ActivationCache, rows: Sequence[int], *, least: int) -> list[int]:
-    """The first rows that have enough tokens, and so many texts if these are not too long."""
+    """The first rows with enough tokens, and with the minimum number of texts if these are not too
+    long.
+    """
     tokens = np.cumsum([states.lengths[row] for row in rows])
     enough = int(np.searchsorted(tokens, _SAMPLE_TOKENS)) + 1
     most = int(np.searchsorted(tokens, _MOST_LONG * _SAMPLE_TOKENS)) + 1
@@ -243,10 +249,10 @@ def _difference(
     candidates: Sequence[Candidate],
     reader: Reader,
 ) -> float | None:
-    """How much out-of-fold logits of these texts differ between whole and compressed states.
+    """The difference of out-of-fold logits between uncompressed and compressed states.
 
     Returns:
-        Their root mean square difference, in standard deviations; infinite if a training diverged,
+        Root mean square difference, in standard deviations; infinite if a training run diverged,
         and None with too few texts for folds.
     """
     sample = training.select(hidden)
@@ -256,7 +262,7 @@ def _difference(
     uncompressed = sample.states
     compressed = uncompressed.compressed(compression)
     texts = [*hidden.values()]
-    # What is in memory is never looked for on disk.
+    # States in memory are never looked up on disk.
     large = {uncompressed.path(row): {"hidden": hidden} for row, hidden in enumerate(texts)}
     small = {
         compressed.path(row): vars(compression.compress(hidden)) for row, hidden in enumerate(texts)

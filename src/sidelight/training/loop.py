@@ -1,4 +1,4 @@
-"""Trains many mechanisms from one cache: each shard that is read updates all of them."""
+"""Training of many mechanisms from one cache: each shard that is read updates all of them."""
 
 import math
 from collections.abc import Sequence
@@ -30,13 +30,14 @@ from sidelight.training.settings import TrainingSettings
 from sidelight.training.validation import Folds
 from sidelight.types import MechanismSpec
 
-# A mechanism to train, and how.
+# A mechanism to train, and its settings.
 Candidate = tuple[MechanismSpec, TrainingSettings]
 
 _VALIDATION_BATCH = 128
-# Columns of one matmul while training, so that many runs with many classes do not fill the memory.
+# Maximum columns of a matmul in training, so that many runs with many classes do not fill the
+# memory.
 _MOST_PROJECTIONS = 256
-# How often a part of a text without a label is shown in place of the whole.
+# Probability of showing a part of an unlabelled text instead of the whole.
 _SEGMENT_SHARE = 0.7
 _NOTHING = np.array([], dtype=np.int64)
 
@@ -53,26 +54,26 @@ def train_mechanisms(
 ) -> list[TrainingRun | None]:
     """Train all candidates side by side; the result of one does not depend on its neighbours.
 
-    In cross-fitting, every text trains the probe, and is scored by a probe that did not train on
-    it: calibration, threshold and figures are made from these logits. A part held out of few texts
-    would be missed in training, and too small to stop or choose by. Every epoch is trained.
+    With cross-fitting, the probe is trained on every text, and each text is scored by a probe that
+    was not trained on it. Calibration, thresholds and metrics are based on these logits. With few
+    texts, a held-out part would be missed in training, and would be too small for early stopping or
+    selection. All epochs are run.
 
     Args:
-        candidates: What to train.
-        training: What the parameters are fitted to.
-        validation: What is scored after training, and without its contexts after each epoch, for
-            early stopping; None trains every epoch and keeps the last.
-        folds: Cross-fitting also trains each candidate without each of these, from one read, to
-            score it.
-        device: Where to train.
-        shares_matmuls: Whether runs share matmuls in float32 too, which is several times as fast
-            for many folds. Their results then depend on their neighbours, within rounding.
-        checkpoint: File that is written after each epoch, and that the same training, begun again
-            after a kill, continues from; its owner removes it.
+        candidates: Mechanisms to train.
+        training: Split to fit the parameters to.
+        validation: Split that is scored after training, and without its contexts after each epoch
+            for early stopping; None runs all epochs and keeps the last.
+        folds: With cross-fitting, each candidate is also trained without each of these folds, from
+            the same reads, to score it.
+        device: Device to train on.
+        shares_matmuls: Whether runs share matmuls in float32 as well, which is several times as
+            fast for many folds. The results then depend on other runs, within rounding.
+        checkpoint: File that is written after each epoch, and from which the same training run
+            resumes after an interruption; the caller removes it.
 
     Returns:
-        A run for each candidate, in their order; None for one whose numbers are no longer finite,
-        on a fold or on all texts.
+        A run for each candidate, in order; None for one that diverged, on a fold or on all texts.
     """
     trainer = _Trainer(
         candidates, training, torch.device(device), (_NOTHING, *folds), shares=shares_matmuls
@@ -96,7 +97,7 @@ def train_mechanisms(
 
 
 def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightError:
-    """The error for a training that diverged."""
+    """The error for a training run that diverged."""
     return SidelightError(
         f"Training '{spec.name}' with seed {settings.seed} diverged: its loss or outputs are not "
         "finite. Lower the learning rate with --set learning_rate= (it was "
@@ -105,12 +106,12 @@ def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightErro
 
 
 class _Trainer:
-    """A run for each part of the texts and each candidate, part by part.
+    """Runs of all candidates on each part of the texts, part by part.
 
     Args:
-        candidates: What to train.
+        candidates: Mechanisms to train.
         training: The texts.
-        device: Where to train.
+        device: Device to train on.
         left_out: Indices of the texts that each part leaves out.
         shares: Whether runs share matmuls in float32.
     """
@@ -128,7 +129,7 @@ class _Trainer:
         compression = training.states.compression
         self._compression = None if compression is None else compression.to(device)
         self._targets = training.targets.to(device)
-        # The parts that are judged of each text without a label.
+        # The separately classified parts of each unlabelled text.
         texts = zip(training.labels, training.segments, strict=True)
         self._segments = [[] if np.any(labels) else segments for labels, segments in texts]
         self._device = device
@@ -158,9 +159,9 @@ class _Trainer:
                 self.runs.append(run)
 
     def _steps_per_epoch(self, batch_size: int) -> int:
-        """An upper bound of the steps in an epoch."""
+        """An upper bound on the steps of an epoch."""
         sizes = [*map(len, self._states.shards)]
-        # A shard's random first cut can add a batch.
+        # A shard's random offset can add a batch.
         steps = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return steps + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
@@ -189,7 +190,7 @@ class _Trainer:
             run.restore_best(self._compression)
 
     def _run_sha256(self) -> str:
-        """A hash of what decides the steps of a training, and the numbers that they compute."""
+        """A hash of everything that determines the steps of a training run and their results."""
         states = self._states
         scales = [
             sha256(run.standardisation.scale.cpu().numpy().tobytes()).hexdigest()
@@ -202,7 +203,7 @@ class _Trainer:
         )
 
     def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, advance: Progress) -> None:
-        # Runs that see the same texts in the same order share each batch.
+        # Runs with the same texts in the same order share each batch.
         groups: dict[tuple[int, int], list[TrainingRun]] = {}
         for run in runs:
             groups.setdefault((run.settings.seed, run.settings.batch_size), []).append(run)
@@ -211,7 +212,7 @@ class _Trainer:
         for texts in map(shards.__getitem__, order.tolist()):
             for (seed, batch_size), group in groups.items():
                 shuffle = torch.Generator().manual_seed(seed * 7919 + epoch)
-                # A shard with fewer texts than a batch is a part of one.
+                # A shard with fewer texts than a batch is part of a batch.
                 share = min(1.0, len(texts) / batch_size)
                 for batch in random_batches(texts, size=batch_size, shuffle=shuffle):
                     self._train_batch(group, *self._draw_segments(batch, shuffle), share)
@@ -222,10 +223,10 @@ class _Trainer:
     def _draw_segments(
         self, texts: Sequence[int], random: torch.Generator
     ) -> tuple[Shard, Targets]:
-        """A batch, with a random part of most texts that have no label in place of the whole.
+        """Replace most unlabelled texts of a batch with a random part.
 
-        Serving takes the highest logit of the parts that it judges, such as a turn, and no part of
-        a text without a label has one.
+        Serving uses the highest logit of the parts that are classified, such as turns, and no part
+        of an unlabelled text has a label.
         """
         chosen: dict[int, Int[np.ndarray, " _"]] = {}
         for text in texts:
@@ -263,7 +264,7 @@ class _Trainer:
                     texts = is_included.nonzero()[:, 0].to(self._device)
                     tokens, wanted = tokens.select(texts), targets.select(texts)
                 losses.append(run.loss(tokens, wanted))
-            # Parameters are disjoint, so the sum's gradient is each run's own.
+            # Parameters are disjoint, so the gradient of the sum is that of each run.
             (torch.stack(losses).sum() * share).backward()
         for run in active:
             run.take(share)
@@ -287,7 +288,7 @@ class _Trainer:
     def _sharing_a_matmul(self, runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
         """Groups of runs that share a matmul.
 
-        In float32, sums depend on the width of a product, so each run is alone unless
+        In float32, sums depend on the width of a product, so runs are separate unless
         ``shares_matmuls``.
         """
         is_separate = self._dtype == torch.float32 and not self._shares
@@ -297,12 +298,13 @@ class _Trainer:
     def score(
         self, runs: Sequence[TrainingRun], split: Split, *, dtype: torch.dtype
     ) -> list[tuple[Float[np.ndarray, "text output"], list[Float[np.ndarray, "_ output"]]]]:
-        """By run the logits of each text as it is served, and of its tokens if they are labelled.
+        """By run, the logits of each text as in serving, and of its tokens if they are labelled.
 
         Args:
-            runs: What scores.
+            runs: Runs to score with.
             split: The texts.
-            dtype: Of the matmuls; float32, as in serving, for what calibration is fitted to.
+            dtype: Dtype of the matmuls; float32, as in serving, for logits that calibration is
+                fitted to.
         """
         states, of_tokens = split.states, split.targets.of_tokens
         logits = {run: np.zeros((len(split), split.task.outputs)) for run in runs}
@@ -332,7 +334,9 @@ class _Trainer:
 
 
 def _grouped(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
-    """Run with up to so many columns, all of normalised states or none; one with more is alone."""
+    """Group runs up to a number of columns, either all with normalised states or none; a larger run
+    is alone.
+    """
     groups: list[list[TrainingRun]] = []
     filled = 0
     for run in sorted(runs, key=lambda run: (run.standardisation.is_normalised, run.depth)):
@@ -355,13 +359,13 @@ def project_runs(
     dtype: torch.dtype,
     compression: Compression | None = None,
 ) -> Sequence[Float[Tensor, "token layer _"]]:
-    """Each run's columns of every token, with one matmul for each layer that they read.
+    """Each run's projections of every token, with one matmul per layer.
 
     Args:
         shard: The states.
-        runs: What reads them.
-        dtype: Of the matmuls.
-        compression: That of the states.
+        runs: Runs that read them.
+        dtype: Dtype of the matmuls.
+        compression: Compression of the states.
     """
     folded = [
         run.standardisation.fold(run.mechanism.projections(), dtype=dtype)
@@ -370,7 +374,7 @@ def project_runs(
         for run in runs
     ]
     joined = Projection.joined(folded)
-    # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
+    # Rounded like the states; calibration, which is fitted in float32, absorbs the effect.
     joined = replace(joined, shift=joined.shift.to(dtype))
     layers = len(runs[0].standardisation.scale)
     depth = min(len(shard.hidden), max(run.depth for run in runs))
@@ -380,7 +384,7 @@ def project_runs(
 
 
 def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer token column"]:
-    """The columns of every token, with one matmul a layer in the dtype of the projection."""
+    """The projections of every token, with one matmul per layer in the dtype of the projection."""
     hidden, dtype = shard.hidden, projection.weight.dtype
     if hidden.dtype == dtype:
         return projection.layers(hidden)
@@ -400,8 +404,8 @@ def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer
 class _LayerProducts(torch.autograd.Function):
     """``hidden @ weight`` in the dtype of the weight, layer by layer.
 
-    Copying all layers to another dtype costs more than the matmuls, and so does autograd's gradient
-    of a thin weight, ``hidden.T @ gradient``. Hidden states get no gradient.
+    Copying all layers to another dtype costs more than the matmuls, as does autograd's gradient of
+    a narrow weight, ``hidden.T @ gradient``. Hidden states get no gradient.
     """
 
     @staticmethod
@@ -425,7 +429,7 @@ class _LayerProducts(torch.autograd.Function):
 def _served(
     run: TrainingRun, tokens: Ragged, segments: Sequence[Sequence[Int[np.ndarray, " _"]]]
 ) -> Float[Tensor, "text output"]:
-    """The highest logit of each label, of the parts of a text that are judged and of the whole."""
+    """The highest logit of each label over the classified parts of a text and the whole text."""
     logits = run.score(tokens)
     starts = (tokens.lengths.cumsum(0) - tokens.lengths).tolist()
     rows = [

@@ -1,7 +1,7 @@
-"""Logits of labelled texts made into probabilities, and measured.
+"""Calibration and measurement of the logits of labelled texts.
 
-All logits are out-of-fold, and texts are measured at calibrations and thresholds that the other
-folds gave.
+All logits are out-of-fold, and texts are measured with calibrations and thresholds from the other
+folds.
 """
 
 import base64
@@ -35,15 +35,15 @@ from sidelight.statistics.thresholds import (
 )
 from sidelight.training.validation import FOLDS, Folds
 
-# Where there are no folds to measure by.
+# Warning if there are no folds to measure by.
 FLATTERING = (
     "A class has too few texts for separate calibration and measurement, so the metrics are too "
     "optimistic. Add more texts of this class."
 )
 
-# A column with more values says which document each text is from.
+# A source column with more values identifies documents rather than sources.
 _MOST_SOURCES = 40
-# Bytes of a text's hash: among 100,000 training texts, one of 10 million others has an equal one.
+# Bytes of a text's hash: with 100,000 training texts, one in 10 million other texts collides.
 _HASH_BYTES = 5
 
 
@@ -52,15 +52,16 @@ class Calibrated:
     """Labelled texts with their probabilities.
 
     Attributes:
-        calibration: Fitted to all texts.
-        probabilities: Out-of-fold, one row per text.
-        losses: The log losses of these.
-        curves: Of all texts by the calibration, for serving and a later recalibration.
-        text_thresholds: The thresholds that the rule gives on all texts alone.
-        report: Decisions by thresholds that the other folds gave; its own are ``text_thresholds``,
-            raised until background traffic passes.
-        folds: What texts were measured by; none where the rest of some fold lacks what a
-            calibration needs: they were measured by what they calibrate.
+        calibration: Calibration fitted to all texts.
+        probabilities: Out-of-fold probabilities, one row per text.
+        losses: Log losses of these probabilities.
+        curves: Operating curves of all texts under the calibration, for serving and later
+            recalibration.
+        text_thresholds: Thresholds from the rule on all texts, without background.
+        report: Metrics at the thresholds of the other folds; its own thresholds are
+            ``text_thresholds``, raised until background traffic passes.
+        folds: Folds for measurement; empty if the rest of a fold is insufficient for a calibration,
+            in which case texts were measured with the calibration fitted to them.
     """
 
     calibration: Calibration
@@ -72,7 +73,7 @@ class Calibrated:
     folds: Folds
 
     def texts(self, examples: LabelledExamples) -> CalibrationTexts:
-        """What a card says of the texts and of the probe's figures on them."""
+        """The card entry for the texts and the probe's metrics on them."""
         sources = measure_sources(examples, self.probabilities, self.report.thresholds)
         description = describe_examples(examples).model_dump()
         return CalibrationTexts(
@@ -90,18 +91,17 @@ def calibrate_examples(
     around: Sequence[float] = (),
     background: Conversations | None = None,
 ) -> Calibrated:
-    """Calibrate logits of labelled texts, and measure each fold by what calibrates on the others.
+    """Calibrate logits of labelled texts, and measure each fold with a calibration on the others.
 
     Args:
-        logits: Of each text, by a model that did not train on it.
+        logits: Logits of each text from a model that was not trained on it.
         examples: The texts.
-        folds: Those by which the texts were cross-fitted, of which those of contexts are left out;
-            none draws some.
-        kind: How; None takes ``suggested_calibration``.
-        rule: What the thresholds are chosen for.
+        folds: Folds of cross-fitting, of which contexts are left out; if empty, folds are drawn.
+        kind: Kind of calibration; None uses ``suggested_calibration``.
+        rule: Objective of the thresholds.
         around: As for ``fit_calibration``.
-        background: Background conversations, which thresholds let pass. They calibrate too where
-            they are a class of their own.
+        background: Background conversations that thresholds let pass. They are also used for
+            calibration if they form a class.
     """
     background = background or Conversations.none(examples.task.outputs)
     task, labels = examples.task, examples.labels
@@ -109,7 +109,7 @@ def calibrate_examples(
     folds = _measuring_folds(examples, folds, kind)
 
     def fitted(rows: Int[np.ndarray, " _"]) -> Calibration:
-        """To these texts, and to background traffic if it is a class."""
+        """Fit to these texts, and to background traffic if it is a class."""
         counted, numbers = logits[rows], labels[rows]
         if task.abstains:
             counted = np.concatenate([counted, background.logits])
@@ -136,14 +136,14 @@ def calibrate_examples(
 
 
 def _measuring_folds(examples: LabelledExamples, folds: Folds, kind: CalibrationKind) -> Folds:
-    """The folds to measure by; none if the rest of some fold lacks what a calibration needs."""
+    """The folds for measurement; empty if the rest of a fold is insufficient for a calibration."""
     if folds:
         folds = tuple(fold[fold < len(examples)] for fold in folds)
     else:
         count = min(FOLDS, examples.distinct)
         folds = examples.folds(count, seed=0) if count > 1 else ()
     rests = [np.setdiff1d(np.arange(len(examples)), fold) for fold in folds]
-    # With few texts, a fold can hold all of them.
+    # With few texts, a fold can contain all of them.
     if not all(map(len, rests)):
         return ()
     try:
@@ -159,17 +159,18 @@ def measure_sources(
     probabilities: Float[np.ndarray, "text output"],
     thresholds: Sequence[float],
 ) -> dict[str, Detections]:
-    """Texts found, and falsely flagged, of each source.
+    """True and false positives by source.
 
-    A mean over sources says little of an attack that is like one of them.
+    The mean over sources says little about an attack that resembles one of them.
 
     Args:
-        examples: The texts; those without a source are left out, and all if nearly each has one
-            of its own.
-        probabilities: Of each, by a model that did not train on it.
-        thresholds: Of each label; without any, as of several classes, nothing is measured.
+        examples: The texts; those without a source are left out, as are all texts if nearly every
+            text has its own source.
+        probabilities: Probabilities of each text from a model that was not trained on it.
+        thresholds: Threshold of each label; without any, as for multi-class tasks, nothing is
+            measured.
     """
-    # As objects: an array of texts gives each the room of the longest, maybe a whole document.
+    # As objects, because a string array allocates the length of the longest text for each.
     sources = np.array(examples.sources, dtype=object)
     names = {*examples.sources}
     if not thresholds or not 2 <= len(names) <= _MOST_SOURCES:
@@ -184,12 +185,12 @@ def measure_sources(
 
 
 def describe_examples(examples: LabelledExamples) -> Texts:
-    """How many texts there are, a hash of them, and how many have each label."""
+    """The number of texts, their hash, and the number of texts with each label."""
     return Texts(rows=len(examples), sha256=examples.content_hash, classes=examples.count_by_label)
 
 
 def describe_training(examples: LabelledExamples, input_sha256: str = "") -> TrainingTexts:
-    """The same of training texts, with a hash of each.
+    """Describe training texts, with a hash of each text.
 
     Args:
         examples: The texts that parameters were fitted to.
@@ -205,15 +206,16 @@ def describe_training(examples: LabelledExamples, input_sha256: str = "") -> Tra
 
 
 def text_hashes(examples: Examples) -> str:
-    """Short hashes of texts with their responses, in base64, so that a probe knows its texts again.
+    """Short hashes of texts with their responses, in base64, for recognising a probe's training
+    texts.
 
-    Texts that differ in case and spacing alone have one hash.
+    Texts that differ only in case and spacing have the same hash.
     """
     return base64.b64encode(b"".join(sorted(set(_hashes(examples))))).decode()
 
 
 def trained_texts(record: TrainingRecord, examples: Examples) -> int:
-    """How many of the texts trained the probe with this record."""
+    """Number of texts that the probe with this record was trained on."""
     stored = base64.b64decode(record.training.texts)
     starts = range(0, len(stored), _HASH_BYTES)
     hashes = {stored[start : start + _HASH_BYTES] for start in starts}
@@ -221,7 +223,7 @@ def trained_texts(record: TrainingRecord, examples: Examples) -> int:
 
 
 def warn_of_trained_texts(record: TrainingRecord, examples: Examples) -> None:
-    """Warn if some of the texts that are measured trained the probe."""
+    """Warn if the probe was trained on some of the texts."""
     count = trained_texts(record, examples)
     if count:
         warn(

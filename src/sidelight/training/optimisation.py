@@ -1,4 +1,4 @@
-"""One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
+"""Optimisation of one mechanism: loss, optimiser, validation score and best epoch."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ from sidelight.training.dataset import Targets
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import MechanismSpec, Task
 
-# What changes in a learning rate's schedule.
+# Mutable part of the learning-rate schedule.
 _OF_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
-# Weight of the loss by which a readout learns where to look, beside that of labels.
+# Weight of the rationale loss of a readout, relative to the loss on labels.
 _RATIONALE_SHARE = 0.5
 
 
@@ -68,7 +68,7 @@ def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) ->
 def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
     """Average precision, or accuracy for a multi-class task.
 
-    A multi-label task is scored by the mean over the labels that only some of the texts have.
+    For a multi-label task, it is the mean over the labels that only some of the texts have.
 
     Args:
         task: The classes.
@@ -91,28 +91,29 @@ def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> floa
 
 
 class TrainingRun:
-    """A mechanism's training by AdamW on a cosine schedule; its best epoch is restored at the end.
+    """Training of a mechanism with AdamW on a cosine schedule; the best epoch is restored at the
+    end.
 
     Attributes:
-        spec: What is trained.
-        settings: How.
-        mechanism: Trained in place.
-        standardisation: How the states that it reads are scaled.
-        texts: Which of the training texts it learns from.
-        validation_scores: The validation score of each epoch; empty without validation texts.
+        spec: Specification of the mechanism.
+        settings: Optimisation settings.
+        mechanism: The mechanism, trained in place.
+        standardisation: Standardisation of the states that it reads.
+        texts: Rows of the training texts that it is trained on.
+        validation_scores: Validation score of each epoch; empty without validation texts.
         has_diverged: Whether its parameters or its validation logits stopped being finite.
-        logits: Of the texts that are scored after training, in their order; until then of none.
-        token_logits: Of the tokens of each of these texts, if tokens are labelled.
+        logits: Logits of the texts that are scored after training, in order; empty until then.
+        token_logits: Logits of the tokens of each of these texts, if tokens are labelled.
 
     Args:
-        spec: What to train.
-        settings: How.
-        standardisation: How the states that it reads are scaled.
+        spec: Specification of the mechanism.
+        settings: Optimisation settings.
+        standardisation: Standardisation of the states that it reads.
         task: The classes.
-        targets: Of the texts that it learns from.
-        texts: Which of the training texts it learns from.
+        targets: Targets of the texts that it is trained on.
+        texts: Rows of the training texts that it is trained on.
         steps: Optimiser steps per epoch.
-        adds_prefixes: Whether the loss also counts a random beginning of each text.
+        adds_prefixes: Whether the loss also includes a random prefix of each text.
     """
 
     def __init__(
@@ -162,12 +163,14 @@ class TrainingRun:
 
     @property
     def depth(self) -> int:
-        """How many hidden states of a token it reads, from the embedding up."""
+        """Number of hidden states read per token, from the embedding up."""
         return self.settings.layers or len(self.standardisation.scale)
 
     @property
     def best_epoch(self) -> int:
-        """Counted from 1: the first with the best score, or the latest if there are no scores."""
+        """The first epoch with the best score, counted from 1, or the latest if there are no
+        scores.
+        """
         return (
             1 + self.validation_scores.index(max(self.validation_scores))
             if self.validation_scores
@@ -176,7 +179,7 @@ class TrainingRun:
 
     @property
     def has_finished(self) -> bool:
-        """Whether all epochs are done, or ``patience`` of them brought no better score."""
+        """Whether all epochs are done, or ``patience`` epochs brought no improvement."""
         idle = self._epochs - self.best_epoch
         is_idle = self._epochs > 0 and idle >= self.settings.patience
         return self.has_diverged or is_idle or self._epochs >= self.settings.epochs
@@ -193,17 +196,17 @@ class TrainingRun:
         return logits.values
 
     def loss(self, tokens: Ragged, targets: Targets) -> Float[Tensor, ""]:
-        """The sum over the mechanism's voters, and the mean over the views of a batch of texts.
+        """The loss of a batch, summed over the mechanism's voters.
 
         Args:
-            tokens: Of the texts, as ``score`` takes them.
-            targets: Of the same texts.
+            tokens: Tokens of the texts, as for ``score``.
+            targets: Targets of the same texts.
         """
         labels, words = targets.labels, targets.rationales
         weights = targets.weights.repeat_interleave(labels.lengths)
         self.mechanism.train()
         self._draws += 1
-        # Random numbers of its own: what a run draws does not depend on its neighbours.
+        # A separate random state, so that a run does not depend on other runs.
         seed = self.settings.seed * 1_000_003 + self._draws
         with _random_numbers(seed, tokens.values.device):
             inputs = [tokens, random_prefixes(tokens)] if self._adds_prefixes else [tokens]
@@ -220,12 +223,12 @@ class TrainingRun:
             return loss + _RATIONALE_SHARE * (missed * targets.weights).mean()
 
     def take(self, share: float) -> None:
-        """Count the gradients just computed as this share of a batch; a full batch makes a step.
+        """Accumulate the computed gradients as this share of a batch; a full batch triggers a step.
 
-        The texts of a wide backbone's shard can be fewer than a batch.
+        With a wide backbone, a shard can have fewer texts than a batch.
         """
         self._filled += share
-        # Shares of a batch are fractions of its size: they add up to 1 within rounding.
+        # Shares of a batch add up to 1 within rounding.
         if self._filled > 1 - 1e-6:
             self.step()
 
@@ -241,7 +244,8 @@ class TrainingRun:
         """Record the validation score, and keep the parameters if it is the best so far.
 
         Args:
-            score: None without validation texts: the latest epoch is then the best.
+            score: Validation score; None without validation texts, in which case the latest epoch
+                is the best.
         """
         self._epochs += 1
         if score is not None:
@@ -250,7 +254,7 @@ class TrainingRun:
             self._best = deepcopy(self.mechanism.state_dict())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What training needs to go on after an epoch: tensors by name, and JSON values."""
+        """The state for resuming after an epoch: tensors by name, and JSON values."""
         tensors = {f"now.{name}": value for name, value in self.mechanism.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
         moments: dict[int, dict[str, Tensor]] = self._optimizer.state_dict()["state"]
@@ -267,10 +271,10 @@ class TrainingRun:
         return {name: value.cpu().clone() for name, value in tensors.items()}, numbers
 
     def set_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Put back what ``state`` gave.
+        """Restore the result of ``state``.
 
         Raises:
-            KeyError, RuntimeError: It is the state of another run.
+            KeyError, RuntimeError: The state belongs to another run.
         """
 
         def named(start: str) -> dict[str, Tensor]:
@@ -296,30 +300,30 @@ class TrainingRun:
         self.has_diverged = bool(numbers["has_diverged"])
 
     def restore_best(self, compression: Compression | None = None) -> None:
-        """Put the best epoch's parameters back and freeze them.
+        """Restore the parameters of the best epoch and freeze them.
 
         Args:
             compression: Compression of the states it was trained on. Parameter components outside
-                its directions are removed, so that whole states give the same logits.
+                its directions are removed, so that uncompressed states give the same logits.
         """
         self.mechanism.load_state_dict(self._best)
         if compression is not None:
             for parameter in self.mechanism.layer_parameters():
                 parameter.data.copy_(compression.restricted(parameter.data))
         self.mechanism.eval().requires_grad_(False)
-        # The run stays, with its results; the optimiser's moments are twice as large.
+        # The run is kept for its results, but the optimiser's moments take twice its memory.
         self._optimizer.state.clear()
         self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
 
 
 @contextmanager
 def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
-    """Seed what is drawn in the block; the caller's random state is back after it.
+    """Seed the random numbers in the block; the caller's random state is restored afterwards.
 
-    Only that of the CPU and of this device: asking for all of a machine's GPUs would start them.
+    Only for the CPU and this device, because querying all GPUs of a machine would initialise them.
     """
     is_cpu = device.type == "cpu"
-    # For each kind of device that has not started, `torch.manual_seed` would keep a stack trace.
+    # `torch.manual_seed` would store a stack trace for each uninitialised kind of device.
     manual_seed = torch.default_generator.manual_seed if is_cpu else torch.manual_seed
     with torch.random.fork_rng([] if is_cpu else [device], device_type=device.type):
         manual_seed(seed)
@@ -327,7 +331,7 @@ def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
 
 
 def random_prefixes(tokens: Ragged) -> Ragged:
-    """A beginning of each text, of log-uniform length: running scores matter from the start."""
+    """A prefix of each text with log-uniform length, because scores matter from the start."""
     share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
     lengths = ((tokens.lengths + 1) ** share).long()
     return tokens.prefixes(lengths.minimum(tokens.lengths))

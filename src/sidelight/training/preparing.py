@@ -1,6 +1,6 @@
 """The training and validation splits of a probe, with their hidden states.
 
-Probes and baselines of one table read the same splits, so that no row of it has an advantage.
+Probes and baselines in one table use the same splits, so that no row has an advantage.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from sidelight.training.settings import FitOptions
 from sidelight.training.validation import FOLDS, Folds, choose_validation, warn_of_shared_texts
 from sidelight.types import Task
 
-# The parts of the background that measure, where texts are held out; training has FOLDS.
+# Number of background parts for measurement if texts are held out; training has FOLDS.
 _MEASURING_FOLDS = 2
 
 
@@ -33,11 +33,11 @@ class ProbeDataset:
 
     Attributes:
         reader: The frozen LLM, in any engine.
-        training: What parameters are fitted to: texts alone, then their contexts.
-        measured: What early stopping, settings, calibration and thresholds are chosen on: texts
-            alone, then their contexts. With cross-fitting, the same as ``training``.
-        folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
-        input_sha256: Hash of the texts as they were given: none held out, no context added.
+        training: Split that parameters are fitted to: texts alone, then their contexts.
+        measured: Split for early stopping, settings, calibration and thresholds: texts alone, then
+            their contexts. With cross-fitting, the same as ``training``.
+        folds: Indices of the training texts of each fold with cross-fitting, else empty.
+        input_sha256: Hash of the input texts, before holding out and without contexts.
     """
 
     reader: Reader
@@ -76,13 +76,13 @@ def prepare(
 ) -> ProbeDataset:
     """Choose the validation texts, draw contexts, and run the model over all texts.
 
-    A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
-    Takes the arguments of ``fit``, and the candidates to train. States are compressed only if every
-    candidate can train on compressed states; without candidates, they stay whole.
+    Training and search both begin here, so that a search selects on the texts that later calibrate.
+    The arguments are those of ``fit``, and the candidates to train. States are compressed only if
+    every candidate can be trained on compressed states; without candidates, they stay uncompressed.
 
     Raises:
-        SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
-            states do not fit the disk.
+        SidelightError: The validation texts do not allow selection or calibration, or the hidden
+            states do not fit on the disk.
     """
     input_sha256 = training.content_hash
     limit = min(options.max_tokens, reader.max_tokens)
@@ -99,7 +99,7 @@ def prepare(
     groups = [*zip(rows, background_folds, strict=False)]
     memory = Memory(options.memory_bytes)
     depths = [reader.fingerprint.first_layers(settings.layers) for _, settings in candidates]
-    # Other trainings that share states may read all.
+    # Other training runs that share states may read all layers.
     layers = max(depths) if depths and not options.keep_cache else None
     split = partial(plan_split, reader, options=options, layers=layers, memory=memory)
     planned = [split(training, groups=groups)]
@@ -131,13 +131,13 @@ def prepare(
 def _with_room(
     encoder: PromptEncoder, examples: LabelledExamples, limit: int, *, title: str
 ) -> LabelledExamples:
-    """The texts that a limit leaves room for beside their system prompt; warns of the others.
+    """The texts that fit within a limit next to their system prompt; warns about the others.
 
-    Without any room, as beside a long template, all are returned: encoding refuses them.
+    If none fits, for example with a long template, all are returned, and encoding refuses them.
     """
     full: list[int] = []
     for index, item in enumerate(examples.items):
-        # A text of one message has the template beside it, as all have.
+        # A text of one message has only the template, as all texts do.
         if len(item.messages) > 1:
             with located(item, index):
                 prompt = encoder.encode_any_length(item.conversation, item.response)
@@ -156,8 +156,8 @@ def _with_room(
 
 
 def _groups(examples: LabelledExamples, count: int) -> Folds:
-    """At most so many groups of texts, each with contexts and a part of the background."""
+    """At most this many groups of texts, each with contexts and a part of the background."""
     count = min(count, examples.distinct)
     groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
-    # With few texts of several classes, the first group can take all.
+    # With few texts of several classes, the first group can contain all.
     return tuple(group for group in groups if len(group))

@@ -1,4 +1,4 @@
-"""Ready guards as a set: how they are trained, and a policy for them."""
+"""Ready guards: training options, and a policy in shadow mode."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from sidelight.training.settings import (
 from sidelight.types import Task
 
 _CPU = torch.device("cpu")
-# Most tokens of a guard's texts, where no number of rows is named.
+# Maximum tokens of a guard's texts by default.
 TOKENS_ON_CPU = 250_000
 _POLICY = """\
 # In shadow mode a guard blocks nothing, and no client sees its verdicts: they are counted in
@@ -40,7 +40,7 @@ _POLICY = """\
 
 
 def load_guard(name: str, suffix: str = "", task: Task | None = None) -> LabelledExamples:
-    """The training texts of a guard, with ``,FILE`` as its part also one's own, or a ``:TEST``."""
+    """Load the training texts of a guard, with the user's rows for ``,FILE``, or a ``:TEST``."""
     spans, source = find_guard(name).card.columns["spans"], f"guard:{name}{suffix}"
     return load_examples(source, spans=spans, task=task)
 
@@ -52,9 +52,9 @@ def affordable(
     *,
     seed: int = 0,
 ) -> LabelledExamples:
-    """Texts that have ``TOKENS_ON_CPU`` tokens together on a CPU; all of them on a GPU.
+    """Texts with a total of ``TOKENS_ON_CPU`` tokens on a CPU, or all texts on a GPU.
 
-    ``seed`` decides which.
+    ``seed`` determines which.
     """
     if device.type != "cpu":
         return texts
@@ -65,13 +65,13 @@ def affordable(
 def estimate_guards(
     names: Sequence[str], encoder: PromptEncoder, model: Fingerprint
 ) -> TrainingEstimate:
-    """What training guards takes on this CPU, from the texts that each takes by default."""
+    """Estimate the cost of training guards on this CPU with their default texts."""
     estimates = [
         estimate_training(affordable(load_guard(name), encoder), encoder, model) for name in names
     ]
     return TrainingEstimate(
         tokens=sum(estimate.tokens for estimate in estimates),
-        # The states of one are removed before the next is trained.
+        # The states of one guard are removed before the next is trained.
         disk_bytes=max(estimate.disk_bytes for estimate in estimates),
         seconds=sum(estimate.seconds for estimate in estimates),
     )
@@ -80,10 +80,10 @@ def estimate_guards(
 def guard_options(
     name: str, texts: LabelledExamples, backbone: Backbone, rule: ThresholdRule, *, seed: int = 0
 ) -> FitOptions:
-    """How a guard is trained.
+    """The training options of a guard.
 
-    In transformers it leaves out the last layer, whose states llama.cpp does not compute for every
-    token: the probe can then be accepted on a GGUF copy of the model.
+    In transformers, the last layer is left out, because llama.cpp does not compute its states for
+    every token. The probe can then be accepted on a GGUF copy of the model.
     """
     card, of_spans = find_guard(name).card, texts.spans is not None
     layers = backbone.fingerprint.layers - 1 if isinstance(backbone, TransformersBackbone) else None
@@ -97,11 +97,11 @@ def guard_options(
 
 
 def shadow_policy(probes: Sequence[ProbeCard]) -> str:
-    """A policy in shadow mode, with a comment that says how to block."""
+    """A policy in shadow mode, with a comment that explains how to block."""
     rules = [_POLICY]
     for probe in probes:
         side = "output" if probe.reads.includes_response else "input"
-        # A bare key has no dot.
+        # A bare TOML key cannot contain a dot.
         name = f'"{probe.name}"' if "." in probe.name else probe.name
         rules.append(f'\n[{side}.{name}]\nmode = "shadow"\n')
     return "".join(rules)

@@ -1,7 +1,7 @@
-"""A probe fitted to new traffic without training: its calibration and its thresholds.
+"""Recalibration: fitting a probe's calibration and thresholds to new traffic without training.
 
-Labelled texts give both anew. Without texts, thresholds move along the curves that the probe was
-last calibrated with.
+With labelled texts, both are refitted. Without texts, thresholds move along the curves of the last
+calibration.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ from sidelight.training.measuring import (
 if TYPE_CHECKING:
     from sidelight.probes.probe import Probe
 
-# With fewer texts a probe is better off as it is.
+# With fewer texts, recalibration makes a probe worse.
 LEAST_LABELLED = 30
 LEAST_PER_SIDE = 10
-# Users are told where a figure is worse than before by this much.
+# A metric that is worse by this much is reported.
 _NOTICEABLE = 0.01
 
 
@@ -46,9 +46,9 @@ class Recalibrated:
     """The result of a recalibration.
 
     Attributes:
-        probe: For the new traffic; its record says what it was recalibrated on.
-        reports: Before and after, on the new texts if there are some; each text is calibrated
-            without it.
+        probe: The new probe; its record states what it was recalibrated on.
+        reports: Metrics before and after, on the new texts if there are any, each calibrated on the
+            other texts.
     """
 
     probe: "Probe"
@@ -62,14 +62,14 @@ def recalibrate(
     *,
     rule: ThresholdRule | None = None,
 ) -> Recalibrated:
-    """Fit a probe to new traffic; its mechanism stays as it is.
+    """Fit a probe to new traffic without changing its mechanism.
 
     Args:
-        probe: As it was trained, or recalibrated before.
-        examples: Labelled texts of the new traffic, which calibrate and choose the thresholds as
-            in training. None moves thresholds only.
-        logits: The probe's, of each text.
-        rule: What thresholds are chosen for; None is what they were chosen for before.
+        probe: The trained or previously recalibrated probe.
+        examples: Labelled texts of the new traffic, for calibration and thresholds as in training.
+            None only moves the thresholds.
+        logits: The probe's logits of each text.
+        rule: Objective of the thresholds; None keeps the previous one.
 
     Raises:
         SidelightError: The probe labels spans, there are too few texts, or it was trained on them.
@@ -83,10 +83,11 @@ def recalibrate(
 
 
 def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_texts: bool) -> None:
-    """Refuse a probe without thresholds of whole texts, or without what they would be chosen by.
+    """Refuse a probe without thresholds for whole texts, or without data to choose them on.
 
     Raises:
-        SidelightError: The probe labels spans, has no threshold for the rule, or keeps no curve.
+        SidelightError: The probe labels spans, has no threshold for the rule, or has no stored
+            curve.
     """
     if card.spans is not None:
         raise SidelightError(
@@ -107,10 +108,11 @@ def require_recalibratable(card: ProbeCard, rule: ThresholdRule | None, *, by_te
 
 
 def require_new_texts(card: ProbeCard, examples: LabelledExamples) -> None:
-    """Refuse texts that are too few to calibrate on, or that trained the probe.
+    """Refuse texts that are too few to calibrate on, or that the probe was trained on.
 
     Raises:
-        SidelightError: There are too few, as a whole or of a label, or all of them trained it.
+        SidelightError: There are too few texts in total or of a label, or the probe was trained on
+            all of them.
     """
     texts = len(examples)
     counts = examples.count_by_label
@@ -144,13 +146,13 @@ def _recorded(
     entry: Recalibration,
     **fitted: Any,
 ) -> "Probe":
-    """The probe with fitted fields, and an entry in its record.
+    """The probe with the fitted fields, and an entry in its training record.
 
     Args:
-        probe: As it was before.
-        rule: What the thresholds were chosen for.
-        text_thresholds: The thresholds that the rule gives without background traffic.
-        entry: What is recorded of this recalibration, beside the probe as it was.
+        probe: The probe before recalibration.
+        rule: Objective of the thresholds.
+        text_thresholds: Thresholds from the rule without background traffic.
+        entry: Record of this recalibration, in addition to the previous state.
         fitted: The new calibration and thresholds.
     """
     record = probe.card.training
@@ -169,7 +171,7 @@ def _recorded(
         "traffic": traffic,
         "recalibrations": (*record.recalibrations, entry.model_copy(update=before)),
     }
-    # It was fitted to the probabilities as they were.
+    # It was fitted to the previous probabilities.
     return probe.changed(**fitted, judge_fit=None, training=record.model_copy(update=added))
 
 
@@ -206,7 +208,7 @@ def _follow_labels(
     metrics: dict[str, tuple[float | None, float | None]] = {
         "log loss": (float(losses.mean()), float(calibrated.losses.mean()))
     }
-    # Another rule wants other decisions.
+    # Another objective leads to different decisions.
     if str(rule) == probe.card.training.threshold_rule:
         for name, metric in (("accuracy", "accuracy"), ("F1", "f1")):
             metrics[name] = before.metrics[metric].value, after.metrics[metric].value
@@ -222,7 +224,7 @@ def _follow_labels(
 
 
 def _warn_of_judge_fit(probe: "Probe") -> None:
-    """Warn that a recalibration ends the fit to a judge."""
+    """Warn that recalibration invalidates the fit to a judge."""
     fit = probe.card.judge_fit
     if fit is not None:
         warn(
@@ -232,7 +234,7 @@ def _warn_of_judge_fit(probe: "Probe") -> None:
 
 
 def _warn_of_worse(metrics: Mapping[str, tuple[float | None, float | None]]) -> None:
-    """Warn of figures that are worse than before, in one sentence."""
+    """Warn about metrics that are worse than before."""
     worse = [
         f"{name} {before:.3f} before, {after:.3f} now"
         for name, (before, after) in metrics.items()

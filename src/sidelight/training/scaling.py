@@ -1,14 +1,14 @@
-"""How hidden states are scaled before training: standardisation, and a weight for each layer.
+"""Scaling of hidden states before training: standardisation, and a weight for each layer.
 
-Layers differ in what they know about a task. A layer's standardised states are multiplied by its
-weight, which sets how fast its parameters learn: AdamW's steps do not depend on how large a
-gradient is.
+Layers differ in how informative they are for a task. A layer's standardised states are multiplied
+by its weight, which sets how fast its parameters are trained, because AdamW's steps do not depend
+on the size of a gradient.
 
-A layer's mean and its last token are two *poolings* of a text. A pooling scores the R^2, on
-held-out texts, of a kernel ridge regression on it alone. A layer scores as its better pooling; its
-weight is that score, relative to the best layer's, to the eighth power. The leave-one-out error of
-a ridge regression has a closed form (Allen 1974), so this costs a few eigendecompositions and no
-validation text.
+A layer's mean and its last token are two *poolings* of a text. The score of a pooling is the R^2,
+on held-out texts, of a kernel ridge regression on it alone. The score of a layer is that of its
+better pooling; its weight is this score, relative to the best layer's, to the eighth power. The
+leave-one-out error of a ridge regression has a closed form (Allen 1974), so this costs a few
+eigendecompositions and no validation texts.
 """
 
 from collections.abc import Sequence
@@ -25,28 +25,29 @@ from sidelight.training.dataset import Split
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 
-# Enough tokens to know a mean to about a hundredth of a standard deviation.
+# Enough tokens to estimate a mean to about a hundredth of a standard deviation.
 _MOMENT_TOKENS = 8192
-# Enough to rank views by, of many classes a few texts of each; a view needs an eigendecomposition.
+# Enough texts to rank poolings by, with a few texts of each of many classes; each pooling needs an
+# eigendecomposition.
 _TEXTS, _TEXTS_OF_A_CLASS = 300, 4
 _MOST_TEXTS = 500
-# So many that enough are left without a fold.
+# Enough that a sufficient number is left without a fold.
 SAMPLE_TEXTS = 625
 # Ridge strengths, relative to the kernel's mean eigenvalue.
 _STRENGTHS = tuple(10.0**k for k in np.arange(-2, 1.51, 0.5))
-# A class with fewer texts says more about those texts than about layers.
+# A class with fewer texts reveals more about these texts than about layers.
 _LEAST_OF_A_CLASS = 3
 _POWER = 8
-# Share of the best layer's weight, so that training may still use any layer.
+# Minimum share of the best layer's weight, so that training can still use any layer.
 _LEAST = 0.01
 
 
 class Scaling:
-    """Measures what probes of the same texts share, once.
+    """Measurements that probes of the same texts share.
 
     Args:
         training: All training texts.
-        subsets: The texts of each part that probes train on.
+        subsets: Texts of each part that probes are trained on.
     """
 
     def __init__(self, training: Split, subsets: Sequence[Bool[Tensor, " text"]]):
@@ -57,7 +58,7 @@ class Scaling:
         self._layer_scores = cache(self._measure_layer_scores)
 
     def standardisation(self, settings: TrainingSettings, subset: int) -> Standardisation:
-        """How a probe of a part's texts scales states."""
+        """The standardisation for a probe trained on a part of the texts."""
         is_normalised = bool(settings.normalise)
         who = self._training.states.fingerprint
         who.first_layers(settings.layers)
@@ -85,14 +86,16 @@ class Scaling:
             remaining -= first.shape[1]
             if not remaining:
                 break
-        # Layer by layer: all of them in float32 would be large.
+        # Layer by layer, because all layers in float32 would be large.
         layers = map(torch.cat, zip(*hidden, strict=True))
         return Standardisation.measured(layers, is_normalised=is_normalised)
 
     def _draw_sample(
         self, is_normalised: bool
     ) -> tuple[Float[Tensor, "view sample layer width"], Int[Tensor, " sample"]]:
-        """The views of a few hundred distinct texts of the first shards, and which they are."""
+        """The poolings of a few hundred distinct texts of the first shards, and the rows of these
+        texts.
+        """
         is_first = torch.zeros(len(self._training), dtype=torch.bool)
         is_first[self._training.first_rows] = True
         poolings: list[Tensor] = []
@@ -126,8 +129,8 @@ def layer_scores(
     """The score of each layer's means, and of its last tokens; 0 or more.
 
     Args:
-        poolings: Of distinct training texts in random order; only the first few hundred are used.
-            One that is there twice would predict itself.
+        poolings: Poolings of distinct training texts in random order, of which only the first few
+            hundred are used. A duplicate would predict itself.
         labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
     """
@@ -141,7 +144,7 @@ def layer_scores(
 
 
 def layer_weights(scores: Float[Tensor, "pooling layer"]) -> Float[Tensor, " layer"]:
-    """A weight for each layer, by its better view; their mean square is 1."""
+    """A weight for each layer from its better pooling; the mean square of the weights is 1."""
     weights = relative_weights(scores.amax(0))
     return (weights / weights.square().mean().sqrt()).float()
 
@@ -151,23 +154,24 @@ def _layer_score(
 ) -> float:
     """The R^2 of predicting each text from the others; below 0 is worse than the mean."""
     spread, center = spread_and_mean(pooling)
-    # A view that is the same for all texts, such as the template's last embedding; or one class.
+    # A pooling that is constant over texts, such as the template's last embedding; or a single
+    # class.
     if spread.max() < 1e-3 * pooling.abs().mean().clamp(min=1e-9) or not target.any():
         return 0.0
-    # Dimensions that hardly vary would be blown up.
+    # Dimensions with almost no variance would be amplified.
     inputs = (pooling - center) / (spread + 1e-2 * spread.mean())
     return 1 - _left_out_error(inputs @ inputs.T, target) / float(target.square().sum())
 
 
 def relative_weights(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Scores relative to the best, to the eighth power; all 1 if nothing is worth anything."""
+    """Scores relative to the best, to the eighth power; all 1 if no score is positive."""
     if not scores.any():
         return torch.ones_like(scores)
     return ((scores / scores.max()) ** _POWER).clamp(min=_LEAST)
 
 
 def _centred_targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
-    """1 if a text has the label, else -1, centred; 0 for a label too rare to tell layers by."""
+    """1 if a text has the label, else -1, centred; 0 for a label too rare to distinguish layers."""
     signs = torch.from_numpy(task.targets(labels)).double() * 2 - 1
     rarer = torch.minimum((signs > 0).sum(0), (signs < 0).sum(0))
     return (signs - signs.mean(0)) * (rarer >= _LEAST_OF_A_CLASS)
@@ -177,12 +181,12 @@ def _left_out_error(
     kernel: Float[Tensor, "text text"], target: Float[Tensor, "text output"]
 ) -> float:
     """Squared error of predicting each text from the others, with the best ridge strength."""
-    # The ridge is a hundredth of the mean eigenvalue or more, so float32 is enough; it is faster.
+    # The ridge is at least a hundredth of the mean eigenvalue, so the faster float32 suffices.
     values, vectors = torch.linalg.eigh(kernel.float())
     target = target.float()
     turned = vectors.T @ target
-    # Without the direction of ones, which an intercept fits: centred features and targets know the
-    # text that is left out.
+    # Without the direction of ones, which an intercept fits, because centred features and targets
+    # depend on the left-out text.
     squares = (vectors - vectors.mean(0)).square()
     errors: list[float] = []
     for strength in _STRENGTHS:

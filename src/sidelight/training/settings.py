@@ -1,6 +1,6 @@
-"""What to train and how: mechanism, optimisation, background, where hidden states go.
+"""Training options: mechanism, optimisation, background, and storage of hidden states.
 
-Imports no torch, so that the command line checks names at once.
+Does not import torch, so that the command line can check names immediately.
 """
 
 import math
@@ -27,15 +27,15 @@ from sidelight.training.background import Background
 from sidelight.types import NONE, MechanismSpec, StatesChoice, Task
 
 AUTO = "auto"
-# Up to this size, hidden states are kept whole. Of 1.7 GB, compressing and the comparison before it
-# take more time than training on less data saves.
+# Up to this size, hidden states are stored uncompressed. For 1.7 GB, compression and its test take
+# more time than training on less data saves.
 MOST_UNCOMPRESSED_BYTES = 10 * 2**30
 TRAINING_MAX_TOKENS = 1024
-# The prompt, of which each turn is judged.
+# The prompt, with each turn classified.
 READS = Reads(scope="each_turn")
-# Fewer texts are cross-fitted.
+# With fewer texts, training cross-fits.
 FEW_TEXTS = 1000
-# Few texts are trained in smaller batches, so that an epoch has this many steps.
+# With few texts, batches are smaller, so that an epoch has this many steps.
 _STEPS_PER_EPOCH = 8
 
 
@@ -44,27 +44,27 @@ class TrainingSettings:
     """Optimisation by AdamW with a cosine schedule and early stopping.
 
     Attributes:
-        learning_rate: The rate at the start of the cosine.
-        weight_decay: Decoupled, per step relative to the learning rate.
-        epochs: The most passes over the data; the cosine ends with the last of them.
-        least_steps: Few texts are trained in smaller batches and for more epochs, so that there
-            are this many steps; 0 takes ``epochs`` and ``batch_size`` as they are.
-        batch_size: Texts per step. If a shard on disk holds fewer, several shards make one.
+        learning_rate: Learning rate at the start of the cosine.
+        weight_decay: Decoupled weight decay, per step relative to the learning rate.
+        epochs: Maximum passes over the data; the cosine ends with the last one.
+        least_steps: Minimum number of steps; with few texts, batches are smaller and there are more
+            epochs. 0 leaves ``epochs`` and ``batch_size`` unchanged.
+        batch_size: Texts per step. If a shard on disk has fewer, a batch spans several shards.
         patience: Training stops after this many epochs without a better validation score; more
             epochs give proportionally more patience.
-        class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
-            validation chooses handles imbalance either way.
+        class_weight: ``balanced`` weighs each class by its inverse frequency; the chosen threshold
+            handles imbalance in either case.
         standardise: Whether hidden states are standardised per layer.
         layer_weights: ``predictive`` weighs layers by how well each predicts held-out training
             texts (see ``training/scaling.py``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
-            outweighs others by its norm; see ``Standardisation``. None: unless there are several
-            classes, which lose accuracy by it (measured in packages/lab/docs/experiments).
-        layers: How many hidden states the probe reads, from the embedding up; the projections of
-            the others are exactly zero. None: all.
-        prefixes: Whether a probe of responses also learns from a random beginning of each, since
-            it has to give scores while a response is being written.
-        seed: Decides initial parameters and the order of the data, and not how it is split.
+            outweighs others by its norm; see ``Standardisation``. None enables it except for
+            multi-class tasks, which lose accuracy (measured in packages/lab/docs/experiments).
+        layers: Number of hidden states that the probe reads, from the embedding up; the projections
+            of the others are exactly zero. None reads all.
+        prefixes: Whether a probe of responses is also trained on a random prefix of each, because
+            it has to give scores during generation.
+        seed: Seed of the initial parameters and the order of the data, but not of the split.
     """
 
     learning_rate: Annotated[float, Field(ge=0, lt=1)] = 1e-3
@@ -88,12 +88,12 @@ class TrainingSettings:
             checked(each.type, value, f"Cannot train with {each.name} = {value!r}", strict=True)
 
     def changed(self, **values: Any) -> "TrainingSettings":
-        """The same with other values. Given epochs or batch sizes also hold for few texts."""
+        """A copy with other values. Explicit epochs or batch sizes also apply to few texts."""
         exact = {"least_steps": 0} if {"epochs", "batch_size"} & values.keys() else {}
         return replace(self, **{**exact, **values})
 
     def resolved_for(self, texts: int, task: Task) -> "TrainingSettings":
-        """Settings that suit the training texts and labels, where none are given.
+        """Resolve open settings for the training texts and labels.
 
         Few texts get smaller batches and more epochs.
         """
@@ -107,7 +107,7 @@ class TrainingSettings:
         return replace(chosen, batch_size=batch_size, epochs=epochs, patience=patience)
 
 
-# From then on, the states of a training that no process runs are abandoned.
+# After this time, the states of a training run without a process are considered abandoned.
 ABANDONED_S = 7 * 86400
 _RUN = re.compile(r"run-[0-9a-f]{16}(-[0-9a-f]{16})?")
 
@@ -123,10 +123,10 @@ SUGGESTED = {
 
 
 def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
-    """The mechanism, where ``auto`` is a readout, or ``spans`` of labelled spans.
+    """Resolve ``auto`` to a readout, or to ``spans`` for labelled spans.
 
     Raises:
-        SidelightError: Spans are labelled, and it labels no tokens.
+        SidelightError: Spans are labelled, but the mechanism labels no tokens.
     """
     if mechanism == AUTO:
         return "spans" if of_spans else "readout"
@@ -141,39 +141,39 @@ def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
 
 
 def suggested_settings(mechanism: str) -> TrainingSettings:
-    """The settings that did well for a mechanism on validation data, or general ones."""
+    """The settings that performed well for a mechanism on validation data, or general ones."""
     return SUGGESTED.get(mechanism, TrainingSettings())
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What to train, and from what.
+    """The options of a training run.
 
     Attributes:
-        mechanism: None is a readout; of spans, held-out texts choose how far a probe looks ahead.
-        settings: How it is optimised; None takes ``suggested_settings``.
+        mechanism: Mechanism; None is a readout, or for spans, a mechanism whose lookahead is chosen
+            on held-out texts.
+        settings: Optimisation settings; None uses ``suggested_settings``.
         reads: The tokens that the probe reads; see ``reads_of``.
-        background: Background traffic, which texts are also shown in; see ``contexts.py``. Without
-            any, they are shown alone.
-        context_tokens: The fewest tokens of contexts; None: 40,000, and 400,000 on a GPU. Of many
-            texts, contexts have more: .6 of the texts' tokens.
-        none: Whether a probe of several classes says ``none`` to background traffic, where there is
-            background to learn it from.
-        calibration: How logits become probabilities; None takes ``suggested_calibration``.
-        threshold: What the thresholds are chosen for.
-        max_tokens: Longer training texts are cut, and counted.
-        cache_root: Folder for the hidden states while training; None is the user's cache.
-        keep_cache: Whether the hidden states stay for other trainings, which share those of a text;
-            else a training has them in a folder of its own, which it removes.
-        states: How hidden states are kept: ``disk`` writes them once, compressed where the
-            mechanism allows; ``stream`` computes them in each epoch and writes none; ``complete``
-            writes them as they are. ``auto`` keeps up to 10 GiB whole, and chooses
-            for more by size and device: see ``training/keeping.py``.
+        background: Background traffic that texts are also embedded in; see ``contexts.py``. Without
+            any, texts are shown alone.
+        context_tokens: Minimum tokens of contexts; None means 40,000, or 400,000 on a GPU. With
+            many texts, contexts have 0.6 times the texts' tokens.
+        none: Whether a multi-class probe predicts ``none`` for background traffic, if there is
+            background to train on.
+        calibration: Kind of calibration; None uses ``suggested_calibration``.
+        threshold: Objective of the thresholds.
+        max_tokens: Length to which longer training texts are truncated, with a warning.
+        cache_root: Folder for the hidden states during training; None is the user's cache.
+        keep_cache: Whether the hidden states are kept for other training runs, which share the
+            states of a text; otherwise a training run has its own folder and removes it.
+        states: How to store hidden states: ``disk`` writes them once, compressed if the mechanism
+            allows it; ``stream`` recomputes them in each epoch and writes none; ``complete`` writes
+            them uncompressed. ``auto`` stores up to 10 GiB uncompressed, and otherwise decides by
+            size and device; see ``training/keeping.py``.
         early_exit: Whether training chooses the smallest depth that is as good on held-out texts as
             the ``layers`` of the settings; see ``training/depth.py``.
-        memory_bytes: The most that hidden states may take in memory while training; more are read
-            from disk again in each epoch. A CPU without bfloat16 arithmetic also holds one batch in
-            float32.
+        memory_bytes: Maximum memory for hidden states during training; the rest is read from disk
+            in each epoch. A CPU without bfloat16 arithmetic also holds one batch in float32.
     """
 
     mechanism: MechanismSpec | None = None
@@ -200,9 +200,9 @@ class FitOptions:
         model: Fingerprint,
         engine: str,
     ) -> str:
-        """Hash of everything that decides a probe: texts, options, model and engine.
+        """Hash of everything that determines a probe: texts, options, model and engine.
 
-        Two trainings with the same hash make the same probe, up to rounding.
+        Two training runs with the same hash produce the same probe, up to rounding.
         """
         elsewhere = ("cache_root", "keep_cache", "memory_bytes", "early_exit")
         options = [getattr(self, f.name) for f in fields(self) if f.name not in elsewhere]
@@ -217,7 +217,7 @@ class FitOptions:
         return sha256("\0".join(map(repr, decides)).encode(errors="surrogatepass")).hexdigest()
 
     def states_folder(self, *run: object) -> Path:
-        """Folder of the hidden states: the shared one, or that of one training.
+        """Folder of the hidden states: the shared one, or that of one training run.
 
         Args:
             run: Identifies the training across restarts; omit for the shared folder.
@@ -227,10 +227,10 @@ class FitOptions:
 
     @contextmanager
     def temporary_states(self, *run: object) -> Generator[Path]:
-        """The folder of one training's states, which is removed if the block ends without an error.
+        """Yield the folder of a training run's states, removed if the block ends without an error.
 
-        No other process removes it meanwhile. States of trainings that were abandoned are removed
-        first, since they take gigabytes and only the same training would use them.
+        No other process removes it in the meantime. States of abandoned training runs are removed
+        first, because they take gigabytes and only the same training run would use them.
 
         Args:
             run: As for ``states_folder``.
@@ -252,17 +252,18 @@ class FitOptions:
                     )
                 yield states
         except BaseException:
-            # The same training goes on with what there is.
+            # A repetition of the same training run reuses what exists.
             if not has_files(states):
                 remove_unused(states)
             raise
         remove_unused(states)
 
     def reads_of(self, task: Task) -> Reads:
-        """The tokens that a probe of these labels reads.
+        """The tokens that a probe with these labels reads.
 
-        Each turn is judged if a part of a text can have its labels. One of several classes is that
-        of the user's last turn, since those before may have others; and there is one response.
+        Each turn is classified if labels can apply to part of a text. A multi-class label belongs
+        to the user's last turn, because earlier turns may have other classes, or to the single
+        response.
         """
         if self.reads.includes_response:
             return replace(self.reads, scope="conversation")
@@ -271,7 +272,8 @@ class FitOptions:
         return self.reads
 
     def resolved_for(self, examples: LabelledExamples) -> "FitOptions":
-        """The same for these texts: of spans, whatever the template writes has no label.
+        """Resolve the options for these texts. With spans, template tokens have no label and are
+        not read.
 
         Raises:
             SidelightError: The mechanism labels no tokens, or the probe would read the other side.
@@ -291,7 +293,7 @@ class FitOptions:
         """With ``none`` as the last of several classes, if the probe is to learn it.
 
         Raises:
-            SidelightError: The file has a class of this name.
+            SidelightError: The file already has a class with this name.
         """
         has_background = self.background.conversations and not self.reads.includes_response
         if task.kind != "multiclass" or not self.none or not has_background:

@@ -1,7 +1,7 @@
-"""How a probe of spans is chosen and calibrated.
+"""Selection and calibration of a span probe.
 
-Every token of a text is an example. Candidates that look ahead by different numbers of tokens train
-side by side, and held-out texts decide among them.
+Every token of a text is an example. Candidates with different lookaheads are trained together, and
+held-out texts decide among them.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,11 @@ from sidelight.training.validation import FOLDS
 from sidelight.types import Span
 
 LOOKAHEADS = (0, 1, 2, 4)
-# In log-odds. An answer has none: it is redacted before its surest word is written.
+# In log-odds. Responses have no margin, because they are redacted before the most confident word is
+# known.
 MARGINS = (None, 3.0, 2.0, 1.5, 1.25, 1.0, 0.75)
-# A candidate that looks ahead farther must be better by so much of character F1: it judges later.
+# A candidate with a larger lookahead must improve character F1 by this much, because it classifies
+# later.
 _LEAST_GAIN = 0.003
 
 # The probabilities or logits of each text's tokens, ``[token, label]``.
@@ -40,7 +42,9 @@ TokenScores = Sequence[Float[np.ndarray, "_ label"]]
 def choose_lookahead(
     candidates: Sequence[TrainingRun], measured: Split
 ) -> tuple[TrainingRun, dict[str, float]]:
-    """The run that looks ahead least of those that are as good, and the character F1 of each."""
+    """The run with the smallest lookahead that is as good as the best, and the character F1 of
+    each.
+    """
     scores: dict[str, float] = {}
     for run in candidates:
         _, report = calibrate_spans(
@@ -65,10 +69,10 @@ def calibrate_spans(
 
     Args:
         examples: The texts.
-        places: The characters of each text's tokens.
-        logits: Of these tokens.
-        rule: What thresholds are chosen for: ``f1`` is that of characters; the rates of the others
-            are of words, so ``fpr=0.005`` are 5 false positives in 1,000 words.
+        places: Character range of each text's tokens.
+        logits: Logits of these tokens.
+        rule: Objective of the thresholds: ``f1`` applies to characters, and the rates of the others
+            to words, so ``fpr=0.005`` means 5 false positives in 1,000 words.
         bootstrap: As for ``evaluate_spans``.
     """
     task, labels = examples.task, examples.task.output_labels
@@ -86,7 +90,7 @@ def calibrate_spans(
     margins = MARGINS if examples.items[0].response is None else MARGINS[:1]
 
     def rule_of(chosen: Sequence[int]) -> SpanRule:
-        """With the thresholds and margins that are best on these texts."""
+        """The rule with the best thresholds and margins on these texts."""
         decisions = [decision(label, chosen) for label in range(len(labels))]
         return SpanRule(calibration, *zip(*decisions, strict=True))
 

@@ -1,4 +1,4 @@
-"""The baseline, which knows words alone: TF-IDF with a logistic regression."""
+"""The baseline: logistic regression on TF-IDF features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 
-# Probabilities are kept this far from 0 and 1, so that log-odds are finite.
+# Minimum distance of probabilities from 0 and 1, so that log-odds are finite.
 _LEAST = 1e-9
-# Standard errors of a difference that make TF-IDF clearly better, and texts of the rarest label
-# that are enough to say so.
+# Number of standard errors from which TF-IDF is clearly better, and of texts of the rarest label
+# for this conclusion.
 _CLEAR, _ENOUGH_TEXTS = 2.0, 30
 
 
@@ -32,7 +32,7 @@ class TfIdf:
     Attributes:
         task: The classes.
         model: scikit-learn's pipeline, from texts to scores.
-        parameters: Numbers that prediction needs.
+        parameters: Number of parameters that prediction needs.
     """
 
     task: Task
@@ -42,11 +42,11 @@ class TfIdf:
     def logits(self, texts: Sequence[str]) -> Float[np.ndarray, "text output"]:
         """Scores before calibration, as a probe's; a binary task has one column."""
         if self.task.kind == "multilabel":
-            # A label that no training text has is constant: it has no decision function.
+            # A label without training texts is constant and has no decision function.
             chance = self.model.predict_proba(texts).clip(_LEAST, 1 - _LEAST)
             return np.log(chance / (1 - chance))
         if self.task.kind == "multiclass" and len(self.model.classes_) < self.task.outputs:
-            # A class that no training text has is as good as impossible.
+            # A class without training texts is almost impossible.
             chance = np.full((len(texts), self.task.outputs), _LEAST)
             chance[:, self.model.classes_] = self.model.predict_proba(texts).clip(min=_LEAST)
             return np.log(chance)
@@ -58,7 +58,7 @@ def fit_tfidf(
 ) -> TfIdf:
     """A balanced logistic regression on word 1- and 2-grams and character 2- to 5-grams.
 
-    Texts without words have n-grams of up to five characters of any kind instead.
+    Texts without words use n-grams of up to five characters of any kind instead.
 
     Args:
         texts: The training texts.
@@ -86,7 +86,7 @@ def fit_tfidf(
     try:
         inputs = features.fit_transform(texts)
     except ValueError:
-        # A vocabulary is empty: no text has a word of two characters, as with emojis, or no two
+        # The vocabulary is empty: no text has a word of two characters, as with emojis, or no two
         # texts share characters.
         features = TfidfVectorizer(analyzer="char", ngram_range=(1, 5), sublinear_tf=True)
         inputs = features.fit_transform(texts)
@@ -96,7 +96,9 @@ def fit_tfidf(
 
 
 def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
-    """Train the baseline on the texts alone, and measure it on those that measure a probe."""
+    """Train the baseline on the texts without contexts, and measure it on the same texts as a
+    probe.
+    """
     task, training, measured = dataset.task, dataset.originals, dataset.validation.examples
     if dataset.folds:
         logits = np.empty((len(training), task.outputs))
@@ -121,12 +123,12 @@ def warn_of_better_words(
     of_words: Float[np.ndarray, " text"],
     examples: LabelledExamples,
 ) -> None:
-    """Warn if TF-IDF's loss is clearly below that of the probe.
+    """Warn if the loss of TF-IDF is clearly below that of the probe.
 
     Args:
-        losses: Log loss of each held-out text by the probe.
-        of_words: The same by TF-IDF.
-        examples: The texts; with few of a label, chance could decide.
+        losses: Log loss of the probe on each held-out text.
+        of_words: Log loss of TF-IDF.
+        examples: The texts; with few texts of a label, the difference could be random.
     """
     lost = losses - of_words
     is_clear = lost.mean() > _CLEAR * lost.std() / np.sqrt(len(lost))

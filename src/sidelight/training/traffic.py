@@ -1,4 +1,4 @@
-"""What a trained probe flags of background traffic, and finds inside it."""
+"""Metrics of a trained probe on background traffic, and on positives embedded in it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -16,9 +16,9 @@ from sidelight.types import Task
 if TYPE_CHECKING:
     from sidelight.training.contexts import Context
 
-# Share of the recall: where background traffic costs more, training warns.
+# Training warns if background traffic costs more than this share of the positives.
 _COSTLY = 0.05
-# Words around a text, from one limit to the next.
+# Limits of the number of words around a text.
 _LENGTHS = (0, 50, 150, 600)
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 160
 
@@ -26,7 +26,7 @@ _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 160
 def conversations_among(
     contexts: "Sequence[Context]", logits: Float[np.ndarray, "context output"]
 ) -> Conversations:
-    """The background conversations among contexts that have these logits."""
+    """The background conversations among contexts with these logits."""
     rows = conversations_of(contexts)
     return Conversations(logits[rows], np.array([contexts[i].group for i in rows], dtype=np.int64))
 
@@ -39,18 +39,18 @@ def measure_traffic(
     labels: Int[np.ndarray, "context ..."],
     thresholds: Float[np.ndarray, "part label"],
 ) -> Traffic:
-    """Count what is flagged.
+    """Count flagged conversations and texts.
 
     Args:
         task: The classes.
-        contexts: What was judged.
-        background: The conversations among them.
-        probabilities: Out-of-fold, of each.
-        labels: Of each, as in ``LabelledExamples.labels``.
-        thresholds: As from ``Conversations.left_out_thresholds``.
+        contexts: The classified contexts.
+        background: Conversations among them.
+        probabilities: Out-of-fold probabilities of each.
+        labels: Labels of each, as in ``LabelledExamples.labels``.
+        thresholds: Result of ``Conversations.left_out_thresholds``.
     """
     groups = np.array([context.group for context in contexts], dtype=int)
-    # A part may have contexts and no conversation.
+    # A fold may have contexts but no conversations.
     applied = thresholds[np.minimum(groups, len(thresholds) - 1)]
     flags = flags_of(task, probabilities, applied)
     flaggable = probabilities[:, :-1] if task.abstains else probabilities
@@ -60,7 +60,7 @@ def measure_traffic(
     order = np.argsort(-highest, kind="stable")[:_EXAMPLES].tolist()
     worst = [(float(highest[i]), excerpt(background_contexts[i].example.text)) for i in order]
     kinds = _by_kind(background_contexts, flags[conversations])
-    # Every text of several classes is one of them.
+    # Every text of a multi-class task has a class.
     holds = np.asarray(labels.reshape(len(contexts), -1).any(1))
     surroundings = {} if task.abstains else _measure_surroundings(contexts, holds, flags)
     return Traffic(background, int(flags[conversations].sum()), kinds, surroundings, worst)
@@ -104,13 +104,13 @@ def warn_of_traffic(
     thresholds: Sequence[float],
     rule: ThresholdRule,
 ) -> None:
-    """Warn where background traffic and the labelled texts ask for different thresholds.
+    """Warn if background traffic and the labelled texts require different thresholds.
 
     Args:
-        traffic: Figures at these thresholds.
-        curves: Of the labelled texts, by label.
-        thresholds: Of each label.
-        rule: What they were chosen for.
+        traffic: Metrics at these thresholds.
+        curves: Operating curves of the labelled texts, by label.
+        thresholds: Threshold of each label.
+        rule: Objective of the thresholds.
     """
     remedy = (
         "Give your own traffic (--background FILE), set the false-positive rate that you accept "
@@ -137,7 +137,7 @@ def warn_of_traffic(
     counts = np.array([*sizes, max(1, len(traffic.background))])
     rates = np.array([*alarms, traffic.flagged]) / counts
     lowest, highest = wilson(rates, counts)
-    # Beyond what chance explains on either side.
+    # Only if the intervals do not overlap.
     if lowest[-1] > highest[:-1].max():
         warn(
             f"The probe flags {rates[-1]:.1%} of background conversations, but only "
@@ -146,7 +146,7 @@ def warn_of_traffic(
 
 
 def conversations_of(contexts: "Sequence[Context]") -> Int[np.ndarray, " conversation"]:
-    """The rows of background conversations."""
+    """Rows of the background conversations."""
     return np.flatnonzero([context.kind == "background" for context in contexts])
 
 

@@ -1,6 +1,7 @@
-"""Which texts validate: others, a part that is held out, or each fold of the training texts.
+"""Choice of the validation texts: a separate set, a held-out part, or each fold of the training
+texts.
 
-Also which texts a probe can judge. Nothing here needs torch.
+Also checks which texts a probe can classify. Nothing here needs torch.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,21 @@ from sidelight.training.settings import FEW_TEXTS, FitOptions
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
-# With fewer validation texts of a class, training warns.
+# Training warns about fewer validation texts of a class.
 _ROUGH_BELOW = 10
 
 
 def choose_validation(
     training: LabelledExamples, validation: LabelledExamples | None, options: FitOptions
 ) -> tuple[LabelledExamples, LabelledExamples, Folds]:
-    """Choose validation texts where none are given. Needs no model.
+    """Choose validation texts if none are given. Needs no model.
 
     Returns:
-        The texts that train, those that validate, and the folds if both are the same texts.
+        The training texts, the validation texts, and the folds if both are the same.
 
     Raises:
-        SidelightError: The texts do not allow a choice or a calibration, or their labels what the
-            options say of thresholds or of ``none``.
+        SidelightError: The texts do not allow a choice or a calibration, or the labels do not fit
+            the options for thresholds or ``none``.
     """
     require_thresholds(training.task, options.threshold)
     options.with_none(training.task)
@@ -48,7 +49,7 @@ def choose_validation(
     kind = options.calibration or suggested_calibration(task)
     require_calibratable(kind, validation.labels, task)
     counts = validation.count_by_label
-    # A rule for spans counts words.
+    # For spans, the rule counts words.
     is_few = training.spans is None and warn_of_few_texts(
         task, counts, len(validation), options.threshold
     )
@@ -65,7 +66,7 @@ def choose_validation(
 def _hold_out(
     examples: LabelledExamples,
 ) -> tuple[LabelledExamples, LabelledExamples]:
-    """A part to train on, and one to validate on; warns why few texts are not cross-fitted."""
+    """Hold out a part for validation; warn if too few texts prevent cross-fitting."""
     is_binary = examples.task.kind == "binary"
     counts = examples.count_by_label
     if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
@@ -93,7 +94,7 @@ def _hold_out(
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
-    """The folds to cross-fit by.
+    """Choose the folds for cross-fitting.
 
     There are none if there are many texts, if their spans are labelled, or if a fold would lack a
     class.
@@ -103,7 +104,7 @@ def choose_folds(examples: LabelledExamples) -> Folds:
 
 
 def complete_folds(examples: LabelledExamples) -> Folds:
-    """Folds that have each class; none if there are too few distinct texts."""
+    """Folds that contain every class; empty if there are too few distinct texts."""
     if min(int(examples.label_counts.min()), examples.distinct) < FOLDS:
         return ()
     folds = examples.folds(FOLDS, seed=0)
@@ -111,7 +112,7 @@ def complete_folds(examples: LabelledExamples) -> Folds:
 
 
 def require_same_task(training: LabelledExamples, validation: LabelledExamples) -> None:
-    """Check that validation can choose what training needs.
+    """Check that the validation texts suffice for calibration and thresholds.
 
     Raises:
         SidelightError: The labels differ, a class of a binary task has no text, or every label of
@@ -138,11 +139,11 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
 
 
 def require_side(card: ProbeCard, examples: Sequence[Example]) -> None:
-    """Refuse texts that lack what a probe reads.
+    """Refuse texts without the side that a probe reads.
 
     Raises:
-        SidelightError: It reads responses and a text has none, or it finds spans in prompts and a
-            text has a response.
+        SidelightError: The probe reads responses but a text has none, or it finds spans in prompts
+            but a text has a response.
     """
     missing = sum(example.response is None for example in examples)
     if card.reads.includes_response and missing:
@@ -158,7 +159,7 @@ def require_side(card: ProbeCard, examples: Sequence[Example]) -> None:
 
 
 def warn_of_shared_texts(training: LabelledExamples, validation: LabelledExamples) -> None:
-    """Warn if texts, with the same response if any, are on both sides."""
+    """Warn if texts (with the same response, if any) are in both sets."""
     seen = {(item.text, item.response) for item in training.items}
     shared = sum((item.text, item.response) in seen for item in validation.items)
     if shared:
