@@ -265,7 +265,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_suggested_command_eval
     assert cli(*arguments, "--force") == 0
     assert load_probe(folder).card.mechanism.name == "pooling"
     told = capsys.readouterr()
-    assert "were cut to 64 tokens" in told.err
+    assert "were truncated to 64 tokens" in told.err
     *_, summary_line, saved_to, hint = told.out.splitlines()
     assert summary_line.startswith("Finds ")
     assert saved_to == "Saved to ."
@@ -629,7 +629,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         "Name labelled texts",
         "Got the threshold",
         "'lable'",
-        "Name an existing TOML file",
+        "Name a readable TOML file",
     ):
         assert errors.count(words) == 1, words
     assert len(helps) > 20

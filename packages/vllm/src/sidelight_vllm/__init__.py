@@ -1,17 +1,15 @@
 """Probes inside vLLM: the verdict comes from the forward pass that serves the request.
 
-vLLM calls ``install`` in each of its processes; once probes are named, ``plugin`` puts our parts
-into it.
-``internals`` has what we use of vLLM beyond its documentation, and ``settings`` says which probes
-are served. In a worker, ``slots`` projects the residual stream of each layer and keeps the
-columns of every token by KV slot, and ``worker`` judges.
-``requests`` has what travels with a request, and the scheduler's side of it; ``connector`` puts
-verdicts on vLLM's outputs, and ``outputs`` hears them. ``guard`` enforces the policy in vLLM's own
-server: ``recogniser`` finds the turns of prompts, ``answers`` has what may be sent, ``endpoint``
-adds to HTTP answers, and ``server`` starts it. ``engine`` judges texts and replaces the probes,
-and ``lock`` lets requests and changes of them take turns. ``offline`` keeps hidden states for
-training.
-Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
+vLLM calls ``install`` in each of its processes; once probes are named, ``plugin`` installs our
+parts. ``internals`` contains the undocumented parts of vLLM that are used, and ``settings`` names
+the served probes. In a worker, ``slots`` projects the residual stream of each layer and stores the
+projections of every token by KV slot, and ``worker`` classifies. ``requests`` defines the data that
+travels with a request, and the scheduler's tracking of it; ``connector`` attaches verdicts to
+vLLM's outputs, and ``outputs`` receives them. ``guard`` enforces the policy in vLLM's own server:
+``recogniser`` finds the turns of prompts, ``answers`` filters what may be sent, ``endpoint`` adds
+to HTTP responses, and ``server`` starts it. ``engine`` classifies texts and replaces the probes,
+and ``lock`` synchronises requests with replacements. ``offline`` stores hidden states for training.
+Everything is stored by KV slot, never by request. See ``docs/vllm.md`` for what is supported.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -31,21 +29,22 @@ KEY = "sidelight"
 TESTED = ">=0.32,<0.34"
 # Options that quantise weights, or keys and values.
 QUANTISING = ("quantization", "quantization_config", "kv_cache_dtype")
-# Set for the processes of an engine whose configuration names probes: they do not see that.
+# Set for the processes of an engine whose configuration names probes, because they do not see the
+# configuration.
 _INHERITED = "_SIDELIGHT_IN_VLLM"
 
 
 def install() -> None:
     """The entry point of ``vllm.general_plugins``, called in each of vLLM's processes.
 
-    Before a probe is named, nothing is imported of vLLM but its public ``EngineArgs``, which shows
-    whether its configuration names one. So plain vLLM starts, of whatever version.
+    Until a probe is named, only vLLM's public ``EngineArgs`` is imported, which shows whether its
+    configuration names one. Plain vLLM of any version therefore starts.
 
-    vLLM goes on without a plugin that it cannot import, and stops for one that fails later.
+    vLLM continues without a plugin that it cannot import, and stops if one fails later.
 
     Raises:
-        SidelightError: The environment names probes, and this vLLM is unknown, or this package
-            does not fit the installed Sidelight.
+        SidelightError: The environment names probes, but this version of vLLM is unknown, or this
+            package does not support the installed Sidelight.
     """
     if _are_named({}):
         _wrap_vllm()
@@ -83,7 +82,7 @@ def install() -> None:
 
 
 def _are_named(config: Mapping[str, Any]) -> bool:
-    """Whether probes are named, or a policy that needs some."""
+    """Whether probes are named, or a policy that needs probes."""
     return KEY in config or any(map(os.environ.get, (ENVIRONMENT, POLICY, _INHERITED)))
 
 

@@ -1,7 +1,7 @@
-"""One call of ``generate``, and each of its texts: as events of an engine, and what may be sent.
+"""A call of ``generate`` and its texts, as engine events and as filtered outputs.
 
-vLLM is asked for pieces of a text, whatever the caller wants, and what has passed is put together
-here. Only a text that no probe monitors comes in one piece.
+vLLM is always asked to stream, regardless of the caller, and the text that has passed is
+reassembled here. Only a text that no probe monitors comes in one piece.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -39,12 +39,12 @@ from sidelight_vllm.settings import ProbeSet
 
 
 class GuardedRequest(RequestResult):
-    """One client's request, and what has come of it.
+    """A client's request and its state.
 
     Attributes:
-        served: The probes that judge it.
-        tokenless: The texts that end without a token, whose end vLLM leaves out of its streams.
-        decided: Set once each prompt is answered, or one is refused, or nothing more is written.
+        served: Probes that classify it.
+        tokenless: Texts that ended before a token was sent; vLLM omits their final chunk.
+        decided: Set once each prompt is admitted, one is refused, or generation has ended.
         sent: Original text of each stripped text; None if several originals map to it. Empty if
             nothing was stripped.
     """
@@ -58,17 +58,17 @@ class GuardedRequest(RequestResult):
 
     @property
     def cut(self) -> list[bool]:
-        """Whether each text was cut, in the order of choices."""
+        """Whether each text was ended by a rule, in the order of choices."""
         ends = [text.ended for text in self.choices]
         return [end is not None and end.reason == "content_filter" for end in ends]
 
 
 @dataclass(frozen=True)
 class OutputDelta(TextDelta):
-    """A piece of text as vLLM has written it.
+    """A chunk of text from vLLM.
 
     Attributes:
-        output: vLLM's ``RequestOutput``, with one text in it.
+        output: vLLM's ``RequestOutput`` with one text.
     """
 
     output: Any = None
@@ -76,19 +76,19 @@ class OutputDelta(TextDelta):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of vLLM's ``generate``: what its texts have in common.
+    """The common data of the texts of one call of vLLM's ``generate``.
 
     Attributes:
-        client: Whose request it is part of.
-        texts: What enforces the policy on each of its texts.
-        prompt: As vLLM takes it.
-        encoded: What its tokens belong to; None: unknown.
-        words: The prompt as the model reads it; empty without an audit log.
-        asked: The prompt as judges get it; None: none is asked.
+        client: The client's request that it belongs to.
+        texts: Policy enforcement of each text.
+        prompt: Prompt in vLLM's form.
+        encoded: Prompt with token roles; None if unknown.
+        words: Decoded prompt as the model reads it; empty without an audit log.
+        asked: Prompt for judges; None if no judge is asked.
         params: Its ``SamplingParams``.
-        options: As ``AsyncLLM.generate`` takes them.
-        engine: Runs the texts, hears the reports of their steps, and knows the tokenizer.
-        controls: Ids of control tokens, which are no part of a text where they end it.
+        options: Arguments of ``AsyncLLM.generate``.
+        engine: Engine that runs the texts and receives their reports.
+        controls: Ids of control tokens, which are not part of a text that they end.
     """
 
     client: GuardedRequest
@@ -107,10 +107,10 @@ class Call:
         return 0 if self.encoded is None else len(self.encoded)
 
     async def outputs(self, request_id: str, ids: Sequence[str]) -> AsyncGenerator[Any, None]:
-        """The outputs of its texts that may be sent, merged as vLLM merges ``n`` over 1.
+        """The outputs of its texts that may be sent, merged as in vLLM for ``n`` above 1.
 
         Args:
-            request_id: The caller's name for it.
+            request_id: Id from the caller.
             ids: A unique name of each text.
         """
         from vllm.sampling_params import RequestOutputKind
@@ -141,7 +141,7 @@ class Call:
 
 
 class TextEvents:
-    """Runs one text in vLLM, and tells what is written and judged in the events of an engine.
+    """Runs one text in vLLM, and yields engine events.
 
     Args:
         call: The call that it is part of.
@@ -149,12 +149,13 @@ class TextEvents:
         name: A unique name for vLLM.
 
     Attributes:
-        first: vLLM's first output; None: there is none yet.
-        token_ids: Those that are written.
-        verdicts: The latest one of the answer, with its spans.
-        answer_spans: Where the tokens of the answer stand; None: no probe labels them, or unknown.
-        final_characters: Characters that keep their spans, once the request has ended the text;
-            None: all.
+        first: vLLM's first output; None until then.
+        token_ids: Generated token ids.
+        verdicts: Latest verdicts on the response, with spans.
+        answer_spans: Spans of the response; None without span probes, or if token positions are
+            unknown.
+        final_characters: Number of leading characters whose spans are final once the request has
+            ended the text; None means all.
     """
 
     def __init__(self, call: Call, index: int, name: str):
@@ -166,14 +167,14 @@ class TextEvents:
         self._reports = TextReports(call.client.served.revision, keeps_steps=bool(self._monitored))
         self._params = params_of_text(call.params, index, call.encoded)
         if self._monitored or self._params.output_kind != RequestOutputKind.FINAL_ONLY:
-            # What is judged before the end may be all that is sent.
+            # Verdicts before the end may be all that is sent.
             self._params.output_kind = RequestOutputKind.DELTA
         if self._monitored:
-            # A place is kept free, so that the last token can be judged too.
+            # One position is kept free, so that the last token can be classified too.
             room = max(1, call.engine.max_tokens - call.prompt_tokens)
             self._params.max_tokens = min(self._params.max_tokens or room, room)
             self._params.min_tokens = min(self._params.min_tokens, self._params.max_tokens)
-            # Text is what rules hold back, whether or not the caller wants any.
+            # Rules hold back text even if the caller does not want any.
             self._params.detokenize = True
         self.first: Any = None
         self.token_ids: list[int] = []
@@ -189,7 +190,7 @@ class TextEvents:
         self._characters = 0
 
     async def run(self) -> AsyncGenerator[Event, None]:
-        """As those of ``Engine.generate``; each text is an ``OutputDelta``."""
+        """Yield events as in ``Engine.generate``; each text is an ``OutputDelta``."""
         call, prompt = self._call, self._reports.prompt
         written = call.engine.listener.generate(call.prompt, self._params, self._id, **call.options)
         with call.engine.listener.to(self._id, self._reports):
@@ -199,7 +200,7 @@ class TextEvents:
                 try:
                     await asyncio.wait({first, prompt}, return_when=asyncio.FIRST_COMPLETED)
                     if not prompt.done():
-                        # It has failed, or was aborted before the prompt was read.
+                        # The request has failed, or was aborted before the prompt was read.
                         first.result()
                     report = prompt.result() if prompt.done() else Report()
                     # Spans of thousands of messages take seconds.
@@ -263,10 +264,10 @@ class TextEvents:
         )
 
     def _note(self, tokens: Sequence[int], text: str) -> None:
-        """Take new tokens, and the text that vLLM has made of them so far.
+        """Add new tokens and vLLM's text of them so far.
 
-        vLLM may hold text back, or end it before that of its tokens ends. Where it says something
-        else than its tokens, their words are unknown, so there are no spans.
+        vLLM may hold text back, or end it before the text of its tokens. If the text differs from
+        that of the tokens, the characters are unknown, so there are no spans.
         """
         start, self._characters = self._characters, self._characters + len(text)
         if self.answer_spans is None:
@@ -275,7 +276,7 @@ class TextEvents:
         try:
             for token in tokens:
                 self.answer_spans.push(self._stream.step(tokenizer, token) or "")
-        # The library raises nothing more specific for bytes that are no text.
+        # The library raises nothing more specific for invalid bytes.
         except Exception:  # noqa: BLE001
             self.answer_spans = None
         if self.answer_spans is not None and not self.answer_spans.text.startswith(text, start):
@@ -294,12 +295,12 @@ class TextEvents:
         return self.verdicts
 
     def _classification_s(self, report: Report) -> float:
-        """What the probes have taken after the prompt."""
+        """Time of the probes after the prompt, in seconds."""
         prompt = self._reports.prompt
         return report.seconds - prompt.result().seconds if prompt.done() else 0.0
 
     async def _classify_text(self) -> Report:
-        """The report on the text with its last token; the cache has all but the end."""
+        """Get the report on the text including its last token; the cache has all but the end."""
         call, written, prompt = self._call, tuple(self.token_ids), self._call.encoded
         if prompt is None or len(prompt) + len(written) > call.engine.max_tokens:
             return Report()
@@ -318,7 +319,7 @@ class TextEvents:
 
 
 class TextOutputs:
-    """Gives vLLM's outputs of one text as far as its rules let them pass, whole or redacted.
+    """Filters and redacts vLLM's outputs of one text by its rules.
 
     Args:
         call: The call that it is part of.
@@ -330,16 +331,16 @@ class TextOutputs:
         self._call, self._index = call, index
         self._text = TextEvents(call, index, name)
         self._redacting = [bound for bound in call.client.context.rules if bound.is_redacting]
-        # Those of an output of which nothing else was sent.
+        # Log-probabilities of an output of which nothing else was sent.
         self._prompt_logprobs: Any = None
-        # Where words are redacted: tokens whose text is held back, how many were not, and the
-        # characters that have passed.
+        # With redaction: the tokens whose text is held back, the number of released tokens, and the
+        # released characters.
         self._waiting = deque[tuple[int, Any]]()
         self._released = self._characters = 0
         self._has_sent_tokens = False
 
     async def passed(self) -> AsyncGenerator[Any, None]:
-        """The outputs, piece by piece."""
+        """Yield the outputs, chunk by chunk."""
         client, last = self._call.client, None
         call = self._call
         guarded = call.texts[self._index].guard(call.words, self._text.run(), asked=call.asked)
@@ -366,17 +367,17 @@ class TextOutputs:
                     yield output
 
     def _sent(self, delta: OutputDelta) -> Any:
-        """The output of text that has passed; None: there is nothing in it."""
+        """The output for released text; None if it is empty."""
         (text,) = delta.output.outputs
         if self._redacting:
             text = self._redacted(text, delta)
         return self._joined(delta.output, text)
 
     def _cut(self) -> Any:
-        """The output with which the text ends where it is cut."""
+        """The final output of a text that a rule ends."""
         from vllm.outputs import CompletionOutput
 
-        # It has the log-probabilities of the prompt.
+        # It contains the log-probabilities of the prompt.
         output = copy(self._text.first)
         logprobs = None if output.outputs[0].logprobs is None else []
         nothing = CompletionOutput(0, "", [], None, logprobs, finish_reason="content_filter")
@@ -384,10 +385,10 @@ class TextOutputs:
         return self._joined(output, nothing)
 
     def _joined(self, output: Any, text: Any) -> Any:
-        """An output with this piece of the text; None: there is nothing in it."""
+        """An output with this chunk of text; None if it is empty."""
         without_report(output)
         if self._redacting:
-            # Alternatives of the prompt's tokens tell what the model would say there.
+            # Alternatives to the prompt's tokens reveal what the model would say there.
             output.prompt_token_id_logprobs = None
             if output.prompt_logprobs:
                 pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
@@ -406,10 +407,10 @@ class TextOutputs:
         return output
 
     def _redacted(self, text: Any, delta: OutputDelta) -> Any:
-        """vLLM's ``CompletionOutput``, with what the rules leave of it."""
+        """vLLM's ``CompletionOutput``, redacted by the rules."""
         spans = redacted_spans(self._redacting, self._text.verdicts)
         steps = text.logprobs or [None] * len(text.token_ids)
-        # Alternatives of a token may spell a word that is redacted.
+        # Alternatives to a token may spell a redacted word.
         pairs = zip(text.token_ids, steps, strict=True)
         self._waiting += ((token, step and {token: step[token]}) for token, step in pairs)
         self._characters += len(text.text)
@@ -419,19 +420,20 @@ class TextOutputs:
             text=delta.text,
             token_ids=[token for token, _ in released],
             logprobs=None if text.logprobs is None else [step for _, step in released],
-            # A client asks by a stop for words that the text may have.
+            # A stop string can probe for words in the text.
             stop_reason=None if spans else text.stop_reason,
-            # What follows tells of tokens that are not sent.
+            # The following fields describe tokens that are not sent.
             cumulative_logprob=None,
             routed_experts=None,
             sampling_mask=None,
         )
 
     def _release(self, spans: Sequence[Span], delta: OutputDelta) -> Iterator[tuple[int, Any]]:
-        """The tokens of the text up to this piece that are in no span.
+        """Release the tokens up to this chunk that are outside all spans.
 
-        At the end, those without a text stay only if they control, and no others that a later token
-        could have labelled; that is known before the last of what was held back has passed.
+        At the end, tokens without text are kept only if they are control tokens, and tokens that a
+        later token could have labelled are dropped; this is known before the last held-back text is
+        released.
         """
         places = self._text.answer_spans.places if self._text.answer_spans else []
         final_characters = self._text.final_characters
@@ -451,14 +453,14 @@ class TextOutputs:
 
 
 def params_of_text(params: Any, index: int, encoded: EncodedPrompt | None) -> Any:
-    """A copy of ``SamplingParams`` for one text, with what its prompt's tokens belong to."""
+    """A copy of ``SamplingParams`` for one text, with the roles of its prompt's tokens."""
     text_params = params.clone()
     text_params.n = 1
     if params.n > 1 and params.seed is not None:
         text_params.seed = params.seed + index
     extra = dict(text_params.extra_args or {})
     transfer = extra.get("kv_transfer_params")
-    # Whatever the client says that its tokens belong to.
+    # Replaces any description from the client.
     transfer_params = (
         {k: v for k, v in transfer.items() if k != KEY} if isinstance(transfer, dict) else {}
     )

@@ -1,10 +1,10 @@
-"""What travels with each of vLLM's steps: readings to the workers, verdicts back.
+"""The data that travels with each of vLLM's steps: gather plans to the workers, verdicts back.
 
 A KV connector is vLLM's documented way to send a message with a step and with its result. The class
-has two roles: beside the scheduler it says what a step must give, and in a worker it acts once the
-step is done. Ours neither load nor store keys and values. vLLM hands a connector's results over
-after it has made the step's outputs, when a request that ends in that step is gone. So our
-schedulers give the connector its results earlier, and put the verdicts on the outputs.
+has two roles: next to the scheduler, it plans what a step must return, and in a worker, it acts
+after the step. Ours neither loads nor stores keys and values. vLLM passes a connector's results on
+only after it has created the step's outputs, when a request that ends in that step is gone. Our
+schedulers therefore pass the results earlier, and attach the verdicts to the outputs.
 """
 
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
@@ -43,7 +43,7 @@ from sidelight_vllm.worker import (
 
 @dataclass
 class StepPlan(KVConnectorMetadata):
-    """The readings of the workers after a step.
+    """The gather plans of the workers after a step.
 
     Attributes:
         has_pass: Whether the step runs any token.
@@ -56,7 +56,7 @@ class StepPlan(KVConnectorMetadata):
 class WorkerResults(KVConnectorWorkerMetadata):
     """A worker's verdicts for a step, as a future.
 
-    vLLM sends it to the scheduler beside the step's output, in a thread that may wait.
+    vLLM sends it to the scheduler with the step's output, in a thread that may wait.
     """
 
     def __init__(self, work: "Future[StepVerdicts] | StepVerdicts"):
@@ -77,7 +77,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     """One per scheduler and one per worker.
 
     Raises:
-        SidelightError: No single block table says where all keys and values of a request are.
+        SidelightError: No single block table locates all keys and values of a request.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
@@ -97,10 +97,10 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
                 reads_responses=self._classifier.loaded.reads_responses, recognise=recognise
             )
 
-    # Beside the scheduler.
+    # The scheduler's side.
 
     def on_new_request(self, request: Any) -> None:
-        # The tokens of an image or of embeddings say nothing.
+        # Tokens of images or embeddings have no meaning.
         is_text = not request.mm_features and request.prompt_embeds is None
         token_ids = request.prompt_token_ids if is_text else None
         adapter = request.lora_request.lora_name if request.lora_request else ""
@@ -113,7 +113,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         return StepPlan(plans, scheduler_output.total_num_scheduled_tokens > 0)
 
     def take(self, results: WorkerResults | None) -> None:
-        """Take the verdicts of a step, before vLLM makes its outputs; leave nothing to vLLM."""
+        """Take the verdicts of a step before vLLM creates its outputs; leave nothing to vLLM."""
         if results is None:
             return
         verdicts = results.verdicts
@@ -124,7 +124,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             shares[share.plan.request_id].append(share)
         follows = not shares or self._follows(verdicts.probes)
         for request_id, layers in shares.items():
-            # A step that ran on past its request's end would leave a state behind.
+            # A step that ran past its request's end would leave a state behind.
             if request_id not in self.tracking:
                 continue
             # Stages may have probes that cannot be loaded here, or each may have others.
@@ -138,7 +138,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
     def _follows(self, loaded: Loaded) -> bool:
-        """Whether the probes here are those of the stages, which may have taken others."""
+        """Whether the probes here match those of the stages, which may have loaded others."""
         if loaded.revision not in ("", self._classifier.loaded.revision):
             try:
                 self._classifier = RequestClassifier.load(
@@ -153,13 +153,13 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Give the report for the request's last output."""
+        """Return the report for the request's last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
         self._classifier.forget([request.request_id])
         return False, report
 
-    # In a worker.
+    # The worker's side.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         worker = current_worker()
@@ -184,7 +184,8 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> WorkerResults | None:
         """Run after the forward pass of a step, on every rank."""
         step = self._get_connector_metadata()
-        # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
+        # Every rank of a tensor-parallel group has the full residual stream; the first one
+        # classifies.
         if not step.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
         work = current_worker().classify(step.plans)
@@ -214,10 +215,10 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 class SharedConnector(MultiConnector):
-    """Ours, and then one that the user has chosen, which may store but not load.
+    """Our connector followed by the user's, which may store but not load.
 
-    Keys and values that come from elsewhere have no columns: their slots hold a former owner's. All
-    requests are judged, so all are computed here.
+    Loaded keys and values have no projections; their slots would have those of a previous owner.
+    All requests are classified, so all are computed here.
     """
 
     @property
@@ -225,7 +226,7 @@ class SharedConnector(MultiConnector):
         return self._connectors[0].tracking
 
     def take(self, results: Any) -> Any:
-        """As ``ProbeConnector.take``; what is left is for the other one."""
+        """As ``ProbeConnector.take``; the rest is left for the other connector."""
         if results is None:
             return None
         ours, *rest = results.metadata
@@ -234,7 +235,7 @@ class SharedConnector(MultiConnector):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        # Asked all the same, since it may take note of the request.
+        # Called regardless, because it may record the request.
         super().get_num_new_matched_tokens(request, num_computed_tokens)
         self._requests_to_connector.pop(request.request_id, None)
         return 0, False
@@ -244,11 +245,11 @@ class ProbeScheduler(Scheduler):
     """The scheduler for engines that wait for each step."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Put the verdicts of the step on its outputs."""
+        """Attach the verdicts of the step to its outputs."""
         if (results := model_runner_output.kv_connector_output) is not None:
             results.kv_connector_worker_meta = self.connector.take(results.kv_connector_worker_meta)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        # On every output, since a slow reader gets the first one merged with the next.
+        # On every output, because a slow reader gets the first one merged with the next.
         for of_client in outputs.values():
             for output in of_client.outputs:
                 if output.kv_transfer_params is None:

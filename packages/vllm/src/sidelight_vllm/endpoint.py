@@ -1,9 +1,9 @@
 """Verdicts, refusals and check routes in vLLM's own server (``vllm.endpoint_plugins``).
 
-vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. What is enforced is in ``guard``, below
-HTTP. An ASGI middleware gives the answers what only HTTP has: the status and body of a refusal, the
-headers of the verdicts, and fields for them in JSON and in streams of chunks. It also answers the
-routes of our own server that judge texts and change probes, where vLLM has none of that path.
+vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. Enforcement is in ``guard``, below HTTP. An
+ASGI middleware adds what only HTTP has: the status and body of a refusal, the headers of the
+verdicts, and fields for them in JSON and in streams of chunks. It also serves those of our own
+routes for classifying texts and replacing probes whose paths vLLM does not use.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -49,14 +49,14 @@ from sidelight_vllm.settings import server_config
 _DONE = b"data: [DONE]"
 _DATA = b"data: "
 _EVENT_END = b"\n\n"
-# Answers in OpenAI's chunks, which take one without a choice.
+# Routes with OpenAI's chunks, which may have no choices.
 _CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _MESSAGES = "/v1/messages"
 # Total text length up to which a request body is stripped.
 _MOST_CHARACTERS = 2**20
 # Body fields that become part of a prompt on any vLLM route.
 _PROMPTS = ("messages", "prompt", "input", "instructions", "system", "tools", "documents")
-# Fields that no route for text has; vLLM would ignore them, and with them what a client relies on.
+# Fields that vLLM would silently ignore although clients rely on them.
 _NOT_OURS = ("explain", "policies")
 
 
@@ -64,7 +64,7 @@ class ProbeEndpoint:
     """vLLM's interface for endpoint plugins.
 
     Attributes:
-        guard: That of the engine; None: it has no probes.
+        guard: Guard of the engine; None without probes.
     """
 
     name = KEY
@@ -83,7 +83,7 @@ class ProbeEndpoint:
         self._config = config = server_config(**({"api_key": keys} if keys else {}))
         access = config.access
         if keys:
-            # vLLM asks for them on some routes; ours hold on all.
+            # vLLM checks keys only on some routes; ours apply to all.
             access = replace(access, keys=(), foreign_keys=access.keys)
         is_local = args.host in LOOPBACK and not keys
         hosts = config.hosts if is_local or config.allowed_host else None
@@ -96,7 +96,7 @@ class ProbeEndpoint:
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Find the guard of the engine, and mount our routes, and the metrics."""
+        """Find the guard of the engine, and mount our routes and metrics."""
         guard: EngineGuard | None = getattr(engine_client, "sidelight_guard", None)
         if guard is None:
             return
@@ -124,14 +124,14 @@ class ProbeEndpoint:
         return self.guard is not None and self.guard.context.registry.defers
 
     def application(self, scope: Scope) -> ASGIApp | None:
-        """Our application if it answers this path; else None."""
+        """Our application if it serves this path, else None."""
         if all(route.matches(scope)[0] == Match.NONE for route in self._routes):
             return None
         is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
         return None if is_theirs else self._application
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """The middleware: answers the routes that are ours, and adds to vLLM's answers to posts."""
+        """The middleware: serves our routes, and extends vLLM's responses to POST requests."""
         return partial(self._answer, app)
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +140,7 @@ class ProbeEndpoint:
         elif self.guard is None or scope["type"] != "http":
             await app(scope, receive, send)
         elif (ours := self.application(scope)) is not None:
-            # As the outermost application of its own.
+            # As if it were the outermost application.
             fields = {"app": ours, "root_path": "", "path": routed_path(scope)}
             await ours({**scope, **fields}, receive, send)
         elif scope["method"] != "POST":
@@ -181,14 +181,14 @@ class ProbeEndpoint:
             client_request.set(request)
             try:
                 await app(scope, receive, answer)
-            # vLLM raises anything after a refusal.
+            # vLLM may raise anything after a refusal.
             except Exception:
                 if not await answer.fail():
                     raise
 
 
 class _Answer:
-    """Passes an answer on once each prompt is judged, with the verdicts in it."""
+    """Forwards a response once each prompt is classified, with the verdicts added."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, request: GuardedRequest, request_id: str
@@ -214,7 +214,7 @@ class _Answer:
         self._body += event.get("body", b"")
         is_end = not event.get("more_body")
         if not self._has_begun:
-            # Routes may send words of their own before the engine has read the prompt.
+            # Routes may send data before the engine has read the prompt.
             if not is_end and not (self._is_stream and self._request.is_decided):
                 return
             if self._request.refusal is not None:
@@ -234,7 +234,7 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
 
     async def fail(self) -> bool:
-        """End the answer after an exception; whether the request was refused."""
+        """End the response after an exception; return whether the request was refused."""
         if self._request.refusal is None:
             return False
         if not self._has_begun:
@@ -265,19 +265,19 @@ class _Answer:
         return start
 
     async def _with_fields(self, body: bytes) -> bytes:
-        """The body of a plain answer, with the verdicts."""
+        """Add the verdicts to the body of a non-streamed response."""
         answer = json.loads(body) if self._request.texts and self._start["status"] == 200 else None
         if not isinstance(answer, dict):
             return body
         if answer.get("status") == "queued":
-            # It is written in the background, where vLLM has no answer to a refusal.
+            # It is generated in the background, where vLLM cannot report a refusal.
             await self._request.decided.wait()
         _report_truncation(answer, self._request.cut)
         return json.dumps({**answer, **self._fields()}).encode()
 
     def _with_chunks(self, body: bytes) -> bytes:
         """Add a chunk with the verdicts at the start, and one at the end if they have changed."""
-        # Compared as whole events, since a model may write the words of the last one.
+        # Compared as whole events, because a model may generate the text of the last one.
         events = body.split(_EVENT_END)
         if self._scope["path"] == _MESSAGES and any(self._request.cut):
             return _EVENT_END.join(map(_as_refusal, events))
@@ -295,7 +295,7 @@ class _Answer:
         return _EVENT_END.join(events)
 
     def _tokenless_ends(self) -> list[dict[str, Any]]:
-        """The last chunks of texts of which no token was sent, which vLLM leaves out."""
+        """The final chunks of texts without a sent token, which vLLM omits."""
         is_chat = self._chunk_fields.get("object") == "chat.completion.chunk"
         tokenless = {
             index: text.ended.reason
@@ -317,7 +317,7 @@ class _Answer:
         ]
 
     def _fields(self) -> dict[str, Any]:
-        """As in our own server's answers."""
+        """The fields as in our own server's responses."""
         fields: dict[str, Any] = {KEY: self._request.extension()}
         moderation = self._request.moderation()
         if self._scope["path"] in _CHUNKED and moderation is not None:
@@ -326,7 +326,9 @@ class _Answer:
 
 
 async def _read(receive: Receive) -> tuple[dict[str, Any], Receive]:
-    """The fields of the body, and what gives it again. Of other bodies, vLLM says what is wrong."""
+    """Read the fields of the body, and return a replay of it. vLLM reports errors in invalid
+    bodies.
+    """
     events: list[Event] = []
     while not events or events[-1].get("more_body"):
         events.append(await receive())
@@ -348,9 +350,9 @@ def _giving(events: Iterable[Event], receive: Receive) -> Receive:
 
 
 def _strip_body(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[Event]:
-    """Strip invisible characters from the fields that prompts are made of.
+    """Strip invisible characters from the fields that become prompts.
 
-    ``EngineGuard`` refuses what is left beyond ``_MOST_CHARACTERS``.
+    ``EngineGuard`` refuses what remains in bodies above ``_MOST_CHARACTERS``.
 
     Args:
         fields: The request body.
@@ -377,7 +379,7 @@ def _strip_body(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[
 
     def read_field(name: str, value: Any) -> Any:
         if name == "arguments" and isinstance(value, str) and "\\u" in value:
-            # Tool-call arguments are JSON in a string, where the characters are escaped.
+            # Tool-call arguments are JSON strings, where the characters are escaped.
             with suppress(ValueError, RecursionError):
                 return read(json.dumps(json.loads(value), ensure_ascii=False))
         return read(value)
@@ -392,7 +394,7 @@ def _strip_body(fields: Mapping[str, Any], sent: dict[str, str | None]) -> list[
 
 
 def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
-    """The fields of a body that choose what the report holds."""
+    """The fields of a body that select the contents of the report."""
     names = [*ReportRequest.model_fields, *_NOT_OURS]
     try:
         return ReportRequest.model_validate({n: fields[n] for n in names if n in fields})
@@ -402,7 +404,7 @@ def _report_request(fields: Mapping[str, Any]) -> ReportRequest:
 
 
 def _chunk_fields_of(event: bytes) -> dict[str, Any]:
-    """The fields that say which answer a chunk belongs to."""
+    """The fields that identify the response of a chunk."""
     try:
         first = json.loads(event.removeprefix(_DATA))
     except ValueError:
@@ -411,17 +413,19 @@ def _chunk_fields_of(event: bytes) -> dict[str, Any]:
 
 
 def _report_truncation(answer: dict[str, Any], cut: Sequence[bool]) -> None:
-    """Say which texts were cut where vLLM has no word for it, or has taken another."""
+    """Report which texts were ended by a rule, where vLLM has no such finish reason or uses
+    another.
+    """
     for choice in answer.get("choices") or ():
         if cut[choice["index"]]:
-            # A cut text may hold a whole call of a tool.
+            # A text ended by a rule may contain a complete tool call.
             choice["finish_reason"] = "content_filter"
     if answer.get("type") == "message" and any(cut):
         answer["stop_reason"] = "refusal"
 
 
 def _as_refusal(event: bytes) -> bytes:
-    """The event of Anthropic's stream that says how the text has ended, for a cut one."""
+    """Anthropic's stream event for the end of a text, for one ended by a rule."""
     head, separator, data = event.partition(_DATA)
     if b"message_delta" not in head:
         return event
@@ -431,7 +435,9 @@ def _as_refusal(event: bytes) -> bytes:
 
 
 def _truncated_response(original: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
-    """A ``ResponsesResponse`` that says if a text was cut, in streams and stored answers too."""
+    """A ``ResponsesResponse`` that reports texts ended by a rule, including streams and stored
+    responses.
+    """
     from openai.types.responses.response import IncompleteDetails
 
     response = original(kind, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Verdicts on texts through vLLM, and how its probes are replaced."""
+"""Classification of texts through vLLM, and replacement of its probes."""
 
 # pyright: reportMissingImports=false
 
@@ -48,13 +48,13 @@ from sidelight_vllm.settings import (
     revision_of,
 )
 
-# At most so many texts wait for their verdicts; of one list, so many are in vLLM at a time.
+# Maximum number of texts that wait for verdicts, and of texts per list that are in vLLM at a time.
 _WAITING, _RUNNING = 128, 16
 
 
 @contextmanager
 def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], ProbeSet]]:
-    """Save probes for as long as they take to load; give their folders too."""
+    """Save probes while they are being loaded; yield their folders and the loaded set."""
     with TemporaryDirectory(prefix="sidelight-probes-") as home:
         folders = [str(save_probe(probe, Path(home) / str(i))) for i, probe in enumerate(probes)]
         revision = revision_of(read_card(folder).version for folder in folders)
@@ -62,23 +62,23 @@ def saved(probes: Sequence[Probe]) -> Generator[tuple[list[str], ProbeSet]]:
 
 
 class VllmEngine(Engine):
-    """Judges by one model with its probes, and writes nothing.
+    """Classifies texts with one model and its probes, without generating text.
 
-    All workers check new probes while the old ones serve. Then vLLM pauses, as for other weights,
-    and loads them. It would refuse requests meanwhile, or queue them behind the change, so they
-    wait here, before they have any probes. A running request keeps the probes that it started with;
-    verdicts of other versions are ignored.
+    All workers check new probes while the old ones serve. Then vLLM pauses, as for a weight update,
+    and loads them. It would refuse requests in the meantime, or queue them behind the change, so
+    they wait here before they are assigned probes. A running request keeps the probes that it
+    started with; verdicts of other versions are ignored.
 
     Args:
         llm: vLLM's engine client, with the plugin loaded in it.
-        served: The probes that it was started with, as its workers loaded them.
-        name: The name that requests use.
-        encoder: Turns messages into the model's token ids.
-        fingerprint: Of the model; every probe must have been trained on it.
+        served: Probes that it was started with.
+        name: Model name in requests.
+        encoder: Encoder of messages.
+        fingerprint: Fingerprint of the model, which every probe must match.
 
     Attributes:
-        listener: Hears every report of vLLM's.
-        encoder: The given one, within the context that vLLM has.
+        listener: Receives every report from vLLM.
+        encoder: The given encoder, limited to vLLM's context length.
     """
 
     def __init__(
@@ -93,11 +93,12 @@ class VllmEngine(Engine):
         self._llm = llm
         self.listener = OutputListener(llm)
         self._lock = ProbeLock(served)
-        # A worker keeps those that were checked last, so there is one change at a time.
+        # A worker stores only the latest checked probes, so changes are serialised.
         self._change = asyncio.Lock()
         self.model = name
         self._fingerprint = fingerprint
-        # vLLM always writes a token, also when a text is only judged, so one position is kept free.
+        # vLLM always generates a token, even if a text is only classified, so one position is kept
+        # free.
         room = llm.vllm_config.model_config.max_model_len - 1
         self.encoder = PromptEncoder(
             encoder.tokenizer,
@@ -115,7 +116,7 @@ class VllmEngine(Engine):
 
     @property
     def load(self) -> Load:
-        """The texts that wait for verdicts; vLLM itself counts those that it writes."""
+        """The texts that wait for verdicts; vLLM itself counts generated texts."""
         return Load(running=0, waiting=self._waiting)
 
     @property
@@ -132,14 +133,15 @@ class VllmEngine(Engine):
         await asyncio.to_thread(self._codec.close)
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """As for every engine, once the requests in it are done; new ones wait (``serving``).
+        """Replace the probes once running requests are done; new ones wait (``serving``).
 
-        A caller that gives up before vLLM pauses changes nothing; after that, the change ends.
+        If the caller is cancelled before vLLM pauses, nothing changes; afterwards, the change
+        completes.
 
         Raises:
-            SidelightError: One cannot be served, there is no room for its columns, or several API
-                servers share the engine: the old probes stay. Or replacing failed on some workers:
-                then the engine is not ready any more.
+            SidelightError: A probe cannot be served, there is no room for its projections, or
+                several API servers share the engine; the old probes stay. If replacing failed on
+                some workers, the engine is no longer ready.
         """
         require_same_model(probes, self._fingerprint)
         if not self.is_ready:
@@ -162,7 +164,7 @@ class VllmEngine(Engine):
             with saved(probes) as (folders, new):
                 try:
                     await self._llm.collective_rpc("sidelight_check", args=(folders,))
-                # Whatever a worker raises, vLLM gives it as this.
+                # vLLM converts every error of a worker to this.
                 except Exception as error:
                     raise SidelightError(f"vLLM cannot serve these probes. {error}") from error
                 is_busy = self._llm.output_processor.has_unfinished_requests
@@ -174,16 +176,16 @@ class VllmEngine(Engine):
                         await loading
 
     async def _load(self, new: ProbeSet) -> None:
-        """Have every worker take the probes that it has checked."""
+        """Have every worker load the probes that it has checked."""
         try:
-            # Cached blocks hold what the old probes read.
+            # Cached blocks have projections of the old probes.
             await self._llm.pause_generation(mode="wait", clear_cache=True)
             try:
                 await self._llm.collective_rpc("sidelight_load", args=(new.revision,))
             finally:
                 await self._llm.resume_generation()
             self._lock.served = new
-        # Whatever went wrong or stopped it, the workers' probes are unknown.
+        # After any error or cancellation, the workers' probes are unknown.
         except BaseException as error:
             self._lock.is_consistent = False
             log.critical("%s", INCONSISTENT)
@@ -197,7 +199,7 @@ class VllmEngine(Engine):
         return (await self._codec.in_thread([text], partial(self._codec.encode, text))).token_ids
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: vLLM's own server writes texts, and a guard in it has them judged.
+        """Not supported: vLLM's own server generates text, and its guard classifies it.
 
         Raises:
             SidelightError: Always.
@@ -241,17 +243,17 @@ class VllmEngine(Engine):
         return await asyncio.to_thread(lambda: [*starmap(event, each)])
 
     async def check_all(self, prompts: Sequence[EncodedPrompt], revision: str) -> list[Verdicts]:
-        """Their verdicts, in order, by the probes of this revision.
+        """Classify prompts, in order, with the probes of this revision.
 
         Args:
-            prompts: Token ids of texts.
-            revision: That of the probes.
+            prompts: Encoded texts.
+            revision: Revision of the probes.
 
         Raises:
-            EngineBusyError: Too many wait. A list longer than the limit can only enter if none
-                waits.
+            EngineBusyError: Too many texts are waiting. A list longer than the limit can only enter
+                if none is waiting.
             EngineUnavailableError: vLLM has stopped.
-            GenerationError: vLLM gave up a request, or gave no verdict.
+            GenerationError: vLLM aborted a request, or returned no verdict.
         """
         if self._waiting and self._waiting + len(prompts) > _WAITING:
             raise EngineBusyError(waiting=self._waiting, limit=_WAITING)
@@ -306,7 +308,7 @@ def load_vllm_engine(
     Args:
         model: ``smollm2``, a folder, or a hub id.
         probes: Probes trained on it, or accepted on this quantised copy (``SIDELIGHT_QUANTISED``).
-        dtype: As vLLM takes it.
+        dtype: Dtype, as in vLLM.
         options: Fields of vLLM's ``AsyncEngineArgs``.
 
     Raises:
@@ -327,7 +329,7 @@ def load_vllm_engine(
         try:
             llm = AsyncLLM.from_engine_args(arguments)
         except TypeError as error:
-            # vLLM compares numbers with whatever it is fields.
+            # vLLM compares numbers with fields of any type.
             raise SidelightError(
                 f"vLLM cannot use these options ({error}): {fields}. Check their types."
             ) from error

@@ -1,8 +1,8 @@
-"""The policy between vLLM's engine client and whatever calls it.
+"""The policy between vLLM's engine client and its callers.
 
-Each ``AsyncLLM`` with probes gets an ``EngineGuard`` when it is made. What calls ``generate``, an
-HTTP route, a batch, gRPC or Ray, gets outputs that have passed ``policy.enforcement``: a blocked
-prompt is an error, and text comes once it is judged. Other ways to write text are refused.
+Each ``AsyncLLM`` with probes gets an ``EngineGuard`` on creation. Callers of ``generate``, such as
+an HTTP route, a batch, gRPC or Ray, get outputs that have passed ``policy.enforcement``: a blocked
+prompt is an error, and text is sent once it is classified. Other ways to generate text are refused.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -37,28 +37,28 @@ from sidelight_vllm.settings import Served, prompt_encoder
 
 
 class RefusedError(SidelightError, ValueError):
-    """What vLLM gets for a request that the policy refuses; it answers a ``ValueError`` with 400.
+    """The error for a request that the policy refuses; vLLM responds to a ``ValueError`` with 400.
 
-    ``endpoint`` replaces that answer by the one of our own server.
+    ``endpoint`` replaces this response with that of our own server.
     """
 
 
-# What the engine does in a context, and in tasks that start there, belongs to its request.
+# Engine calls in a context, and in tasks started there, belong to its request.
 client_request: ContextVar[GuardedRequest | None] = ContextVar("sidelight_request", default=None)
 
 
 class EngineGuard:
-    """Judges each request of one engine client, and enforces the policy on it.
+    """Classifies each request of one engine client, and enforces the policy.
 
     Args:
         llm: vLLM's ``AsyncLLM``. Its ``generate``, ``encode`` and ``abort`` are replaced.
-        served: The probes in its workers.
-        config: The policy, the audit log, and the keys.
+        served: Probes in its workers.
+        config: Configuration with the policy, the audit log, and the keys.
 
     Attributes:
-        engine: Judges texts by the same workers, for the routes that write none.
-        context: The parts of its server.
-        recogniser: Finds the turns in prompts.
+        engine: Classifies texts with the same workers, for routes without generation.
+        context: Context of its server.
+        recogniser: Recogniser of the turns in prompts.
 
     Raises:
         SidelightError: The policy does not fit the probes, or the audit log cannot be written.
@@ -92,10 +92,10 @@ class EngineGuard:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """As vLLM's, with the outputs that the policy lets pass.
+        """As vLLM's method, with the outputs that the policy allows.
 
         Raises:
-            RefusedError: The policy refuses the prompt, or something could not be judged.
+            RefusedError: The policy refuses the prompt, or something could not be classified.
         """
         client = client_request.get()
         try:
@@ -120,21 +120,21 @@ class EngineGuard:
                 client.decided.set()
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        """As vLLM's; refused where a rule blocks, since no probe reads it."""
+        """As vLLM's method; refused if a rule blocks, because no probe reads the text."""
         self.require_unblocked("Poolings of a prompt")
         async with aclosing(self._encode(*args, **kwargs)) as outputs:
             async for output in outputs:
                 yield output
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
-        """As vLLM's, by the ids that callers gave."""
+        """As vLLM's method, with the ids from callers."""
         ids = [request_id] if isinstance(request_id, str) else [*request_id]
         if not internal:
             ids = [text_id for name in ids for text_id in self._text_ids.get(name, ())]
         await self._abort(ids, internal=internal)
 
     def require_unblocked(self, what: str) -> None:
-        """Refuse what no probe reads where a rule blocks or redacts."""
+        """Refuse what no probe reads if a rule blocks or redacts."""
         client = client_request.get()
         rules = self.context.registry.rules if client is None else client.context.rules
         if any(bound.is_enforced for bound in rules):
@@ -165,7 +165,7 @@ class EngineGuard:
         elif isinstance(prompt, str):
             prompt = {"prompt": prompt}
         if not isinstance(prompt, Mapping):
-            # Text that arrives while the model writes, or a request that its caller has prepared.
+            # Text that arrives during generation, or a request prepared by its caller.
             self.require_unblocked("Prompts that are neither text nor token ids")
             self._reject_disguises({}, client.context)
             call_params = params_of_text(params, 0, None)
@@ -194,7 +194,7 @@ class EngineGuard:
         params: Any,
         options: Mapping[str, Any],
     ) -> Call:
-        """What is known of a prompt, which may be answered once blocking probes have read it."""
+        """The call for a prompt, which may be answered once blocking probes have read it."""
         if prompt.keys() <= {"prompt", "cache_salt"}:
             # As vLLM's own reading of a text gives them.
             prompt = {**prompt, "prompt_token_ids": self._tokenizer(prompt["prompt"])["input_ids"]}
@@ -236,12 +236,12 @@ class EngineGuard:
         messages: Sequence[Message] | None,
         client: GuardedRequest,
     ) -> Conversation | None:
-        """The prompt as judges get it: its messages, or else its text."""
+        """The prompt for judges: its messages, or else its text."""
         if client.context.judges is None:
             return None
         if messages:
             sent = client.sent
-            # Spans stand in the texts as they were sent.
+            # Spans refer to the texts as sent.
             return [
                 replace(turn, content=sent.get(turn.content) or turn.content) for turn in messages
             ]
@@ -254,7 +254,7 @@ class EngineGuard:
 
         Raises:
             DisguisedTextError: The prompt still contains invisible characters.
-            PolicyError: It has no token ids to check.
+            PolicyError: The prompt has no token ids to check.
         """
         invisible = context.policy.invisible_characters
         if invisible == "off":
@@ -272,7 +272,7 @@ class EngineGuard:
 def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
     guard = getattr(serving.engine_client, "sidelight_guard", None)
     if guard is not None:
-        # It takes candidates that no probe has read.
+        # Beam search uses candidates that no probe has read.
         guard.require_unblocked("Texts of a beam search")
     return original(serving, *args, **kwargs)
 
@@ -280,7 +280,7 @@ def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwar
 async def _render_chats(
     original: Callable[..., Any], renderer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """As vLLM's, with prompts that have the messages which they are made of, of every route."""
+    """As vLLM's method, but prompts of every route keep their original messages."""
     conversations, prompts = await original(renderer, *args, **kwargs)
     for turns, prompt in zip(conversations, prompts, strict=True):
         prompt[KEY] = [Message(turn["role"], str(turn.get("content") or "")) for turn in turns]
@@ -288,5 +288,5 @@ async def _render_chats(
 
 
 def _unique(request_id: str) -> str:
-    """A name of its own: clients may name their requests, and two may choose the same name."""
+    """A unique id, because two clients may choose the same name."""
     return f"{request_id}-{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""Everything that we use of vLLM beyond its documentation.
+"""All undocumented parts of vLLM that are used.
 
 ``plugin`` wraps methods of ``AsyncLLM``, ``EngineArgs``, ``BaseModelLoader`` and ``Executor``;
 ``guard`` wraps one each of ``BeamSearchOnlineMixin`` and ``BaseRenderer``, and replaces three of
@@ -47,11 +47,11 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
-    """The decoder layers of this worker; with the number of the first, or 0 for the embedding."""
+    """The decoder layers of this worker, and the index of the first, or 0 for the embedding."""
     from vllm.distributed.parallel_state import get_pp_group
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    # Of a multimodal model, the part that reads text.
+    # For a multimodal model, the part that reads text.
     text = model.get_language_model() if hasattr(model, "get_language_model") else model
     layers = enumerate(getattr(text, "model", text).layers, 1)
     local = {number: layer for number, layer in layers if not isinstance(layer, PPMissingLayer)}
@@ -59,10 +59,10 @@ def local_layers(model: Any) -> tuple[int, list[nn.Module]]:
 
 
 def raise_for_all(refusal: str) -> None:
-    """Raise what this engine's workers have to say, if it is not "", in the last of them alone.
+    """Raise the refusals of this engine's workers, if any, only in the last worker.
 
-    All workers call this. vLLM reads their answers one by one up to the first error, and takes the
-    rest for answers to its next call.
+    All workers call this. vLLM reads their results one by one up to the first error, and would
+    treat the rest as results of its next call.
     """
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
@@ -78,7 +78,9 @@ def raise_for_all(refusal: str) -> None:
 
 
 def pass_slots(attention: str) -> Tensor | None:
-    """An attention layer's KV slots of the tokens of the current pass; None: it fills no cache."""
+    """The KV slots of an attention layer for the tokens of the current pass; None if it fills no
+    cache.
+    """
     from vllm.forward_context import get_forward_context
 
     mappings = get_forward_context().slot_mapping
@@ -89,21 +91,21 @@ def keeps_every_token(spec: Any) -> bool:
     """Whether a layer with this specification of its KV cache has a slot for every token."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-    # Other classes made from these forget tokens, or keep something else.
+    # Subclasses discard tokens, or store something else.
     return type(spec) in (FullAttentionSpec, MLAAttentionSpec)
 
 
 def full_group(kv_cache_config: Any) -> int:
-    """The index of the group of attention layers whose block tables have a slot for every token.
+    """Index of the group of attention layers whose block tables have a slot for every token.
 
-    Hybrid models keep at least one. A prefix is only found in the cache if all groups have it.
+    Hybrid models have at least one. A prefix is only found in the cache if all groups have it.
 
     Raises:
-        SidelightError: There is none, or this is a pipeline stage that lacks the layers of a group.
+        SidelightError: There is none, or this pipeline stage lacks the layers of a group.
     """
     groups = kv_cache_config.kv_cache_groups
     if not all(group.layer_names for group in groups):
-        # Another stage, and the scheduler, could choose another group.
+        # Another stage or the scheduler could choose a different group.
         raise SidelightError(
             "A pipeline stage lacks layers with one of the model's kinds of attention, so probes "
             "cannot follow its tokens. Use fewer stages (--pipeline-parallel-size)."
@@ -120,8 +122,8 @@ def full_group(kv_cache_config: Any) -> int:
 
 
 def share_of_cache(specs: Mapping[str, Any], bytes_per_token: int) -> float:
-    """The share left to a worker's KV cache if each token in it takes this many bytes more."""
-    # A block holds keys and values of one kind of layer, at least those of the rarest kind.
+    """The share left to a worker's KV cache if each token needs this many additional bytes."""
+    # A block has keys and values of one kind of layer, at least those of the rarest kind.
     kinds: dict[Any, int] = defaultdict(int)
     for spec in specs.values():
         kinds[True if keeps_every_token(spec) else spec] += spec.page_size_bytes
@@ -135,9 +137,9 @@ class Step:
     """One request's share of a forward pass.
 
     Attributes:
-        computed: Tokens of the request that have keys and values after the pass.
-        is_resumed: Whether it begins with this pass, or comes back from preemption.
-        blocks: What follows its block table; all of it if it is resumed.
+        computed: Number of tokens of the request with keys and values after the pass.
+        is_resumed: Whether it begins with this pass, or resumes after preemption.
+        blocks: Additions to its block table, or the whole table if it is resumed.
     """
 
     request_id: str
@@ -156,14 +158,16 @@ def steps_of(scheduler_output: Any, group: int) -> Iterator[Step]:
     for request_id, added, before in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
-        # After a preemption all of its blocks are new.
+        # After preemption, all of its blocks are new.
         is_resumed = request_id in cached.resumed_req_ids
         blocks = () if added is None else added[group]
         yield Step(request_id, before + scheduled[request_id], is_resumed, blocks)
 
 
 def guesses_responses(config: Any, probes: Iterable[Probe]) -> bool:
-    """Whether a step also runs guessed tokens, which may never become part of a response read."""
+    """Whether a step also runs speculative tokens, which may be rejected, and a probe reads
+    responses.
+    """
     is_guessing = getattr(config.speculative_config, "method", None) is not None
     return is_guessing and any(probe.reads.includes_response for probe in probes)
 

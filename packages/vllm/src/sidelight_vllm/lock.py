@@ -9,7 +9,7 @@ from sidelight.engines.base import EngineUnavailableError
 from sidelight_vllm.settings import ProbeSet
 
 _LOOKS_EVERY_S = 0.02
-# Once nothing has run in vLLM for so long, requests still inside wait for slow clients.
+# Once vLLM has been idle for this long, the remaining requests are waiting for slow clients.
 _SLOW_AFTER_S = 5.0
 _PATIENCE_S = 300.0
 INCONSISTENT = (
@@ -21,13 +21,13 @@ INCONSISTENT = (
 class ProbeLock:
     """A reader-writer lock: any number of requests read the served probes, or a change writes them.
 
-    A change that waits lets no new request in, so requests cannot keep it out forever. Parts of a
-    request that is inside enter at once, since the change waits for it. A change that fails leaves
-    the probes as they were.
+    A waiting change admits no new requests, so requests cannot block it forever. Further parts of
+    an admitted request enter immediately, because the change waits for it. A failed change leaves
+    the probes unchanged.
 
     Attributes:
-        served: What was written last.
-        is_consistent: Whether all workers have it.
+        served: The latest probes.
+        is_consistent: Whether all workers have them.
     """
 
     def __init__(self, served: ProbeSet):
@@ -40,14 +40,14 @@ class ProbeLock:
 
     @asynccontextmanager
     async def shared(self, begun: ProbeSet | None = None) -> AsyncGenerator[ProbeSet]:
-        """The served probes, which stay while a request is inside.
+        """The served probes, which do not change while a request is inside.
 
         Args:
-            begun: What the request read of which this is a part; None: it begins here.
+            begun: Probes that the enclosing request read; None for a new request.
 
         Raises:
-            EngineUnavailableError: Those are being replaced, or have been, or it is unknown which
-                ones the workers have.
+            EngineUnavailableError: These probes are being replaced or have been replaced, or the
+                workers' probes are unknown.
         """
         if begun is None:
             await self._opened()
@@ -63,13 +63,14 @@ class ProbeLock:
 
     @asynccontextmanager
     async def writing(self, *, is_busy: Callable[[], bool]) -> AsyncGenerator[None]:
-        """Alone, once the requests inside are done.
+        """Exclusive access, once the requests inside are done.
 
-        If nothing ``is_busy`` for long, those left wait for slow clients, and are not waited for.
-        They can only send what the old probes have judged: no part of them enters any more.
+        If the engine is not ``is_busy`` for long, the remaining requests are waiting for slow
+        clients, and are no longer waited for. They can only send what the old probes have
+        classified, because no part of them can enter anymore.
 
         Raises:
-            EngineUnavailableError: They take too long.
+            EngineUnavailableError: The requests take too long.
         """
         await self._opened()
         self._is_open.clear()

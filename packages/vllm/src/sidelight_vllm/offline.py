@@ -1,8 +1,8 @@
 """vLLM without a server: hidden states for training.
 
-So a probe that vLLM will serve can be trained on vLLM's own hidden states. They are kept by KV slot
-like columns, which they take the place of in a ``StateWorker``. When vLLM has read a text, each
-worker writes the states of its layers to a file, whose name the request says.
+A probe to be served in vLLM can thus be trained on vLLM's own hidden states. They are stored by KV
+slot, in place of projections, in a ``StateWorker``. When vLLM has read a text, each worker writes
+the states of its layers to a file named by the request.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -39,26 +39,26 @@ from sidelight_vllm.settings import (
 from sidelight_vllm.slots import GatherPlan, StagingBuffer
 from sidelight_vllm.worker import Worker
 
-# How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
+# Queued work in full steps: one runs while the next waits, so that no step is half empty.
 _STEPS_AHEAD = 2
 _STATES = "states"
 
 
 OfflineRequest = tuple[int, EncodedPrompt, Mapping[str, Any]]
-"""A number, a prompt to run once under it, and its ``kv_transfer_params``."""
+"""A number, a prompt to run under this number, and its ``kv_transfer_params``."""
 # Names of options whose values are secret, such as `hf_token`.
 _SECRET = re.compile("token$|key|password|secret")
 
 
 class VllmReader:
-    """A ``Reader`` that runs vLLM from the first missing text until it is closed.
+    """A ``Reader`` that starts vLLM for the first missing text and runs it until closed.
 
-    Only vLLM's own options limit its batches. What texts begin with alike runs once, unless vLLM's
-    prefix cache is off.
+    Batches are limited only by vLLM's own options. Common prefixes run once unless vLLM's prefix
+    cache is off.
 
     Args:
         model: The model, which vLLM loads.
-        dtype: The dtype that vLLM computes in; ``auto``: that of the stored weights.
+        dtype: Dtype of vLLM's computation; ``auto`` means that of the stored weights.
         options: Fields of vLLM's ``EngineArgs``.
 
     Raises:
@@ -83,7 +83,7 @@ class VllmReader:
         """``vllm``, its version, and the options, some of which change the states."""
         from vllm import __version__
 
-        # It is part of the record of a probe, which may be shared.
+        # It becomes part of a probe's training record, which may be shared.
         told = {name: value for name, value in self._options.items() if not _SECRET.search(name)}
         options = json.dumps(told, sort_keys=True) if told else ""
         return f"vllm {__version__} {options}".strip()
@@ -91,7 +91,7 @@ class VllmReader:
     @property
     def max_tokens(self) -> int:
         context = self.encoder.max_tokens
-        # vLLM always writes a token, so one position is kept free.
+        # vLLM always generates a token, so one position is kept free.
         return min(context, int(self._options.get("max_model_len", context))) - 1
 
     def states(
@@ -112,11 +112,11 @@ class VllmReader:
     def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[int, EncodedPrompt, Any]]:
         """Yield each number and prompt with vLLM's output, in the order in which they end.
 
-        Requests are taken when vLLM has room for them; closing the generator cancels those running.
+        Requests are submitted when vLLM has room; closing the generator cancels running ones.
 
         Raises:
             SidelightError: An option is unknown, the plugin does not support a feature that is in
-                use, or vLLM has stopped, or gave up a request.
+                use, or vLLM has stopped or aborted a request.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -176,7 +176,7 @@ class VllmReader:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # vLLM writes at least one token, which is not read.
+        # vLLM generates at least one token, which is not read.
         sampling = SamplingParams(
             max_tokens=1,
             temperature=0,
@@ -196,10 +196,10 @@ def capture_params(prompt: EncodedPrompt, reads: Reads, path: Path) -> dict[str,
 
 
 def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
-    """The states of a text that every worker has written at this path; its files are removed.
+    """Read the states of a text that the workers have written to this path, and remove the files.
 
     Raises:
-        SidelightError: Some are missing.
+        SidelightError: States are missing.
     """
     files = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: int(file.suffix[1:]))
     layers_read = [load_file(file)[_STATES] for file in files]
@@ -210,13 +210,13 @@ def captured(path: Path, layers: int) -> Float[Tensor, "layer token width"]:
             "cache=FOLDER), or use --engine transformers."
         )
     for file in files:
-        # What is mapped stays readable.
+        # Memory-mapped data stays readable.
         file.unlink()
     return layers_read[0] if len(layers_read) == 1 else torch.cat(layers_read)
 
 
 class StateWorker(Worker):
-    """Holds the hidden states of one worker process, and writes those of readings to files."""
+    """Stores the hidden states of one worker process, and writes those of gather plans to files."""
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
         super().__init__(served, layers=layers, tokens=tokens, device=device)
@@ -228,12 +228,12 @@ class StateWorker(Worker):
         self._has_all_layers = True
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
-        """Take the residual stream as it is."""
+        """Store the residual stream unchanged."""
         self._staging.rows[layer, : len(stream)].copy_(stream)
 
     def _read(self, plans: Sequence[GatherPlan]) -> Float[Tensor, "token layer projection"]:
         assert self._store is not None
-        # Layer by layer: those of a long text would take much of a GPU's memory.
+        # Layer by layer, because the states of a long text would take much of a GPU's memory.
         slots = self._store.slots(plans)
         return torch.stack([rows[slots].cpu() for rows in self._store.rows.unbind(1)], 1)
 

@@ -1,4 +1,4 @@
-"""vLLM's outputs in the process that takes them: what they report of their texts."""
+"""Reports in vLLM's outputs, in the process that receives them."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
@@ -15,15 +15,15 @@ from sidelight_vllm.requests import Report, read_report, request_params
 
 
 class TextReports:
-    """What vLLM's outputs report of one text: at first of its prompt, then step by step.
+    """The reports of vLLM's outputs on one text: first on its prompt, then step by step.
 
     Args:
         revision: Revision of the probes at the start of the request; later ones do not count.
-        keeps_steps: Whether the steps are wanted, and not only the newest report.
+        keeps_steps: Whether to keep all steps, not only the newest report.
 
     Attributes:
-        prompt: The first report, once there is one.
-        taken: How many tokens the steps have written that were taken.
+        prompt: The first report, once available.
+        taken: Number of tokens of the taken steps.
     """
 
     def __init__(self, revision: str, *, keeps_steps: bool = False):
@@ -34,7 +34,7 @@ class TextReports:
         self.taken = 0
 
     def hear(self, tokens: int, params: Mapping[str, Any] | None) -> None:
-        """Take how many tokens a step wrote, and the ``kv_transfer_params`` of its output."""
+        """Add the number of tokens of a step, and the ``kv_transfer_params`` of its output."""
         self._newest = params
         if self._keeps_steps:
             self._steps.append((tokens, params))
@@ -43,13 +43,14 @@ class TextReports:
 
     @property
     def newest(self) -> Report:
-        """An error if there is none."""
+        """The newest report, or an error report if there is none."""
         return self._read(self._newest)
 
     def take(self, tokens: int | None) -> Iterator[tuple[int, Report]]:
-        """The steps that wrote the first tokens, once: how many there were then, and the report.
+        """Take the steps that generated the first tokens: the token count after each, and the
+        report.
 
-        None takes all; the last step may have written nothing.
+        None takes all; the last step may have no token.
         """
         while self._steps and (tokens is None or self.taken < tokens):
             written, params = self._steps.popleft()
@@ -66,16 +67,15 @@ class TextReports:
 
 
 class OutputListener:
-    """Hears every report of an engine.
+    """Receives every report of an engine.
 
-    vLLM merges outputs that have not been read yet, and keeps only the last report. This listens
-    before that.
+    vLLM merges unread outputs and keeps only the last report; this listens before that.
 
     Args:
         llm: vLLM's ``AsyncLLM``. The ``process_outputs`` of its output processor is wrapped.
 
     Attributes:
-        generate: vLLM's own, which enforces no policy.
+        generate: vLLM's original method, without policy enforcement.
     """
 
     def __init__(self, llm: Any):
@@ -87,7 +87,7 @@ class OutputListener:
 
     @contextmanager
     def to(self, request_id: str, reports: TextReports) -> Generator[None]:
-        """Have it hear every report on the request before its outputs can be read."""
+        """Receive every report on the request before its outputs can be read."""
         self._texts[request_id] = reports
         try:
             yield
@@ -106,15 +106,15 @@ class OutputListener:
         """Read a text, and return the last step's report.
 
         Args:
-            prompt: The token ids, and what they belong to.
-            request_id: Unique.
+            prompt: Token ids and their roles.
+            request_id: A unique id.
             revision: Revision of the probes that must classify it.
-            fields: What else vLLM's form of the prompt has.
+            fields: Other fields of vLLM's form of the prompt.
             options: As ``AsyncLLM.generate`` takes them.
         """
         from vllm import SamplingParams
 
-        # vLLM has to write a token.
+        # vLLM must generate a token.
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -131,7 +131,7 @@ class OutputListener:
 
     def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         for output in outputs:
-            # vLLM may still write for a request that has been cancelled.
+            # vLLM may still generate for a cancelled request.
             state = self._processor.request_states.get(output.request_id)
             if state is not None and state.external_req_id in self._texts:
                 reports = self._texts[state.external_req_id]
@@ -140,7 +140,7 @@ class OutputListener:
 
 
 def prompt_probe_names(probes: Sequence[Probe]) -> frozenset[str]:
-    """Names of the probes that read the prompt alone."""
+    """Names of the probes that read only the prompt."""
     return frozenset(probe.name for probe in probes if not probe.reads.includes_response)
 
 

@@ -1,6 +1,6 @@
-"""How our parts get into vLLM, and what is tested and refused at the start.
+"""Installation of our parts in vLLM, and the checks at startup.
 
-``install`` imports this file once probes are named, and no other file here does.
+Only ``install`` imports this file, once probes are named.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -52,8 +52,8 @@ from sidelight_vllm.slots import tap_layers
 from sidelight_vllm.worker import Worker
 
 _PACKAGE = "sidelight_vllm"
-# Part of the key of vLLM's compile cache, so that a graph without our operation is not taken for
-# one with it. The probes do not belong in it, since they change no graph.
+# Part of the key of vLLM's compile cache, so that a graph without our operations is not reused. The
+# probes are not part of the key, because they do not change the graph.
 _GRAPH = {KEY: "taps-1"}
 
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
@@ -85,7 +85,7 @@ def wrap_vllm() -> None:
 
 
 def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
-    """The engine's configuration, with our parts named in it."""
+    """Create the engine's configuration, with our parts added."""
     settings = arguments.additional_config.get(KEY, {})
     settings = settings if isinstance(settings, dict) else {}
     if unknown := settings.keys() - {"probes", "fingerprint", ANNOTATED, STATES}:
@@ -103,7 +103,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
         return original(arguments, *args, **kwargs)
     require_arguments(arguments)
     served = _served(arguments, settings, folders)
-    # Loaded here too, since an error in a worker is harder to read.
+    # Loaded here too, because an error in a worker is harder to read.
     probes = served.load().probes
     if served.keeps_states:
         require_states(arguments)
@@ -120,7 +120,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
 
 
 def _served(arguments: Any, settings: Mapping[str, Any], folders: tuple[str, ...]) -> Served:
-    """What the engine serves: these probes, on the model that it loads."""
+    """The served probes and model of the engine."""
     folders = found_folders(arguments.model, folders)
     fingerprint = settings.get("fingerprint")
     files = Fingerprint(**fingerprint) if fingerprint else fingerprint_of(arguments.model, folders)
@@ -149,7 +149,7 @@ def _connect(arguments: Any, served: Served) -> None:
         values = theirs if isinstance(theirs, dict) else vars(theirs)
         names = {field.name for field in fields(KVTransferConfig)} - {"engine_id"}
         beside = {name: value for name, value in values.items() if name in names}
-        # vLLM would ask this of ours alone, which can always do it.
+        # vLLM would query only our connector, which always supports it.
         if not KVConnectorFactory.supports_hma_config(KVTransferConfig(**beside)):
             arguments.disable_hybrid_kv_cache_manager = True
         ours = {
@@ -168,10 +168,10 @@ def _load(
     model_config: Any,
     prefix: str = "",
 ) -> Any:
-    """The loaded model, with its layers hooked."""
+    """Load the model, and hook its layers."""
     model = original(loader, vllm_config, model_config, prefix)
     served = Served.of(vllm_config)
-    # A draft model guesses tokens; the model that is judged by reads them.
+    # A draft model proposes tokens; the target model reads them.
     if served is None or model_config.runner_type == "draft":
         return model
     first, layers = local_layers(model)
@@ -192,7 +192,7 @@ def _load(
 
 
 def _leave_room(original: Callable[..., list[int]], executor: Any) -> list[int]:
-    """The memory of each worker for keys and values, in bytes, less what their columns will take.
+    """Memory of each worker for keys and values in bytes, less the memory for projections.
 
     vLLM gives all the memory of a GPU to its KV cache before a connector can allocate anything.
     """
@@ -208,7 +208,7 @@ def _leave_room(original: Callable[..., list[int]], executor: Any) -> list[int]:
 
 
 def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) -> None:
-    """Put the policy between the engine client and whatever calls it."""
+    """Put the policy between the engine client and its callers."""
     original(llm, *args, **kwargs)
     served = Served.of(llm.vllm_config)
     # Our own engine describes its requests, and our own server enforces its policy on them.
@@ -217,7 +217,7 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
 
 
 def require_arguments(arguments: Any) -> None:
-    """Check vLLM's version, and that no option takes the place of our parts."""
+    """Check vLLM's version, and that no option replaces our parts."""
     if Version(vllm.__version__) not in SpecifierSet(TESTED) and not _allows_untested():
         raise SidelightError(
             f"This is vLLM {vllm.__version__}, but probes inside vLLM were tested with {TESTED}. "
@@ -248,7 +248,7 @@ def require_arguments(arguments: Any) -> None:
 
 
 def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
-    """Check that the policy fits the probes, and that what enforces it and the keys is there."""
+    """Check that the policy fits the probes, and that it and the keys will be enforced."""
     config, is_server = server_config(), isinstance(arguments, AsyncEngineArgs)
     require_policy_applies(config.loaded_policy, probes)
     plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
@@ -266,7 +266,7 @@ def require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
 
 
 def require_states(arguments: Any) -> None:
-    """Check that hidden states may be written, and are those of the model's files."""
+    """Check that hidden states may be written, and belong to the unmodified model."""
     # Requests name the files that are written.
     if isinstance(arguments, AsyncEngineArgs):
         raise SidelightError(
@@ -281,7 +281,7 @@ def require_states(arguments: Any) -> None:
 
 
 def require_supported(config: Any, probes: Sequence[Probe]) -> None:
-    """Check that a test covers every feature in use, so that nothing is served unjudged."""
+    """Check that every feature in use is tested, so that nothing is served unclassified."""
     parallel, architecture = config.parallel_config, config.model_config.architecture
     speculation = getattr(config.speculative_config, "method", None)
     refused = {
@@ -291,13 +291,13 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         "sequence-parallel experts": parallel.use_sequence_parallel_moe,
         # Layers skip tokens whose keys and values they share.
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
-        # The columns would be lost with the memory that is given up.
+        # Projections would be lost with the released memory.
         "--enable-sleep-mode": config.model_config.enable_sleep_mode,
-        # Probes would judge by weights that were not compared with theirs.
+        # Probes would run on weights that were not checked against their fingerprint.
         "--weight-transfer-config": config.weight_transfer_config is not None,
         "VLLM_FLOAT32_MATMUL_PRECISION other than highest": envs.VLLM_FLOAT32_MATMUL_PRECISION
         != "highest",
-        # It answers clients without the plugin.
+        # It serves clients without the plugin.
         "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
         f"the architecture {architecture}, which has several residual streams": architecture
         in _SEVERAL_STREAMS,
@@ -310,7 +310,7 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         f"the device {config.device_config.device_type}": config.device_config.device_type
         not in ("cpu", "cuda"),
         f"the architecture {architecture}": architecture not in ARCHITECTURES,
-        # On an Ampere GPU its matmuls take the place of the tap's, with the ten bits of TF32.
+        # On an Ampere GPU, it replaces the tap's matmuls by TF32 ones with ten bits.
         "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
         f"speculative decoding by {speculation}": speculation
         and speculation not in ("ngram", "draft_model"),
@@ -332,7 +332,7 @@ def _warn_of_gpus(config: Any) -> None:
 
 
 def _refuse(options: Mapping[str, Any], message: str) -> None:
-    """Refuse those that are set, which the message names."""
+    """Refuse the options that are set; the message names them."""
     if names := ", ".join(name for name, value in options.items() if value):
         raise SidelightError(message.format(names))
 

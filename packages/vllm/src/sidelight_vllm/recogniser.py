@@ -1,4 +1,4 @@
-"""What the tokens of a prompt belong to, and what is refused since no blocking probe reads it."""
+"""Recognition of the turns of a prompt, and refusal of what no blocking probe reads."""
 
 # pyright: reportMissingImports=false
 
@@ -16,7 +16,7 @@ from sidelight.models.encode import PromptEncoder
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.request import RequestContext
 
-# What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
+# Fields of vLLM's ``StructuredOutputsParams`` that can dictate words of a response.
 _STRUCTURES = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
@@ -24,8 +24,8 @@ class PromptRecogniser:
     """Finds the turns in the token ids of vLLM's prompts.
 
     Attributes:
-        template: The chat template of the server, if it is not the tokenizer's own, and arguments
-            that the operator always gives it.
+        template: Chat template of the server, if it is not the tokenizer's own, and the operator's
+            fixed arguments.
     """
 
     def __init__(self, encoder: PromptEncoder):
@@ -36,16 +36,16 @@ class PromptRecogniser:
     def recognise(
         self, prompt: Mapping[str, Any], messages: Sequence[Message] | None, *, with_places: bool
     ) -> EncodedPrompt | None:
-        """The prompt with what its tokens belong to; None: no probe can tell.
+        """The prompt with token roles; None if they cannot be determined.
 
-        Its messages are ``messages``, if it has any. Places are in these, or in its text.
+        Its messages are ``messages``, if it has any. Positions refer to these, or to its text.
         """
         ids = prompt.get("prompt_token_ids")
         if ids is None or prompt.get("type", "token") != "token":
             return None
         try:
             encoded = self._encoder.recognise(ids, messages)
-        # Ids that the tokenizer does not take.
+        # Ids that the tokenizer does not accept.
         except (OverflowError, TypeError, ValueError):
             return None
         if not with_places:
@@ -53,7 +53,7 @@ class PromptRecogniser:
         try:
             text = messages or PlainText(prompt.get("prompt", ""))
             located = self._encoder.encode(text, with_places=True)
-        # What vLLM has read in another way.
+        # vLLM has encoded the text differently.
         except (SidelightError, TypeError, ValueError):
             return encoded
         if located.token_ids != encoded.token_ids:
@@ -61,10 +61,10 @@ class PromptRecogniser:
         return replace(encoded, texts=located.texts, places=located.places)
 
     def require_read(self, prompt: EncodedPrompt | None, context: RequestContext) -> None:
-        """Refuse what a client can write where no blocking probe reads it.
+        """Refuse text that a client can write but no blocking probe reads.
 
         Raises:
-            PolicyError: There is such text, or it cannot be told.
+            PolicyError: There is such text, or this cannot be determined.
         """
         refuses_system = context.policy.refuses_system_turns
         if prompt is None and refuses_system:
@@ -100,7 +100,7 @@ class PromptRecogniser:
             )
 
     def _is_template_header(self, head: tuple[int, ...]) -> bool:
-        """Whether the template writes this by itself in front of the first turn, today."""
+        """Whether the template itself writes this text before the first turn, as of today."""
         if self._heads[0] != date.today():
             heads = (self._head(role) for role in ("user", "assistant", "tool"))
             self._heads = date.today(), [head for head in heads if head is not None]
@@ -117,7 +117,7 @@ class PromptRecogniser:
                 add_generation_prompt=True,
                 **arguments,
             )
-        # Templates refuse conversations in many ways, and read fields of messages as they like.
+        # Templates refuse conversations in many ways, and read arbitrary fields of messages.
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             return None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -125,18 +125,18 @@ class PromptRecogniser:
 
 
 def _unread(prompt: EncodedPrompt) -> tuple[int, ...]:
-    """The ids in front of the first token that may be read."""
+    """The ids before the first token that may be read."""
     token_roles = takewhile(lambda role: role == TokenRole.UNREAD, prompt.token_roles)
     return prompt.token_ids[: len([*token_roles])]
 
 
 def refuse_structured_outputs(params: Any, context: RequestContext) -> None:
-    """Refuse an answer that the client words in vLLM's ``SamplingParams``.
+    """Refuse responses whose words the client dictates in vLLM's ``SamplingParams``.
 
-    It is not refused if a blocking probe reads it.
+    They are allowed if a blocking probe reads them.
 
     Raises:
-        PolicyError: The client says what the answer must look like, and so what it says.
+        PolicyError: The client constrains the response.
     """
     blocking = {bound.side for bound in context.rules if bound.is_blocking}
     is_read = "output" in blocking or not blocking
@@ -159,10 +159,10 @@ def refuse_structured_outputs(params: Any, context: RequestContext) -> None:
 
 
 def require_drawable(params: Any) -> None:
-    """vLLM's CPU backend dies of a seeded draw if the prompt is read in more than one step.
+    """Refuse seeded sampling on the CPU, where vLLM crashes if the prompt is read in several steps.
 
     Raises:
-        SidelightError: It would.
+        SidelightError: Sampling is seeded on the CPU backend.
     """
     from vllm.platforms import current_platform
 

@@ -1,8 +1,8 @@
-"""What is said of a request on its way into vLLM and out, and the scheduler's side of it.
+"""Descriptions of requests on their way into and out of vLLM, and the scheduler's tracking.
 
 Descriptions of prompts and reports of verdicts travel in ``kv_transfer_params``, under ``KEY``.
-``Tracking`` follows each request: it is read whole when its prompt ends, no matter which part was
-computed earlier or by another request. After a preemption it is read again from the start if some
+``Tracking`` follows each request: the whole prompt is read when it is complete, even if part of it
+was computed earlier or by another request. After preemption, it is read again from the start if a
 probe reads responses.
 """
 
@@ -27,13 +27,13 @@ from sidelight_vllm.slots import GatherPlan
 
 @dataclass(frozen=True)
 class PromptDescription:
-    """What a request says of its prompt.
+    """A request's description of its prompt.
 
     Attributes:
-        token_roles: The ``TokenRole`` of its tokens, and how many in a row have it.
-        tokens: The hash of these tokens.
-        is_plain: Whether they are plain text.
-        path: Where ``offline`` wants their states; "" if it wants none.
+        token_roles: Runs of equal ``TokenRole``: the role, and the number of tokens.
+        tokens: Hash of these tokens.
+        is_plain: Whether the prompt is plain text.
+        path: Where to write hidden states for ``offline``; "" for none.
     """
 
     token_roles: list[tuple[TokenRole, NonNegativeInt]]
@@ -49,8 +49,8 @@ class Report(Verdicts):
     Attributes:
         seconds: Time that the workers spent on it, in seconds.
         revision: Revision of the probes that gave the latest verdict.
-        adapter: The LoRA adapter that writes the text; "" for none.
-        error: Why there are no verdicts; "" if there are.
+        adapter: LoRA adapter that generates the text; "" for none.
+        error: Reason for missing verdicts; "" if there are verdicts.
     """
 
     seconds: float = 0.0
@@ -59,7 +59,7 @@ class Report(Verdicts):
     error: str = "The request was not classified."
 
     def require_verdicts(self) -> None:
-        """Refuse to take the text for judged if it is not.
+        """Check that the text has verdicts.
 
         Raises:
             GenerationError: There are no verdicts.
@@ -74,7 +74,7 @@ _DESCRIPTION, _REPORT = TypeAdapter(PromptDescription), TypeAdapter(Report)
 
 
 def request_params(prompt: EncodedPrompt, *, path: str = "") -> dict[str, Any]:
-    """The ``kv_transfer_params`` of a request that carries these tokens.
+    """The ``kv_transfer_params`` of a request with these tokens.
 
     They go in a request's field, or in ``SamplingParams(extra_args=...)``.
     """
@@ -85,10 +85,10 @@ def request_params(prompt: EncodedPrompt, *, path: str = "") -> dict[str, Any]:
 
 
 def read_description(params: Mapping[str, Any] | None) -> PromptDescription | None:
-    """What a request's ``kv_transfer_params`` say of its prompt; None: nothing.
+    """Read the description in a request's ``kv_transfer_params``; None if there is none.
 
     Raises:
-        SidelightError: It is malformed.
+        SidelightError: The description is malformed.
     """
     if not params or KEY not in params:
         return None
@@ -103,10 +103,10 @@ def read_description(params: Mapping[str, Any] | None) -> PromptDescription | No
 def annotated_prompt(
     description: PromptDescription | None, token_ids: Sequence[int] | None
 ) -> EncodedPrompt:
-    """The prompt of these token ids, which the engine runs.
+    """The described prompt with these token ids.
 
     Raises:
-        SidelightError: The request does not describe its tokens, or describes other ones.
+        SidelightError: The request does not describe its tokens, or describes different ones.
     """
     if description is None or token_ids is None:
         raise SidelightError(
@@ -114,7 +114,7 @@ def annotated_prompt(
             f"tokens. Send it, or leave '{ANNOTATED}' out of additional_config['{KEY}']."
         )
     count = sum(count for _, count in description.token_roles)
-    # Before they are written out: a client may give any number.
+    # Before they are expanded, because a client may send any number.
     if count != len(token_ids) or description.tokens != token_hash(token_ids):
         raise SidelightError(
             f"kv_transfer_params['{KEY}'] describes different tokens from those that the engine "
@@ -125,7 +125,7 @@ def annotated_prompt(
 
 
 def token_hash(token_ids: Sequence[int]) -> str:
-    """A short name for a list of token ids."""
+    """A short hash of a list of token ids."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
 
 
@@ -135,7 +135,7 @@ def report_params(report: Report) -> dict[str, Any]:
 
 
 def read_report(params: Mapping[str, Any] | None) -> Report:
-    """The inverse of ``report_params``; what it cannot read is an error."""
+    """The inverse of ``report_params``; unreadable data becomes an error report."""
     if not params or KEY not in params:
         return Report(error="the plugin did not run")
     try:
@@ -146,15 +146,15 @@ def read_report(params: Mapping[str, Any] | None) -> Report:
 
 @dataclass
 class _Tracked:
-    """A request that vLLM's scheduler holds.
+    """A request in vLLM's scheduler.
 
     Attributes:
-        report: What its next output says.
-        token_roles: The ``TokenRole`` of every token of its prompt; None: it cannot be classified.
+        report: Report for its next output.
+        token_roles: ``TokenRole`` of every token of its prompt; None if it cannot be classified.
         path: Where ``offline`` wants its states; "" if it wants none.
         blocks: Its block table so far.
-        read: How many of its tokens have been planned to be read.
-        is_planned: Whether its prompt has been, or is about to be read.
+        read: Number of its tokens that have been planned for reading.
+        is_planned: Whether its prompt has been, or is about to be, read.
     """
 
     report: Report
@@ -170,11 +170,11 @@ class Tracking:
     """Follows every request from its arrival to its end.
 
     Args:
-        recognise: Reads what tokens belong to where a request does not say it; None: it has to.
-            An ``EngineGuard`` drops what clients say, and describes what it has read itself.
+        recognise: Determines token roles if a request has no description; None requires one. An
+            ``EngineGuard`` replaces client descriptions with its own.
 
     Attributes:
-        reads_responses: Whether some probe reads the response.
+        reads_responses: Whether a probe reads the response.
     """
 
     def __init__(
@@ -195,13 +195,13 @@ class Tracking:
         *,
         adapter: str = "",
     ) -> None:
-        """Notes a new request. One whose tokens are not known gets an error.
+        """Add a new request; one with unknown token roles gets an error report.
 
         Args:
-            request_id: vLLM's name for it.
+            request_id: vLLM's id of the request.
             params: Its ``kv_transfer_params``.
-            token_ids: Its prompt; None if that is not text alone.
-            adapter: The LoRA adapter that it runs with; "" for none.
+            token_ids: Its prompt; None if it is not only text.
+            adapter: Its LoRA adapter; "" for none.
         """
         tracked = self._requests[request_id] = _Tracked(Report(adapter=adapter))
         try:
@@ -216,7 +216,7 @@ class Tracking:
                 )
             tracked.token_roles, tracked.is_plain = bytes(prompt.token_roles), prompt.is_plain
             tracked.path = description.path if description else ""
-        # Ids that the tokenizer does not take must not end the scheduler.
+        # Ids that the tokenizer does not accept must not crash the scheduler.
         except (SidelightError, OverflowError, TypeError, ValueError) as error:
             tracked.report = replace(tracked.report, error=str(error))
 
@@ -227,13 +227,13 @@ class Tracking:
         self._requests.pop(request_id, None)
 
     def plan(self, steps: Iterable[Step]) -> list[GatherPlan]:
-        """The readings after a pass with these steps."""
+        """The gather plans after a pass with these steps."""
         return [plan for step in steps if (plan := self._read(step)) is not None]
 
     def record(
         self, request_id: str, verdicts: Verdicts, seconds: float = 0.0, revision: str = ""
     ) -> None:
-        """Add a step's verdicts and seconds, and who judged, unless the request has ended."""
+        """Add a step's verdicts, seconds and probes, unless the request has ended."""
         tracked = self._requests.get(request_id)
         if tracked is not None:
             before = tracked.report
@@ -256,7 +256,7 @@ class Tracking:
         tracked.blocks += step.blocks
         if step.computed < len(tracked.token_roles):
             return None
-        # Not "is judged": the next step may be planned before this one has run.
+        # Not "is classified", because the next step may be planned before this one has run.
         ends_prompt = not tracked.is_planned
         if not ends_prompt and not self.reads_responses:
             return None
