@@ -1,1 +1,1 @@
-"""The llama.cpp engine: probes on the states of GGUF files, on a CPU."""
+"""The llama.cpp engine: probes on the hidden states of GGUF files, on a CPU."""

@@ -1,7 +1,7 @@
-"""A GGUF file as a backbone: identified by its header and samples of its weights, run by llama.cpp.
+"""GGUF files as backbones, identified by header and weight samples, and run by llama.cpp.
 
-The header is read by the package ``gguf``, and nothing is dequantised. llama.cpp loads the file
-when states are first wanted.
+The package ``gguf`` reads the header, and nothing is dequantised. llama.cpp loads the file when
+hidden states are first needed.
 """
 
 from collections import Counter
@@ -68,21 +68,21 @@ class LlamaBackbone:
     Args:
         path: The file.
         name: Its name in messages and cards; defaults to the file's name.
-        tokenizer: A folder or hub id of its tokenizer; None: the file's own.
+        tokenizer: Folder or hub id of its tokenizer; None uses the file's own.
         prompt_format: As for ``load_backbone``.
-        threads: Threads that compute; None: one less than there are cores.
+        threads: Number of threads; None means one less than the number of cores.
 
     Attributes:
-        is_exact: Whether its weights are float32; keys and values are then, too.
+        is_exact: Whether its weights are float32; if so, keys and values are too.
 
     Raises:
-        SidelightError: The file is damaged, no model whose states can be read, or not that of the
-            tokenizer.
+        SidelightError: The file is damaged, its states cannot be read, or the tokenizer belongs to
+            another model.
     """
 
     engine = f"llama.cpp {PINNED}"
     device = torch.device("cpu")
-    # A prompt at a time: on a CPU, several together are no faster.
+    # One prompt at a time, because several together are not faster on a CPU.
     batch_tokens = 1
     can_share_prefixes = True
 
@@ -110,7 +110,8 @@ class LlamaBackbone:
             checkpoint,
             self.encoder,
             name=self.name,
-            # Without what follows the last block, which llama.cpp does not give for every token.
+            # Without the output of the last block, which llama.cpp does not provide for every
+            # token.
             layers=config["block_count"],
             width=config["embedding_length"],
         )
@@ -123,7 +124,7 @@ class LlamaBackbone:
 
     @property
     def max_tokens(self) -> int:
-        """Length of the longest text that it reads, in tokens."""
+        """Context length in tokens."""
         return self.encoder.max_tokens
 
     def states(
@@ -134,11 +135,11 @@ class LlamaBackbone:
 
     @cached_property
     def model(self) -> LlamaModel:
-        """The file in llama.cpp, which is loaded when it is first asked for."""
+        """The model in llama.cpp, loaded on first access."""
         return LlamaModel(self.path, self._architecture)
 
     def limited(self, max_tokens: int) -> "LlamaBackbone":
-        """The same file for texts of at most ``max_tokens``, if they were longer."""
+        """A copy for texts of at most ``max_tokens``, if the limit was larger."""
         limited, base = copy(self), self.encoder
         if max_tokens < base.max_tokens:
             limited.encoder = PromptEncoder(
@@ -151,7 +152,7 @@ class LlamaBackbone:
         return limited
 
     def context(self, *, sequences: int, positions: int) -> LlamaContext:
-        """Room for some texts of this file.
+        """Allocate keys and values for some texts.
 
         Raises:
             SidelightError: There is not enough memory.
@@ -159,7 +160,7 @@ class LlamaBackbone:
         needed = sequences * positions * _token_bytes(self._config, is_exact=self.is_exact)
         unread = 0 if "model" in vars(self) else self.path.stat().st_size
         free = free_memory()
-        # llama.cpp fills both at once, and the system would end the process without a word.
+        # llama.cpp fills both immediately, and the system would kill the process silently.
         if free is not None and needed + unread > free:
             texts = f"a text of {positions} tokens"
             remedy = "Shorten the text, classify it in parts"
@@ -194,7 +195,7 @@ class LlamaBackbone:
     def run(
         self, prompts: Sequence[EncodedPrompt], *, after: int = 0, layers: int | None = None
     ) -> None:
-        """As ``Backbone.run``, of one prompt and all layers; the tap sees a long one in parts."""
+        """As ``Backbone.run``, for one prompt and all layers; long prompts come in parts."""
         (prompt,) = prompts
         tokens = prompt.token_ids
         if self._context is None or self._context.positions < len(tokens):
@@ -215,14 +216,14 @@ def _exhaust(chunks: Generator[None, None, Tensor]) -> None:
 
 
 class _Reader(GGUFReader):
-    """A reader of plain arrays: with those of ``np.memmap``, a vocabulary takes seconds."""
+    """A reader with plain arrays; with ``np.memmap``, a vocabulary takes seconds."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
 
 def _read(path: Path) -> tuple[GGUFReader, list[str], str, dict[str, Any]]:
-    """The file, its vocabulary, its architecture, and what the header says of that."""
+    """Read the file: its vocabulary, its architecture, and the configuration in the header."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -246,10 +247,10 @@ def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
-    """The architecture, and what the header says of it.
+    """Read the architecture, and its configuration in the header.
 
     Raises:
-        SidelightError: Its states cannot be read.
+        SidelightError: Hidden states of the file cannot be read.
     """
     architecture = str(_value(reader, "general.architecture"))
     start = f"{architecture}."
@@ -283,7 +284,7 @@ def _read_config(path: Path, reader: GGUFReader) -> tuple[str, dict[str, Any]]:
 
 
 def _token_bytes(config: Mapping[str, Any], *, is_exact: bool) -> int:
-    """What the keys and values of a token take in all layers."""
+    """Size in bytes of a token's keys and values in all layers."""
     heads = config["attention.head_count"]
     kv_heads = np.broadcast_to(config.get("attention.head_count_kv", heads), config["block_count"])
     width = config["embedding_length"] // np.max(heads)
@@ -292,7 +293,7 @@ def _token_bytes(config: Mapping[str, Any], *, is_exact: bool) -> int:
 
 
 def _sample(tensor: ReaderTensor) -> tuple[tuple[int, ...], bytes]:
-    """Its shape; its type, and blocks that are spread over its length."""
+    """The shape of a tensor, its type, and evenly spaced blocks."""
     blocks = tensor.data.reshape(-1).view(np.uint8)
     blocks = blocks.reshape(-1, GGML_QUANT_SIZES[tensor.tensor_type][1])
     chosen = blocks[:: max(1, len(blocks) // _BLOCKS_PER_WEIGHT)]
@@ -301,7 +302,7 @@ def _sample(tensor: ReaderTensor) -> tuple[tuple[int, ...], bytes]:
 
 
 def _dtype(reader: GGUFReader) -> str:
-    """The type of most values."""
+    """Dtype of most values."""
     values: Counter[str] = Counter()
     for tensor in reader.tensors:
         values[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -310,7 +311,7 @@ def _dtype(reader: GGUFReader) -> str:
 
 
 def _tokenizer(path: Path, source: str | None, header: str) -> Any:
-    """The one that is named, or the file's own, which transformers takes seconds to build."""
+    """Load the named tokenizer, or the file's own, which transformers takes seconds to build."""
     disable_progress_bar()
     key = hash_of(transformers.__version__, tokenizers.__version__, header)
     cached = cache_root() / "gguf" / f"{key}.tokenizer.json"
@@ -324,7 +325,7 @@ def _tokenizer(path: Path, source: str | None, header: str) -> Any:
             path.parent, gguf_file=path.name, trust_remote_code=False
         )
     except Exception as error:
-        # Libraries below raise what they like.
+        # The libraries may raise anything.
         what = f"'{source}' is not a tokenizer" if source else f"{path} contains no tokenizer"
         raise SidelightError(
             f"{what} that transformers can read ({type(error).__name__}). Name the folder or hub "
@@ -335,30 +336,30 @@ def _tokenizer(path: Path, source: str | None, header: str) -> Any:
 
 
 class _CachedTokenizer(BaseModel):
-    """A tokenizer in the cache: its hash, and its files by their names, which lead nowhere else."""
+    """A tokenizer in the cache: its hash, and its files by plain names, without paths."""
 
     tokenizer: str
     files: dict[Annotated[str, Field(pattern=r"^\w[^/\\]*$")], str]
 
 
 def _cache_entry(tokenizer: Any) -> dict[str, Any]:
-    """What the cache keeps of a tokenizer.
+    """The cache entry of a tokenizer.
 
     Raises:
-        OSError: There is no room for the files that this passes through.
+        OSError: There is no room for the temporary files.
     """
     with TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:
-            # The part in Rust has no narrower one for a full disk.
+            # The Rust library has no specific exception for a full disk.
             raise OSError(str(error)) from error
         files = {file.name: file.read_text("utf-8") for file in Path(folder).glob("*.*")}
     return _CachedTokenizer(tokenizer=_tokenizer_hash(tokenizer), files=files).model_dump()
 
 
 def _cached_tokenizer(cached: Path) -> Any:
-    """The tokenizer in a file of the cache; None: there is none, or it is not what was kept."""
+    """The tokenizer in a cache file; None if missing or changed."""
     with suppress(Exception), TemporaryDirectory() as folder:
         entry = _CachedTokenizer.model_validate_json(cached.read_bytes())
         for name, text in entry.files.items():
@@ -370,23 +371,23 @@ def _cached_tokenizer(cached: Path) -> Any:
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    """Stands for all that a tokenizer does."""
+    """A hash that identifies a tokenizer's behaviour."""
     controls = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     fields = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, controls
     return hash_of(type(tokenizer), *fields)
 
 
 def _require_tokens(path: Path, tokenizer: Any, tokens: Sequence[str], sample: list[int]) -> None:
-    """Check that a tokenizer cuts and numbers texts as llama.cpp does.
+    """Check that a tokenizer tokenizes like llama.cpp.
 
     Args:
         path: The file.
         tokenizer: The tokenizer.
         tokens: The file's vocabulary.
-        sample: The ids of ``SAMPLE`` by llama.cpp.
+        sample: Token ids of ``SAMPLE`` from llama.cpp.
 
     Raises:
-        SidelightError: It does not.
+        SidelightError: The tokenizer differs.
     """
     got = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
     added: dict[int, Any] = tokenizer.added_tokens_decoder

@@ -1,4 +1,4 @@
-"""``--engine llama``: GGUF files, also Ollama's, on the CPU."""
+"""``--engine llama``: GGUF files, including Ollama's, on the CPU."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -101,6 +101,6 @@ class LlamaBackend(Backend):
                 f"--engine-option tokens={sizes['tokens']}: the context length of '{model}' is "
                 f"{known} tokens. Give at most {known}, or leave the option out."
             )
-        # Clients are not shown where the file lies.
+        # The path of the file is hidden from clients.
         served = self.options.served_model_name or served_name(model)
         return LlamaEngine(backbone, probes, limits=llama_limits(**sizes), model=served)

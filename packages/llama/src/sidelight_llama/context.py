@@ -1,9 +1,9 @@
-"""A GGUF file in llama.cpp: tokens in; hidden states of all layers, and logits, out.
+"""A GGUF file in llama.cpp: computes hidden states of all layers, and logits, from tokens.
 
-A layer is the residual stream before a block: layer 0 follows the embedding. What follows the last
-block is not among them, since llama.cpp computes it only for tokens whose logits are wanted.
+A layer is the residual stream before a block: layer 0 follows the embedding. The output of the last
+block is not included, because llama.cpp computes it only for tokens whose logits are requested.
 
-llama.cpp ends the process where its assumptions do not hold, so everything is checked before.
+llama.cpp aborts the process if its assumptions do not hold, so everything is checked first.
 """
 
 import ctypes as c
@@ -41,8 +41,8 @@ from sidelight_llama.library import (
 _LayerRows = Float32[np.ndarray, "token width"]
 _Rows = Float32[np.ndarray, "layer token width"]
 BATCH_TOKENS = 256
-"""Most tokens that one pass reads. llama.cpp keeps the states of as many in each layer."""
-# llama.cpp rounds lengths up to it.
+"""Maximum tokens per pass. llama.cpp stores the states of as many tokens in each layer."""
+# llama.cpp rounds lengths up to a multiple of this.
 _POSITIONS_STEP = 256
 
 
@@ -57,7 +57,7 @@ class LlamaModel:
         end_tokens: Ids that end a turn.
 
     Raises:
-        SidelightError: llama.cpp does not load the file.
+        SidelightError: llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path, architecture: str):
@@ -70,7 +70,7 @@ class LlamaModel:
         self.library = library = load_library()
         params = library.llama_model_default_params()
         params.n_gpu_layers = 0
-        # A mapped file could be written over, and its probes would then judge other states.
+        # A memory-mapped file could be overwritten, which would change the states.
         params.load_mode = params.lazy_mode = LOAD_ALL
         self.pointer: int | None = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
@@ -90,7 +90,7 @@ class LlamaModel:
         )
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, in which names of control tokens are letters."""
+        """Tokenize a text, treating names of control tokens as plain text."""
         data = text.encode()
         ids = np.empty(len(data) + 8, np.int32)
         count: int = self.library.llama_tokenize(
@@ -101,21 +101,21 @@ class LlamaModel:
 
 
 class LlamaContext:
-    """Keys and values of some sequences, each with positions of its own.
+    """Keys and values of some sequences, each with its own positions.
 
-    Since no sequence sees another's, its states do not depend on what is beside it. Keys and
-    values are float16, or float32 beside weights of float32.
+    Sequences are independent, so states do not depend on other sequences. Keys and values are
+    float16, or float32 with float32 weights.
 
     Args:
         model: The file.
-        sequences: The number of sequences.
-        positions: The most tokens of a sequence.
+        sequences: Number of sequences.
+        positions: Maximum tokens per sequence.
         is_exact: Whether keys and values are float32.
-        threads: Threads that compute; None: one less than there are cores, since a busy neighbour
-            of one of them stalls all.
+        threads: Number of threads; None means one less than the number of cores, because another
+            busy process on one core would stall all threads.
 
     Attributes:
-        positions: The most tokens of a sequence, perhaps more than were asked for.
+        positions: Maximum tokens per sequence, possibly more than requested.
 
     Raises:
         SidelightError: There is not enough memory.
@@ -137,13 +137,13 @@ class LlamaContext:
         self._library = library = model.library
         params = library.llama_context_default_params()
         params.n_ctx, params.n_seq_max = sequences * self.positions, sequences
-        # What a pass reads is never split, so rows come in the order of its tokens.
+        # A pass is never split, so rows are in the order of its tokens.
         self._batch_tokens = max(BATCH_TOKENS, sequences)
         params.n_batch = params.n_ubatch = self._batch_tokens
         params.n_threads = params.n_threads_batch = threads or max(1, cpu_count() - 1)
         params.type_k = params.type_v = F32 if is_exact else F16
-        # Flash attention would sum in an order that depends on threads and neighbours, from 512
-        # tokens on. On a CPU, it also takes longer for each token that is written.
+        # From 512 tokens on, flash attention would sum in an order that depends on threads and
+        # other sequences. On a CPU, it is also slower per generated token.
         params.flash_attn_type = 0
         self._has_inputs = model.architecture in BY_LAYER_INPUT
         self._seen: list[list[_LayerRows]] = [[] for _ in range(model.layers)]
@@ -176,13 +176,13 @@ class LlamaContext:
         *,
         outputs: Sequence[int] = (),
     ) -> None:
-        """One pass, over a part of one sequence or over one token of each of several.
+        """Run one pass over a part of one sequence, or over one token of each of several sequences.
 
         Args:
             tokens: Token ids.
-            positions: The position of each; in its sequence, they follow what was read before.
-            sequences: The sequence of each, ascending.
-            outputs: The indices of tokens whose logits are wanted.
+            positions: Position of each token, continuing its sequence.
+            sequences: Sequence of each token, ascending.
+            outputs: Indices of tokens whose logits are needed.
 
         Raises:
             SidelightError: A token is not in the vocabulary, there is no room for it, or llama.cpp
@@ -205,7 +205,7 @@ class LlamaContext:
             )
         for rows in self._seen:
             rows.clear()
-        # The arrays live until the call returns, which copies them.
+        # The arrays must live until the call, which copies them, returns.
         token, pos, sequence = (
             np.array(values, np.int32) for values in (tokens, positions, sequences)
         )
@@ -221,12 +221,12 @@ class LlamaContext:
         self._tokens = count
 
     def rows(self) -> _Rows:
-        """The states of the tokens of the latest pass; valid until the next one."""
+        """The hidden states of the latest pass's tokens, valid until the next pass."""
         layers, width = self.model.layers, self.model.width
         if self._has_inputs:
             get = getattr(self._library, GET_LAYER_INPUT)
             first, last = (get(self._pointer, layer) for layer in (0, layers - 1))
-            # One array for each call: layers lie one after the other, with room for a full batch.
+            # One array per call: layers are consecutive, with room for a full batch.
             size = layers * self._batch_tokens * width
             assert last - first == 4 * (size - self._batch_tokens * width)
             states = np.ctypeslib.as_array((c.c_float * size).from_address(first))
@@ -236,14 +236,14 @@ class LlamaContext:
         return states
 
     def logits(self, index: int) -> Float32[np.ndarray, " vocabulary"]:
-        """The logits after a token of the latest pass, -1 for the last; valid until the next."""
+        """The logits after a token of the latest pass (-1 for the last), until the next pass."""
         address = self._library.llama_get_logits_ith(self._pointer, index)
         return np.ctypeslib.as_array(address, (self.model.vocabulary_size,))
 
 
 @contextmanager
 def _interrupts_later() -> Generator[None]:
-    """Raise Ctrl-C after the block: ctypes would drop what it raises in a callback."""
+    """Defer Ctrl-C until after the block, because ctypes drops exceptions in a callback."""
     stopped: list[int] = []
     is_main = current_thread() is main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -259,9 +259,9 @@ def _interrupts_later() -> Generator[None]:
 
 
 def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
-    """Copy what enters each block into ``seen``, while llama.cpp computes it.
+    """A callback that copies the input of each block into ``seen`` during computation.
 
-    llama.cpp computes sequences that are not neighbours one after the other, in ascending order.
+    llama.cpp computes non-adjacent sequences separately, in ascending order.
     """
     library, width = model.library, model.width
     first = b"inp_scaled" if model.architecture in SCALED_EMBEDDINGS else b"embd"
@@ -270,7 +270,7 @@ def _observer(model: LlamaModel, seen: list[list[_LayerRows]]) -> Any:
     def observe(tensor: int, is_asked: bool, _data: int | None) -> bool:
         layer = layers.get(library.ggml_get_name(tensor))
         if layer is None or is_asked:
-            # Whether it is wanted; all others just go on.
+            # Whether the tensor is needed; all others continue.
             return layer is not None or not is_asked
         size: int = library.ggml_nbytes(tensor)
         rows = np.empty((size // (4 * width), width), np.float32)

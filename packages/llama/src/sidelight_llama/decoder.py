@@ -1,7 +1,7 @@
-"""The run of a GGUF file in the llama.cpp engine: tokens in, logits of the last position out.
+"""The decoder of the llama.cpp engine.
 
-Each text that is read or written has a sequence of llama.cpp to itself, from the time its prompt is
-read until its row is free.
+Each running text has its own llama.cpp sequence, from the reading of its prompt until its row is
+released.
 """
 
 import weakref
@@ -20,10 +20,10 @@ from sidelight_llama.context import BATCH_TOKENS, LlamaContext
 
 
 class Slot:
-    """A sequence that holds a text.
+    """The sequence of a text.
 
     Attributes:
-        length: How many of its tokens have been read.
+        length: Number of its tokens that have been read.
     """
 
     def __init__(self, sequence: int, length: int = 0):
@@ -32,25 +32,25 @@ class Slot:
 
 
 class LlamaRows:
-    """Texts that are written together, by their slots."""
+    """The slots of texts that are generated together."""
 
     def __init__(self, slots: Sequence[Slot]):
         self.slots = slots
 
     def select(self, rows: Sequence[int]) -> "LlamaRows":
-        """These rows only, in their order; sequences that no row holds are free again."""
+        """Only these rows, in this order; sequences without a row are released."""
         return LlamaRows([self.slots[row] for row in rows])
 
     def joined(self, rows: "LlamaRows") -> "LlamaRows":
-        """The rows of both."""
+        """Concatenate the rows of both."""
         return LlamaRows([*self.slots, *rows.slots])
 
 
 class LlamaDecoder:
-    """Reads prompts one after the other, and the newest tokens of several texts in one pass.
+    """Reads prompts one at a time, and the newest tokens of several texts in one pass.
 
     Args:
-        context: Only this object runs it, in one thread.
+        context: The context; only this object may run it, in one thread.
 
     Attributes:
         end_tokens: Ids that end a turn.
@@ -69,9 +69,9 @@ class LlamaDecoder:
         width: int | None = None,
         layers: int | None = None,
     ) -> PromptPasses[LlamaRows]:
-        """As ``Decoder.read_prompts``; the tap sees all prompts as one row, end to end.
+        """As ``Decoder.read_prompts``; the tap sees all prompts concatenated in one row.
 
-        llama.cpp computes all layers, however many are needed.
+        llama.cpp always computes all layers.
         """
         rows = LlamaRows([self._take() for _ in prompts])
         logits: list[Tensor] = []
@@ -86,9 +86,9 @@ class LlamaDecoder:
     def read_step(
         self, tokens: Sequence[int], rows: LlamaRows, tap: Tap | None
     ) -> Float[Tensor, "row vocabulary"]:
-        """One pass over the newest token of each row, which ``rows`` then holds."""
+        """One pass over the newest token of each row, which is added to ``rows``."""
         slots, context = rows.slots, self._context
-        # llama.cpp reads neighbours together if they ascend.
+        # llama.cpp reads adjacent sequences together if they are ascending.
         order = sorted(range(len(slots)), key=lambda row: slots[row].sequence)
         context.decode(
             [tokens[row] for row in order],
@@ -106,7 +106,7 @@ class LlamaDecoder:
         return torch.from_numpy(np.stack([context.logits(int(place)) for place in places]))
 
     def _take(self) -> Slot:
-        """The lowest free sequence: neighbours are read together."""
+        """Take the lowest free sequence, because adjacent ones are read together."""
         sequence = min(self._free)
         self._free.remove(sequence)
         slot = Slot(sequence)
@@ -123,9 +123,9 @@ def read_text(
     *,
     width: int | None = None,
 ) -> Generator[None, None, Float[Tensor, " vocabulary"]]:
-    """Passes over what comes next in a text, and a yield between two; returns the last logits.
+    """Read the next tokens of a text, with a yield between passes; return the last logits.
 
-    The passes are of about equal size: llama.cpp rounds differently where one has a single token.
+    The passes have similar sizes, because llama.cpp rounds differently for a single token.
     """
     count, most = len(tokens), min(BATCH_TOKENS, width or BATCH_TOKENS)
     passes = -(-count // most)

@@ -11,14 +11,14 @@ from sidelight_llama.decoder import LlamaDecoder
 
 
 def llama_limits(*, texts: int = 2, tokens: int = 4096) -> Limits:
-    """Limits of an engine; llama.cpp takes the memory of all keys and values at the start.
+    """The limits of an engine; llama.cpp allocates all keys and values at startup.
 
-    By default, it is 0.3 GB for the embedded model, and over 1 GB for one of three billion
-    parameters.
+    By default, this takes 0.3 GB for the embedded model, and more than 1 GB for a model with three
+    billion parameters.
 
     Args:
-        texts: How many are written at once.
-        tokens: The most of each, with its prompt.
+        texts: Number of texts generated at once.
+        tokens: Maximum tokens of each, including the prompt.
     """
     return Limits(running=texts, prefill_tokens=256, cache_tokens=(texts + 1) * tokens)
 
@@ -26,13 +26,13 @@ def llama_limits(*, texts: int = 2, tokens: int = 4096) -> Limits:
 class LlamaEngine(LocalEngine):
     """Serves one GGUF file with its probes.
 
-    Each running text has an equal part of ``limits.cache_tokens``, and so has the prompt that is
-    only judged. A longer text is refused.
+    Each running text has an equal share of ``limits.cache_tokens``, as has a prompt that is only
+    classified. A longer text is refused.
 
     Args:
-        backbone: The file. Nothing else may run it meanwhile.
+        backbone: The file. Nothing else may run it at the same time.
         probes: Probes trained on this file, with distinct names.
-        limits: How much is held at once; None: as ``llama_limits`` has it.
+        limits: Limits of concurrent work; None uses ``llama_limits``.
         model: As for ``LocalEngine``.
 
     Raises:
@@ -47,7 +47,7 @@ class LlamaEngine(LocalEngine):
         limits: Limits | None = None,
         model: str | None = None,
     ):
-        # A prompt at a time, so that those that are only judged need one sequence.
+        # One prompt at a time, so that classification needs only one sequence.
         limits = replace(limits or llama_limits(), prefill_texts=1)
         sequences = limits.running + 1
         positions = min(backbone.encoder.max_tokens, limits.cache_tokens // sequences)

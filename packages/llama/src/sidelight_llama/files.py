@@ -1,4 +1,4 @@
-"""GGUF files by name: a path, the embedded model's, or a model of Ollama's on this machine.
+"""GGUF files by name: a path, the embedded model, or an Ollama model on this machine.
 
 ``backbone`` reads them.
 """
@@ -14,7 +14,7 @@ from sidelight.models.smollm2 import EMBEDDED_NAME, packaged_gguf
 
 EMBEDDED_GGUF = f"{EMBEDDED_NAME}.gguf"
 _OLLAMA = "ollama:"
-# Models of Ollama's own are shown without their host.
+# Models from Ollama's own registry are shown without the host.
 _DEFAULT_HOST = "ollama.ai"
 _MODEL, _ADAPTER = (f"application/vnd.ollama.image.{kind}" for kind in ("model", "adapter"))
 
@@ -25,21 +25,21 @@ def is_gguf(name: str) -> bool:
 
 
 def served_name(name: str) -> str:
-    """The default name for clients, who are not shown where a GGUF file lies."""
+    """The default model name for clients, which hides the path of a GGUF file."""
     if name.startswith(_OLLAMA):
         return name.removeprefix(_OLLAMA)
     return Path(name).stem if is_gguf(name) else name
 
 
 def find_gguf(name: str) -> Path:
-    """The file of a name.
+    """Find the file with this name.
 
     Args:
-        name: A path, ``smollm2.gguf`` for the embedded model's, or ``ollama:NAME``, where NAME is
-            as ``ollama list`` shows it; without a tag, it is ``latest``.
+        name: A path, ``smollm2.gguf`` for the embedded model, or ``ollama:NAME``, with NAME as
+            shown by ``ollama list``; the default tag is ``latest``.
 
     Raises:
-        SidelightError: There is none here.
+        SidelightError: The file does not exist.
     """
     if name.startswith(_OLLAMA):
         return _find_in_ollama(name)
@@ -71,7 +71,7 @@ def _find_in_ollama(name: str) -> Path:
         layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
         kinds = [layer["mediaType"] for layer in layers]
         digests = [layer["digest"] for layer in layers if layer["mediaType"] == _MODEL]
-        # Not beyond their folder, whatever a digest says.
+        # Restricted to their folder, regardless of the digest.
         blobs = [Path(digest.replace(":", "-")).name for digest in digests]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SidelightError(
@@ -91,7 +91,7 @@ def _find_in_ollama(name: str) -> Path:
 
 
 def _ollama_folders() -> list[Path]:
-    """Where Ollama keeps models: where it is told to, else with its user or its service."""
+    """Ollama's model folders: the configured one, else those of the user and the service."""
     if folder := os.environ.get("OLLAMA_MODELS"):
         return [Path(folder)]
     return [
@@ -101,7 +101,7 @@ def _ollama_folders() -> list[Path]:
 
 
 def _ollama_models(root: Path) -> Iterator[tuple[str, Path]]:
-    """The names of models, as Ollama shows them, with their manifests."""
+    """Names of models as Ollama shows them, with their manifests."""
     for place in glob("*/*/*/*", root_dir=root / "manifests"):
         host, owner, model, tag = Path(place).parts
         title = f"{owner}/{model}".removeprefix("library/")

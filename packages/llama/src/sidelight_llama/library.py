@@ -1,7 +1,8 @@
-"""llama.cpp, through ctypes: the functions, structures and architectures of one pinned build.
+"""ctypes bindings of llama.cpp: the functions, structures and architectures of one pinned build.
 
-The package ``xllamacpp`` ships llama.cpp as a shared library, without a compiler. Its headers give
-no stable layout, so any other version is refused, and what can be checked of this one is checked.
+The package ``xllamacpp`` ships llama.cpp as a shared library, so no compiler is needed. Its headers
+guarantee no stable layout, so any other version is refused, and this version is checked as far as
+possible.
 """
 
 import ctypes as c
@@ -18,8 +19,8 @@ from sidelight.errors import SidelightError, how_to_install
 PACKAGE = "xllamacpp"
 PINNED = "2026.10.11549"
 
-# In the sources of this build, the graph of these gives the input of each block; asking another
-# one for it ends the process.
+# In this build, the graphs of these architectures expose the input of each block; requesting it
+# from another one aborts the process.
 BY_LAYER_INPUT = frozenset({
     "gemma4", "gpt-oss", "llama", "minimax-m2", "qwen3", "qwen3moe",
 })  # fmt: skip
@@ -146,10 +147,11 @@ def _log(level: int, text: bytes, _data: int | None) -> None:
 
 @cache
 def load_library() -> c.CDLL:
-    """llama.cpp, with the functions declared that are used here.
+    """Load llama.cpp, and declare the functions used here.
 
     Raises:
-        SidelightError: It is not installed, of another version, or not as its headers say.
+        SidelightError: The library is not installed, has another version, or differs from its
+            headers.
     """
     require_version()
     path = _path()
@@ -175,7 +177,7 @@ def load_library() -> c.CDLL:
 
 
 def require_version() -> None:
-    """Check that the package is there, in the version that this file describes.
+    """Check that the package is installed in the version that this file describes.
 
     Raises:
         SidelightError: It is not.
@@ -196,7 +198,7 @@ def require_version() -> None:
 
 
 def logged_error() -> str:
-    """The first error that llama.cpp has logged since the last call; later ones follow from it."""
+    """The first error that llama.cpp has logged since the last call; others follow from it."""
     first = _errors[0] if _errors else "no reason was given"
     _errors.clear()
     return first
@@ -214,13 +216,13 @@ def _path() -> Path:
 
 
 def _written_bytes(path: Path, name: str) -> int | None:
-    """How far a function writes that returns a structure; None: not known on this processor.
+    """Number of bytes written by a function that returns a structure; None if unknown on this CPU.
 
     The System V ABI of x86-64 passes the structure's address as the first argument.
     """
     if platform.machine() != "x86_64":
         return None
-    # Another handle, where the function is declared differently.
+    # A second handle, with a different declaration of the function.
     function = c.CDLL(str(path))[name]
     function.restype, function.argtypes = _pointer, [_pointer]
     written = 0

@@ -1,7 +1,7 @@
-"""The first tokens of a GGUF file, read in a process of their own.
+"""A trial of a GGUF file: reading its first tokens in a separate process.
 
-llama.cpp ends the process where a file is not as it expects. What it has once read is not tried
-again: its result is kept by what identifies the file.
+llama.cpp aborts the process if a file is not as expected. A successful result is cached by the
+identity of the file, and the trial is not repeated.
 """
 
 import json
@@ -28,20 +28,20 @@ from sidelight_llama.library import PINNED, require_version
 _log = logging.getLogger(__name__)
 
 SAMPLE = "I'm sure: 3.14159 of 2024's   users\n\n\tdon't read “übergroße” 你好 😀 == {x}\r\n"
-"""A text that tokenizers cut differently."""
+"""A text that tokenizers split differently."""
 _TOKENS = 8
 _MOST_DIFFERENCE = 0.01
-# What is kept of a file; anything else counts as none.
+# The cached result of a file; anything else is ignored.
 _TRIAL = TypeAdapter(dict[Literal["sample"], Annotated[list[int], Field(min_length=1)]])
 
 
 def try_once(path: Path, architecture: str, key: str) -> list[int]:
-    """The token ids of ``SAMPLE`` by llama.cpp, which has then read a few tokens of the file.
+    """Tokenize ``SAMPLE`` with llama.cpp, after a trial pass over a few tokens.
 
     Args:
         path: The file.
         architecture: Its ``general.architecture``.
-        key: What its header and weights say.
+        key: Identity from its header and weights.
 
     Raises:
         SidelightError: llama.cpp is not installed or cannot read the file, or there is not enough
@@ -58,7 +58,7 @@ def try_once(path: Path, architecture: str, key: str) -> list[int]:
             f"GB, and {free / 1e9:.1f} GB are free. Free some memory, or use a smaller file of "
             "this model."
         )
-    # -P: otherwise Python would import from the working directory, which may hold downloads.
+    # -P: otherwise Python would import from the working directory, which may contain downloads.
     command = [sys.executable, "-P", "-m", __name__, str(path), architecture]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
     lines = ended.stderr.strip().splitlines()
@@ -78,7 +78,7 @@ def try_once(path: Path, architecture: str, key: str) -> list[int]:
 
 
 def keep(path: Path, make: Callable[[], Any]) -> None:
-    """Write to the cache what only saves time; where that fails, a warning says so."""
+    """Write an optional cache entry; on failure, log a warning."""
     try:
         write_json(path, make())
     except OSError as error:
@@ -91,7 +91,7 @@ def keep(path: Path, make: Callable[[], Any]) -> None:
 
 
 def _try(path: Path, architecture: str) -> list[int]:
-    """Read tokens at once and in two passes, then one more of both: the states must be equal."""
+    """Read tokens in one pass and in two, then one more token of both; the states must agree."""
     model = LlamaModel(path, architecture)
     context = LlamaContext(model, sequences=2, positions=_TOKENS + 1, threads=1)
     sample = model.tokenize(SAMPLE)

@@ -1,6 +1,6 @@
 """``sidelight serve --engine vllm``: vLLM's own server, started with our options in this process.
 
-The configuration stays in the process, so no secret is in an argument or a variable of ours.
+The configuration stays in the process, so no secret appears in arguments or environment variables.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -26,7 +26,7 @@ from sidelight_vllm.internals import wrap
 from sidelight_vllm.settings import SET_HERE, require_vllm, serve_with
 
 _PROXY = "Limit it in a proxy in front of the server."
-# Options of our own HTTP layer, and what to do instead.
+# Options of our own HTTP layer, and their remedies.
 NO_PLACE = {
     "playground": "Serve with --engine transformers to try probes in a browser.",
     "json_logs": "Name a logging configuration in VLLM_LOGGING_CONFIG_PATH.",
@@ -35,7 +35,7 @@ NO_PLACE = {
     "max_request_tokens": "Limit each text with --engine-option max_model_len=N.",
     "deadline": _PROXY,
 }
-# vLLM's options for which ours stand.
+# vLLM's options that ours replace.
 _SET_HERE = SET_HERE | {
     "host": "Give --host instead.",
     "port": "Give --port instead.",
@@ -45,22 +45,22 @@ _SET_HERE = SET_HERE | {
     "api_server_count": "Leave it out, or run 'vllm serve' with SIDELIGHT_PROBES.",
     "headless": "For engines without a server, run 'vllm serve' with SIDELIGHT_PROBES.",
 }
-# Lists that vLLM takes as JSON; it takes others word by word.
+# Lists that vLLM accepts as JSON; it accepts others word by word.
 _JSON_LISTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
 _NOT_LISTENING = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES})
 
 
 def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
-    """Serve until SIGTERM or SIGINT; running requests may take ``drain_s`` to finish.
+    """Serve until SIGTERM or SIGINT; running requests have ``drain_s`` to finish.
 
     Args:
         config: The configuration, with the folders of the probes.
         model: ``smollm2``, a folder, or a hub id; requests call it so, unless
             ``served_model_name`` says otherwise.
-        probes: Those of the folders.
+        probes: The probes of the folders.
 
     Raises:
-        KeyboardInterrupt: SIGINT has stopped it.
+        KeyboardInterrupt: SIGINT has stopped the server.
         SidelightError: vLLM's server does not support an option, other machines could connect
             without a key, the address is not available, or vLLM cannot serve the probes or exits.
     """
@@ -77,7 +77,7 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
     from vllm.entrypoints.launchers.api_server import entry
 
     has_failed, signals = _noted_failure(), _noted_signals()
-    # vLLM calls it right after it has put its own handler of SIGTERM in place of ours.
+    # vLLM calls this right after replacing our SIGTERM handler with its own.
     wrap(entry, "setup_server", _end_at_signals)
     try:
         entry.main()
@@ -94,17 +94,17 @@ def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
 
 
 def _end_at_signals(proceed: Callable[..., Any] = lambda: None, *args: Any, **kwargs: Any) -> Any:
-    """Have SIGTERM and SIGINT end all processes at once, until vLLM's server can drain.
+    """Let SIGTERM and SIGINT end all processes immediately, until vLLM's server can drain.
 
-    An exception, such as vLLM raises, would arise anywhere in its code: some swallows it, some
-    takes it for a failure, and to end an engine that is just starting it waits forever.
+    An exception, as raised by vLLM, would occur anywhere in its code: some code swallows it, some
+    treats it as a failure, and stopping an engine that is just starting waits forever.
     """
     import psutil
 
     def end(number: int, _: object) -> NoReturn:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                # That one then removes what shared memory is left.
+                # That process then removes the remaining shared memory.
                 if not any("resource_tracker" in word for word in process.cmdline()):
                     process.kill()
         if number == signal.SIGINT:
@@ -117,7 +117,7 @@ def _end_at_signals(proceed: Callable[..., Any] = lambda: None, *args: Any, **kw
 
 
 def _noted_failure() -> Callable[[], bool]:
-    """Whether vLLM's engine had failed when it was shut down; its server ends alike."""
+    """Whether vLLM's engine had failed at shutdown, which its server does not report."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     states: list[bool] = []
@@ -131,7 +131,7 @@ def _noted_failure() -> Callable[[], bool]:
 
 
 def _noted_signals() -> list[int]:
-    """The signals that will have stopped vLLM's server, which ends alike after each of them."""
+    """The signals that stopped vLLM's server, which it does not report."""
     from uvloop import Loop
 
     signals: list[int] = []
@@ -150,7 +150,7 @@ def _noted_signals() -> list[int]:
 
 
 def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
-    """The words of vLLM's command line, for the files of a model in a folder or at a hub id."""
+    """The arguments of vLLM's command line, for a model in a folder or at a hub id."""
     options = {
         "model": path,
         "served_model_name": config.served_model_name or model,

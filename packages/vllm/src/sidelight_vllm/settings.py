@@ -1,4 +1,4 @@
-"""What vLLM's processes are told: the probes to serve, and by which policy.
+"""Settings of vLLM's processes: the probes to serve, and the policy.
 
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator, ready guards
 (``guard:injection``) or probes on the hub (``hf:OWNER/NAME@REVISION``). So does
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
 
 PROJECTIONS = "SIDELIGHT_PROJECTIONS"
-# The options of a server that vLLM's own takes from the environment, beside the secrets.
+# Server options that vLLM's own server takes from the environment, in addition to the secrets.
 _SERVER = {
     "policy": POLICY,
     "audit_log": "SIDELIGHT_AUDIT_LOG",
@@ -48,13 +48,13 @@ STATES = "keeps_states"
 CONNECTOR = "ProbeConnector"
 SHARED_CONNECTOR = "SharedConnector"
 
-# vLLM shows what is logged under its own name.
+# vLLM only shows log records under its own name.
 log = logging.getLogger("vllm.sidelight")
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Probes that all workers have, and the identity that their verdicts carry."""
+    """Probes that all workers have, and the revision of their verdicts."""
 
     probes: tuple[Probe, ...]
     revision: str
@@ -62,16 +62,18 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class Served:
-    """The probes to serve, in the form that travels to the scheduler and the workers.
+    """The probes to serve, in the form that is sent to the scheduler and the workers.
 
     Attributes:
-        folders: The probes' artifacts.
-        fingerprint: That of the served model.
-        is_annotated: Whether requests say what their tokens belong to, as our own engines' do.
-            Otherwise clients may have written them, and it is read from their tokens.
-        projections: How many columns of a layer to keep room for; 0: as many as these probes need.
-        accepted: The digest of a model and this quantised copy of it, whose probes are served here;
-            "" for none.
+        folders: Folders of the probes.
+        fingerprint: Fingerprint of the served model.
+        is_annotated: Whether requests describe the roles of their tokens, as those of our own
+            engines do. Otherwise clients may have written them, and roles are recognised from the
+            tokens.
+        projections: Number of projections per layer to keep room for; 0 means as many as these
+            probes need.
+        accepted: Digest of a model and its quantised copy on which its probes are served; "" for
+            none.
         keeps_states: Whether hidden states are written to the files that requests name.
     """
 
@@ -94,14 +96,14 @@ class Served:
         return _SERVED.validate_python(ours)
 
     def to_json(self) -> dict[str, Any]:
-        """For vLLM's configuration; ``of`` reads it."""
+        """JSON values for vLLM's configuration; the inverse of ``of``."""
         return _SERVED.dump_python(self, mode="json")
 
     def load(self) -> ProbeSet:
         """Load the probes.
 
         Raises:
-            SidelightError: One is damaged, two share a name, or one belongs to another model.
+            SidelightError: A probe is damaged, two share a name, or one belongs to another model.
         """
         probes = [load_probe(folder) for folder in self.folders]
         for probe in probes:
@@ -114,22 +116,24 @@ _SERVED = TypeAdapter(Served)
 
 
 def revision_of(versions: Iterable[str]) -> str:
-    """The name of a set of probes in reports: the same for the same artifacts in this order."""
+    """The id of a set of probes in reports, equal for the same artifacts in the same order."""
     return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
 
 
 def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The probes' folders; None: ``additional_config[KEY]`` and the environment name none."""
+    """The probes' folders; None if neither ``additional_config[KEY]`` nor the environment names
+    any.
+    """
     if "probes" in config:
         return tuple(map(str, config["probes"]))
     return tuple(named_sources(os.environ.get(ENVIRONMENT, ""))) or None
 
 
 def reserved_projections() -> int:
-    """How many columns of a layer to keep room for; 0: as many as the first probes need.
+    """Number of projections per layer to keep room for; 0 means as many as the first probes need.
 
     Raises:
-        SidelightError: The environment names no such number.
+        SidelightError: The environment variable is not a number.
     """
     value = os.environ.get(PROJECTIONS) or "0"
     if not value.isdecimal():
@@ -141,13 +145,13 @@ def reserved_projections() -> int:
 
 
 def found_folders(model: str, sources: Sequence[str]) -> tuple[str, ...]:
-    """The folders of probes, and of ready guards that were trained for a model."""
+    """The folders of probes, and of ready guards trained for a model."""
     folders = probe_folders(sources, model, lambda: read_model(model).fingerprint.digest)
     return tuple(map(str, folders))
 
 
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
-    """The fingerprint of a model by its files, which are not loaded.
+    """The fingerprint of a model from its files, without loading it.
 
     Raises:
         SidelightError: A probe is damaged, some read chats and others raw texts, or the model's
@@ -157,28 +161,28 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
     return read_model(model, prompt_format=prompt_format).fingerprint
 
 
-# Of ``sidelight serve``, whose process it stays in.
+# Configuration of ``sidelight serve`` in this process.
 _served_config: "ServerConfig | None" = None
 
 
 def serve_with(config: "ServerConfig") -> None:
-    """Make vLLM's server in this process use this configuration instead of the environment's."""
+    """Make vLLM's server in this process use this configuration instead of the environment."""
     global _served_config
     _served_config = config
 
 
 def server_config(**options: Any) -> "ServerConfig":
-    """The configuration of a server of vLLM's, by default from the environment's variables.
+    """The configuration of vLLM's server, by default from environment variables.
 
     Args:
-        options: Other fields of the environment's.
+        options: Fields that override the environment.
 
     Raises:
-        SidelightError: A value is wrong.
+        SidelightError: A value is not valid.
     """
     if _served_config is not None:
         return _served_config
-    # Only the processes that serve need it.
+    # Only serving processes need it.
     from sidelight.server.config import read_config
 
     named = {name: os.environ.get(variable) for name, variable in _SERVER.items()}
@@ -186,14 +190,14 @@ def server_config(**options: Any) -> "ServerConfig":
 
 
 def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
-    """Recognise conversations that others have encoded for the served model."""
+    """The encoder for recognising conversations that were encoded elsewhere."""
     model = vllm_config.model_config
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
     prompt_format = common_format(probes) or "chat"
     return PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
 
 
-# vLLM's options that Sidelight sets itself, and what to do instead, in any command.
+# vLLM's options that Sidelight sets itself, with remedies for any command.
 SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
@@ -203,10 +207,10 @@ SET_HERE = {
 
 
 def require_options(options: Mapping[str, Any], args_type: Any) -> None:
-    """Check that these are fields of vLLM's arguments that Sidelight does not set.
+    """Check that these are valid vLLM options that Sidelight does not set.
 
     Raises:
-        SidelightError: One is not.
+        SidelightError: An option is unknown, or is set by Sidelight.
     """
     known = args_type.__dataclass_fields__
     for name in options:
@@ -220,9 +224,9 @@ def require_vllm() -> None:
     """Check that vLLM can be imported.
 
     Raises:
-        SidelightError: It is not installed.
+        SidelightError: vLLM is not installed.
     """
-    # Standard output belongs to what a command prints.
+    # Standard output is reserved for the command's output.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]

@@ -1,15 +1,15 @@
-"""The probes' columns of every token, kept by KV slot.
+"""The probes' projections of every token, stored by KV slot.
 
-Hooks on vLLM's decoder layers fill a stage, layer by layer; after the last layer, its rows move to
-the slots of their tokens. A slot holds the keys and values of one token, and here its columns.
-A request that shares the slot, or computes it again, shares or replaces both. So chunked prefill,
-batching, preemption and shared prefixes need no bookkeeping.
+Hooks on vLLM's decoder layers fill a staging buffer, layer by layer; after the last layer, its rows
+move to the slots of their tokens. A slot has the keys and values of one token, and here its
+projections. A request that shares or recomputes the slot shares or replaces both, so chunked
+prefill, batching, preemption and shared prefixes need no bookkeeping.
 
 The hooks are set before vLLM compiles the model, so they become part of the graph. They call two
-operations that the compiler cannot look into, which find the current receiver in this file, so
-other probes need no other graph. Stage, pages and weights never move, and nothing depends on a
-tensor's values, so that the operations can be part of a captured CUDA graph (not yet tried on a
-GPU). A graph holds their addresses: other probes are copied into them, as far as there is room.
+opaque operations, which look up the current receiver in this file, so new probes do not need a new
+graph. The staging buffer, store and weights never move, and nothing depends on a tensor's values,
+so that the operations can be part of a captured CUDA graph (not yet tried on a GPU). A graph
+contains their addresses, so new probes are copied into them as far as there is room.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,19 +27,19 @@ from sidelight_vllm.settings import PROJECTIONS
 
 
 class Receiver(Protocol):
-    """Takes the residual stream after each layer of this worker, while it exists."""
+    """Receives the residual stream after each layer of this worker, during the pass."""
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None: ...
 
     def end_pass(self, tokens: int) -> None:
-        """The last layer of this worker has run, over this many tokens with their padding."""
+        """Called after the last layer of this worker; ``tokens`` includes padding."""
 
 
 _receiver: Receiver | None = None
 
 
 def set_receiver(new: Receiver | None) -> None:
-    """Say who receives the states of the next forward passes of this process: one model's."""
+    """Set the receiver of the hidden states of this process's single model."""
     global _receiver
     _receiver = new
 
@@ -64,7 +64,7 @@ def _end_pass(hidden: Float[Tensor, "token width"], order: Float[Tensor, ""]) ->
 
 
 def _nothing(*_arguments: object) -> None:
-    """All that the compiler sees."""
+    """The fake implementation that the compiler sees."""
 
 
 _library = torch.library.Library("sidelight", "FRAGMENT")
@@ -76,7 +76,7 @@ for _name, _operation in {"project": _project, "end_pass": _end_pass}.items():
 
 
 def tap_layers(layers: Sequence[nn.Module], *, reads_embedding: bool, width: int) -> int:
-    """Hook the layers of this worker; return how many hidden states they give.
+    """Hook the layers of this worker; return the number of hidden states.
 
     Args:
         layers: The local decoder layers, in order.
@@ -119,7 +119,7 @@ def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
 
 
 def _is_state(value: Any, width: int) -> bool:
-    # The models of transformers, which vLLM also runs, see a batch of one.
+    # Models from transformers, which vLLM also runs, have a batch dimension of one.
     return (
         torch.is_tensor(value)
         and value.shape[-1] == width
@@ -140,13 +140,13 @@ def _unknown(module: nn.Module) -> SidelightError:
 
 @dataclass(frozen=True)
 class StagingBuffer:
-    """Where one forward pass leaves its columns. The last ones may be those of no probe.
+    """Buffer for the projections of one forward pass. The last columns may be unused.
 
     Attributes:
-        projection: From the hidden states of the local layers to columns, in float32: a bf16 result
-            would lose what standardisation subtracts.
-        rows: NaN where nothing was written, so that a layer that is not tapped gives a failed
-            verdict, not a wrong one.
+        projection: Projection of the hidden states of the local layers, in float32, because
+            standardisation would lose precision in bf16.
+        rows: Projections; NaN where nothing was written, so that an untapped layer leads to a
+            missing verdict, not a wrong one.
     """
 
     projection: Projection
@@ -154,24 +154,25 @@ class StagingBuffer:
 
     @staticmethod
     def empty(projection: Projection, *, tokens: int, width: int = 0) -> "StagingBuffer":
-        """A stage for passes over at most ``tokens`` tokens.
+        """Create a buffer for passes over at most ``tokens`` tokens.
 
         Args:
-            projection: To the columns of the first probes.
-            tokens: The longest pass.
-            width: How many to keep room for, also of states that are normalised; 0: for these.
+            projection: Projection of the first probes.
+            tokens: Length of the longest pass.
+            width: Number of projections to keep room for, including those of normalised states; 0
+                only fits these probes.
         """
         has_flags = width > 0 or projection.is_normalised is not None
         width = max(width, projection.shift.shape[1])
         rows = projection.weight.new_full((len(projection.weight), tokens, width), torch.nan)
         padded = projection.padded(width, has_flags=has_flags)
-        # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
+        # With contiguous columns, a matmul with few columns takes a quarter of the time.
         weight = padded.weight.mT.contiguous().mT.clone()
         flags = None if padded.is_normalised is None else padded.is_normalised.clone()
         return StagingBuffer(Projection(weight, padded.shift.clone(), flags), rows)
 
     def require_room(self, projection: Projection) -> None:
-        """Check that these columns fit.
+        """Check that these projections fit.
 
         Raises:
             SidelightError: There is no room for them.
@@ -190,7 +191,7 @@ class StagingBuffer:
             )
 
     def load(self, projection: Projection) -> None:
-        """Project to these columns, for which there is room, from now on."""
+        """Replace the projection; there must be room for it."""
         has_flags = self.projection.is_normalised is not None
         padded = projection.padded(self.projections, has_flags=has_flags)
         self.projection.weight.copy_(padded.weight)
@@ -203,7 +204,7 @@ class StagingBuffer:
 
     @property
     def projections(self) -> int:
-        """How many a layer has room for."""
+        """Number of projections per layer that fit."""
         return self.rows.shape[2]
 
 
@@ -213,11 +214,11 @@ class GatherPlan:
 
     Attributes:
         blocks: The request's block table.
-        start: The first token to read; 0 starts over.
+        start: Index of the first token to read; 0 starts over.
         token_roles: The ``TokenRole`` of each token from ``start`` on.
         ends_prompt: Whether the prompt is complete for the first time.
         is_plain: Whether the prompt is plain text.
-        path: Where hidden states are written, if they are.
+        path: Path for hidden states, if they are written.
     """
 
     request_id: str
@@ -238,15 +239,15 @@ def slots_of(
 
 
 class SlotStore:
-    """Columns by KV slot.
+    """Projections by KV slot.
 
     Args:
-        staging: What moves here after each pass.
-        blocks: The engine's KV blocks.
-        block_size: Slots in a block.
+        staging: Staging buffer, whose rows move here after each pass.
+        blocks: Number of the engine's KV blocks.
+        block_size: Slots per block.
 
     Attributes:
-        rows: The columns of each slot; NaN where none were kept.
+        rows: Projections of each slot; NaN where none were stored.
     """
 
     def __init__(self, staging: StagingBuffer, *, blocks: int, block_size: int):
@@ -266,17 +267,17 @@ class SlotStore:
         self._is_stored.fill_(True)
 
     def clear(self) -> None:
-        """Forget all rows; a request that reads an older one gets no verdict."""
+        """Clear all rows; a request that reads an older row gets no verdict."""
         self.rows.fill_(torch.nan)
 
     def is_stored(self) -> Bool[Tensor, ""]:
-        """Whether rows were moved since this was asked last; on the device, so nothing waits."""
+        """Whether rows were moved since the last call; on the device, to avoid synchronisation."""
         is_stored = self._is_stored.clone()
         self._is_stored.fill_(False)
         return is_stored
 
     def slots(self, plans: Sequence[GatherPlan]) -> Int[Tensor, " token"]:
-        """The columns of the readings' tokens, one reading after the other."""
+        """The slots of the plans' tokens, plan by plan."""
         slots = np.concatenate(
             [
                 slots_of(
@@ -287,10 +288,10 @@ class SlotStore:
         )
         index, device = torch.from_numpy(slots), self.rows.device
         if device.type != "cpu":
-            # Only memory that stays where it is can be copied without waiting.
+            # Only pinned memory can be copied asynchronously.
             index = index.pin_memory().to(device, non_blocking=True)
         return index
 
     def read(self, plans: Sequence[GatherPlan]) -> Float[Tensor, "token layer projection"]:
-        """The columns of the readings' tokens, one reading after the other, with spare ones."""
+        """The projections of the plans' tokens, plan by plan, including unused columns."""
         return self.rows[self.slots(plans)]

@@ -1,8 +1,8 @@
-"""What a worker does: it keeps the columns of its layers, and judges if it has all of them.
+"""The worker's part: it stores the projections of its layers, and classifies if it has all layers.
 
-Judging never holds up a step: the columns are gathered behind the forward pass, in the same stream
-of the device, and a thread judges them while the next step runs. If the layers are spread over
-pipeline stages, verdicts are made in the scheduler, from the columns that the stages send.
+Classification never delays a step: the projections are gathered after the forward pass, in the same
+device stream, and a thread classifies them while the next step runs. If the layers are spread over
+pipeline stages, the scheduler computes the verdicts from the projections of all stages.
 """
 
 import time
@@ -26,7 +26,7 @@ from sidelight_vllm.slots import GatherPlan, SlotStore, StagingBuffer, receiver,
 
 @dataclass(frozen=True)
 class LayerProjections:
-    """One pipeline stage's part of a reading: the columns of its layers."""
+    """One pipeline stage's part of a reading: the projections of its layers."""
 
     plan: GatherPlan
     first_layer: int
@@ -35,12 +35,12 @@ class LayerProjections:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Which probes a worker has, for those who take its verdicts.
+    """The probes of a worker, for the receivers of its verdicts.
 
     Attributes:
-        folders: Where they were loaded from.
-        revision: See ``revision_of``; empty: unknown.
-        reads_responses: Whether some probe reads the response.
+        folders: Folders that they were loaded from.
+        revision: See ``revision_of``; "" if unknown.
+        reads_responses: Whether a probe reads the response.
     """
 
     folders: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class StepVerdicts:
     def __or__(self, newer: "StepVerdicts") -> "StepVerdicts":
         names = self.by_request | newer.by_request
         return StepVerdicts(
-            # One of the stages that write hidden states may fail.
+            # A stage that writes hidden states may fail.
             {
                 name: self.by_request.get(name, Verdicts()) | newer.by_request.get(name, Verdicts())
                 for name in names
@@ -80,11 +80,11 @@ class StepVerdicts:
 
 
 class RequestClassifier:
-    """Judges readings, and keeps what the probes of the response know of running requests.
+    """Classifies readings, and stores the state of response probes for running requests.
 
     Attributes:
         banks: The probes.
-        loaded: Which they are.
+        loaded: Their description.
     """
 
     def __init__(self, banks: ProbeBanks, loaded: Loaded | None = None):
@@ -94,10 +94,10 @@ class RequestClassifier:
 
     @classmethod
     def load(cls, served: Served, *, device: torch.device | str = "cpu") -> "RequestClassifier":
-        """One with the probes as they are on disk now.
+        """Load the probes from disk.
 
         Raises:
-            SidelightError: One is damaged, two share a name, or one belongs to another model.
+            SidelightError: A probe is damaged, two share a name, or one belongs to another model.
         """
         loaded = served.load()
         banks = ProbeBanks(loaded.probes, device=device)
@@ -108,7 +108,7 @@ class RequestClassifier:
     def classify(
         self, plans: Sequence[GatherPlan], projections: Float[Tensor, "token layer projection"]
     ) -> Mapping[str, Verdicts]:
-        """The verdicts that the readings of a step change, by request."""
+        """The new verdicts from the readings of a step, by request."""
         token_roles = [plan.token_roles for plan in plans]
         before = [self._states.get(r.request_id) if r.start else None for r in plans]
         states = self.banks.read(projections, token_roles, before)
@@ -131,7 +131,7 @@ class RequestClassifier:
         return by_request | dict.fromkeys(self._broken.intersection(ids), self._no_verdict)
 
     def fail(self, plans: Sequence[GatherPlan]) -> dict[str, Verdicts]:
-        """No probe has a verdict on these requests, now or after later readings."""
+        """Mark these requests as failed for all probes, including after later readings."""
         self._broken.update(plan.request_id for plan in plans)
         return {plan.request_id: self._no_verdict for plan in plans}
 
@@ -140,7 +140,7 @@ class RequestClassifier:
         return Verdicts(failed=tuple(probe.name for probe in self.banks.probes))
 
     def join(self, shares: Sequence[LayerProjections]) -> Verdicts:
-        """The verdicts on one reading, from the columns of every pipeline stage."""
+        """The verdicts on one reading, from the projections of every pipeline stage."""
         in_order = sorted(shares, key=lambda share: share.first_layer)
         plan = in_order[0].plan
         projections = torch.cat([share.projections for share in in_order], 1)
@@ -157,10 +157,10 @@ class Worker:
     """Holds the probes of one worker process.
 
     Args:
-        served: The first probes, and how many columns to keep room for.
-        layers: The hidden states that this worker computes, from 0 (embedding) to L.
+        served: The first probes, and the number of projections to keep room for.
+        layers: Indices of the hidden states that this worker computes, from 0 (embedding) to L.
         tokens: Length of the longest forward pass.
-        device: Where hidden states are.
+        device: Device of the hidden states.
     """
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
@@ -169,7 +169,7 @@ class Worker:
         self._device = device
         self._attention = ""
         self._store: SlotStore | None = None
-        # One thread, since the probes of the response follow each request from step to step.
+        # A single thread, because response probes follow each request from step to step.
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
         self._is_blind = False
         self._has_all_layers = len(layers) == served.fingerprint.layers
@@ -181,12 +181,12 @@ class Worker:
         set_receiver(self)
 
     def allocate(self, *, blocks: int, block_size: int, attention: str = "") -> None:
-        """Make room for the columns of every KV slot, of which this attention layer has all."""
+        """Allocate the projections of every KV slot, all of which this attention layer uses."""
         self._attention = attention
         self._store = SlotStore(self._staging, blocks=blocks, block_size=block_size)
 
     def check(self, folders: Sequence[str]) -> None:
-        """Make the probes in folders ready for ``load``; those that serve do so as before.
+        """Prepare the probes in folders for ``load`` without affecting the served ones.
 
         Raises:
             SidelightError: A probe cannot be served, or there is no room for it.
@@ -198,10 +198,10 @@ class Worker:
 
     @torch.inference_mode()
     def load(self, revision: str) -> None:
-        """Serve the probes that were checked last, and forget all projections of the old ones.
+        """Serve the latest checked probes, and drop all projections of the old ones.
 
         Raises:
-            SidelightError: Those have another identity.
+            SidelightError: The checked probes have another revision.
         """
         if self._checked.loaded.revision != revision:
             raise SidelightError(
@@ -218,7 +218,7 @@ class Worker:
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of a token's columns."""
+        """Memory of a token's projections in bytes."""
         return self._staging.rows[:, 0].nbytes
 
     def receive(self, layer: int, stream: Float[Tensor, "token width"]) -> None:
@@ -226,8 +226,8 @@ class Worker:
             self._staging.receive(layer, stream)
 
     def end_pass(self, tokens: int) -> None:
-        """Move the columns of a forward pass to the KV slots of its tokens."""
-        # There are no pages yet while vLLM profiles its memory.
+        """Move the projections of a forward pass to the KV slots of its tokens."""
+        # There is no store yet while vLLM profiles its memory.
         if self._store is None or (slots := pass_slots(self._attention)) is None:
             return
         if len(slots) != tokens:
@@ -239,10 +239,11 @@ class Worker:
         self._store.keep(slots)
 
     def classify(self, plans: Sequence[GatherPlan]) -> Future[StepVerdicts]:
-        """The verdicts on readings, or their columns if this worker lacks some layers.
+        """Compute the verdicts on gather plans, or their projections if this worker lacks some
+        layers.
 
-        To be called after each forward pass, also if there is nothing to read. Reads no value of
-        the device and waits for nothing; the future does.
+        Must be called after each forward pass, even if there is nothing to read. It does not
+        synchronise with the device; the future does.
         """
         assert self._store is not None
         is_stored = self._store.is_stored()
@@ -257,7 +258,7 @@ class Worker:
         return self._thread.submit(self._step_verdicts, groups, is_stored, ready)
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop what is known of requests that have ended, once it is judged."""
+        """Drop the state of ended requests, once it has been used."""
         self._thread.submit(self._classifier.forget, tuple(request_ids))
 
     @torch.inference_mode()
@@ -281,7 +282,7 @@ class Worker:
                 )
             for plans, projections in groups:
                 if self._is_blind:
-                    # Some slots have the columns of tokens that were there before.
+                    # Some slots still have the projections of earlier tokens.
                     projections.fill_(torch.nan)
                 if self._has_all_layers:
                     by_request.update(self._verdicts(plans, projections))
@@ -300,13 +301,13 @@ class Worker:
     ) -> Mapping[str, Verdicts]:
         try:
             return self._classifier.classify(plans, projections)
-        # An error in this thread would leave vLLM waiting for the step's output.
+        # After an error in this thread, vLLM would wait for the step's output.
         except Exception:  # noqa: BLE001
             log.exception("Judging failed, so %d requests have no verdict.", len(plans))
             return self._classifier.fail(plans)
 
     def _in_turn(self, plans: Sequence[GatherPlan]) -> list[list[GatherPlan]]:
-        """Groups of readings with few columns together, each of at least one reading."""
+        """Groups of one or more readings with a limited number of projections."""
         per_token, tokens = self._staging.rows[:, 0].numel(), 0
         groups: list[list[GatherPlan]] = []
         for plan in plans:
@@ -322,7 +323,7 @@ class Worker:
         return self._store.read(plans)[..., : self._width]
 
     def _projection(self, banks: ProbeBanks) -> Projection:
-        """The columns of these probes from the layers of this worker."""
+        """The projection of these probes from the layers of this worker."""
         projection = banks.projection
         if projection is None:
             layers, width = len(self._layers), self._served.fingerprint.width
@@ -338,7 +339,7 @@ def current_worker() -> Worker:
     """The worker of this process.
 
     Raises:
-        SidelightError: The model was loaded in a way that the plugin does not see.
+        SidelightError: The model was loaded in a way that bypasses the plugin.
     """
     worker = receiver()
     if not isinstance(worker, Worker):
@@ -352,7 +353,7 @@ def current_worker() -> Worker:
 class WorkerExtension:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``.
 
-    An error of any worker in any data-parallel rank reaches the caller, as an ``Exception``.
+    An error of any worker in any data-parallel rank reaches the caller as an ``Exception``.
     """
 
     def sidelight_check(self, folders: list[str]) -> None:
@@ -365,9 +366,9 @@ class WorkerExtension:
         raise_for_all(refusal)
 
     def sidelight_load(self, revision: str) -> None:
-        """See ``Worker.load``; to be called while nothing runs."""
+        """See ``Worker.load``; must be called while nothing runs."""
         current_worker().load(revision)
 
     def sidelight_bytes_per_token(self) -> int:
-        """Memory of a token's columns in this worker."""
+        """Memory of a token's projections in this worker, in bytes."""
         return current_worker().bytes_per_token
