@@ -1,1 +1,1 @@
-"""Labelling texts in the browser, in the order in which a probe learns most from them."""
+"""Labelling of texts in the browser, in the most informative order for a probe."""

@@ -1,8 +1,8 @@
-"""Whether a judge's labels can be trusted: a blind sample that a person labels too, and its gate.
+"""Check of a judge's labels: a blind sample that a person labels too, and the resulting gate.
 
-The sample is stratified by a probe's score, so that it has enough of a rare label. Its size is
-chosen so that the gate stops a judge of 0.70 balanced agreement, and lets one of 0.92 pass, in 19
-of 20 draws (``test_agreement.py``).
+The sample is stratified by a probe's score, so that it contains enough texts of a rare label. Its
+size is chosen so that the gate stops a judge with 0.70 balanced agreement, and passes one with
+0.92, in 19 of 20 draws (``test_agreement.py``).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,16 +14,16 @@ from jaxtyping import Float
 
 from sidelight.statistics.agreement import Agreement, measure_agreement
 
-# The least balanced agreement of a judge that goes on.
+# Minimum balanced agreement to pass.
 LEAST_AGREEMENT = 0.8
-# The first sample, and the one after which the figure alone counts.
+# Size of the first sample, and of the sample after which only the estimate counts.
 SAMPLE = 100
 MOST = 200
 LEAST_OF_LABEL = 20
 _STEP = 25
-# Texts that a probe calls negative, unsure, and positive.
+# Limits of the score between negative, uncertain and positive texts.
 _CUTS = (0.1, 0.5)
-# A probe this sure of the other label doubts the judge's.
+# Probability of the other label from which a probe doubts the judge's.
 _SURE = 0.9
 
 GateState = Literal["open", "passed", "stopped", "too_few"]
@@ -31,11 +31,11 @@ GateState = Literal["open", "passed", "stopped", "too_few"]
 
 @dataclass(frozen=True)
 class BlindSample:
-    """Texts that a person labels without seeing what a judge said.
+    """Texts that a person labels without seeing the judge's labels.
 
     Attributes:
-        strata: Rows in random order; the sample is the beginning of each. A larger sample has the
-            texts of a smaller one.
+        strata: Rows in random order; the sample is a prefix of each. A larger sample contains the
+            smaller ones.
     """
 
     strata: tuple[tuple[int, ...], ...]
@@ -44,13 +44,13 @@ class BlindSample:
     def draw(
         rows: Collection[int], scores: Float[np.ndarray, " text"] | None, *, seed: int = 0
     ) -> "BlindSample":
-        """Strata of these rows.
+        """Draw the strata of these rows.
 
         Args:
             rows: Texts that a judge has labelled.
-            scores: Probability that a probe gives the positive label, for each text; None: there
-                is no probe, so there is one stratum.
-            seed: Of the order.
+            scores: A probe's probability of the positive label for each text; None without a probe,
+                which leads to a single stratum.
+            seed: Seed of the order.
         """
         order = np.random.default_rng(seed).permutation(sorted(rows)).astype(int)
         if scores is None:
@@ -60,13 +60,13 @@ class BlindSample:
         return BlindSample(tuple(tuple(each.tolist()) for each in strata if len(each)))
 
     def first(self, count: int) -> dict[int, float]:
-        """A sample of so many, or all, with how many texts each stands for.
+        """A sample of at most this size, with the number of texts that each represents.
 
-        Strata give the same number, or all that they have.
+        Strata contribute equally, or all of their texts.
         """
         sample: dict[int, float] = {}
         left = min(count, self.total)
-        # Small strata first: the others give what these lack.
+        # Small strata first, so that the others make up for them.
         for number, rows in enumerate(sorted(self.strata, key=len)):
             taken = min(len(rows), left // (len(self.strata) - number))
             left -= taken
@@ -80,14 +80,14 @@ class BlindSample:
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a judge may go on.
+    """The decision whether a judge may continue.
 
     Attributes:
-        state: ``open`` while the person has texts of the sample to label; ``too_few`` if the sample
-            cannot have enough of each label.
-        agreement: With the person, on what is labelled of the sample.
-        sample: The rows of the sample.
-        left: Those that the person has not labelled.
+        state: ``open`` while texts of the sample are unlabelled; ``too_few`` if the sample cannot
+            contain enough of each label.
+        agreement: Agreement with the person on the labelled part of the sample.
+        sample: Rows of the sample.
+        left: Rows that the person has not labelled.
     """
 
     state: GateState
@@ -97,17 +97,17 @@ class Gate:
 
 
 def decide_gate(sample: BlindSample, person: Mapping[int, bool], judge: Mapping[int, bool]) -> Gate:
-    """The gate of a judge.
+    """Decide the gate of a judge.
 
-    The sample grows until it has enough of each label and its interval excludes the least
+    The sample grows until it has enough of each label and its interval excludes the minimum
     agreement, up to a limit.
 
     Args:
-        sample: Of texts that the judge has labelled.
+        sample: Sample of texts that the judge has labelled.
         person: A person's labels, by row.
-        judge: The judge's.
+        judge: The judge's labels, by row.
     """
-    # One that always says the same agrees on half of each label, whatever a sample is like.
+    # A judge with constant labels has a balanced agreement of one half on any sample.
     if len({*judge.values()}) == 1:
         return Gate("stopped", measure_agreement([], [], []), (), ())
     count = SAMPLE
@@ -139,11 +139,13 @@ def decide_gate(sample: BlindSample, person: Mapping[int, bool], judge: Mapping[
 def doubtful(
     probabilities: Float[np.ndarray, " text"], labels: Mapping[int, bool]
 ) -> dict[int, float]:
-    """The texts whose label a probe is sure is wrong, the surest first, with how sure it is.
+    """Texts whose label is wrong according to a confident probe, most confident first, with the
+    probability.
 
     Args:
-        probabilities: Of the positive label, by a probe that did not learn from the text.
-        labels: Of the texts to look at, by row.
+        probabilities: Probabilities of the positive label, from a probe that was not trained on the
+            text.
+        labels: Labels of the texts to examine, by row.
     """
     doubts = {row: float(probabilities[row]) for row in labels}
     doubts = {row: 1 - p if labels[row] else p for row, p in doubts.items()}

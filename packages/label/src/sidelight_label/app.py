@@ -1,4 +1,4 @@
-"""The labelling page and its API: this machine only, and the token is required."""
+"""The labelling page and its API, only for this machine and with a required token."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,7 +19,7 @@ from sidelight_label.queue import LabelQueue
 
 _PAGE = Path(__file__).parent / "page"
 _SHARED = Path(server.__file__).parent / "playground"
-# Each path with its file, so no path leads elsewhere.
+# A fixed file for each path, to prevent path traversal.
 FILES: Mapping[str, Path] = {
     "/": _PAGE / "index.html",
     **{f"/{name}": _PAGE / name for name in ("label.js", "label.css")},
@@ -42,7 +42,7 @@ class _Decision(BaseModel):
 
 
 def create_app(queue: LabelQueue, token: str) -> FastAPI:
-    """The page for a queue. All but its files needs the token."""
+    """Create the page for a queue. Everything except its files needs the token."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.include_router(page_router(FILES))
     add_error_handlers(app)
@@ -96,7 +96,7 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
 
     @app.post("/api/ask")
     async def ask() -> dict[str, Any]:
-        """Begin to ask the judge; the state says when it has answered."""
+        """Start asking the judge; the state reports its completion."""
         nonlocal asking
         if asking is None or asking.done():
             asking = begin(queue.ask)
@@ -104,9 +104,9 @@ def create_app(queue: LabelQueue, token: str) -> FastAPI:
 
     @app.post("/api/train")
     async def train() -> dict[str, Any]:
-        """Begin a training; the state says when it has ended."""
+        """Start training; the state reports its completion."""
         nonlocal training
-        # Two tabs begin one: the loop runs this as a whole.
+        # Two tabs start only one, because the event loop does not interrupt this.
         if training is None or training.done():
             if obstacle := queue.obstacle:
                 raise SidelightError(obstacle)

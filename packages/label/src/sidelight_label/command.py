@@ -1,4 +1,4 @@
-"""``sidelight label``: labels from a page in the browser, and a probe that learns meanwhile."""
+"""``sidelight label``: label texts in the browser, and train a probe at the same time."""
 
 import secrets
 import shlex
@@ -144,7 +144,7 @@ def label(
         raise SidelightError(
             "--judge-limit and --price need --judge. Add --judge, or leave them out."
         )
-    # Before imports that take seconds: a wrong file or column is refused at once.
+    # Before slow imports, so that a wrong file or column is refused immediately.
     from sidelight.data.annotators import LABELLED, JudgeLabel
     from sidelight.data.loading import load_examples
     from sidelight.judges.settings import read_judge
@@ -153,7 +153,7 @@ def label(
     rule = Criterion(criterion) if criterion is not None else None
     settings = read_judge(judge, rule.text if rule else None) if judge is not None else None
     if settings is not None:
-        # A key that is not set is told at once.
+        # A missing key is reported immediately.
         settings.key()
 
     examples = load_examples(texts, text=text, label=None, response=response, split=split)
@@ -271,7 +271,7 @@ def label(
 
 
 def _ask_first(queue: "LabelQueue", review: "Review") -> None:
-    """Have the judge label the first texts, and say before what that costs."""
+    """Print the cost, then have the judge label the first texts."""
     people = queue.people
     first = review.cost(review.first_questions(people))
     click.echo(f"Judge {review.settings.model} labels a first part: {first}.")

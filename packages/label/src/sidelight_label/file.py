@@ -1,6 +1,6 @@
-"""The files of a sitting: labels, the criterion, and what a judge answered.
+"""The files of a session: labels, the criterion, and a judge's answers.
 
-Labels are rows as ``sidelight train`` reads them, each on disk before it counts.
+Labels are rows in the format of ``sidelight train``, each written to disk before it counts.
 """
 
 import json
@@ -16,18 +16,17 @@ from sidelight.storage import replacing, sync, write_text
 
 
 class LabelFile:
-    """JSON lines: those that the file had, which stay as they are, and those of this sitting.
+    """A JSON Lines file: its existing lines, which are not changed, and those of this session.
 
-    Each change writes the file anew and puts it in the old one's place, so it is whole at any time.
-    The change is on disk before the call returns.
+    Each change replaces the file atomically, and is on disk before the call returns.
 
     Args:
-        path: The file. If it is absent, it is made with its folder, and only its owner can read it.
-        is_judge_row: Whether a row that the file had is a judge's: such rows stand at its end, and
+        path: The file. If absent, it is created with its folder, and only its owner can read it.
+        is_judge_row: Whether an existing row is a judge's; such rows are at the end, and
             ``replace_judge_rows`` replaces them.
 
     Raises:
-        SidelightError: It is no file of JSON lines, or it cannot be written.
+        SidelightError: The file is not JSON Lines, or cannot be written.
     """
 
     def __init__(self, path: Path, is_judge_row: Callable[[Mapping[str, Any]], bool] | None = None):
@@ -56,8 +55,8 @@ class LabelFile:
         """Add a row.
 
         Raises:
-            SidelightError: It is not on disk: the disk is full, or another program has changed the
-                file.
+            SidelightError: The row was not saved, because the disk is full or another program has
+                changed the file.
         """
         self._write((*self._rows, _line(row)), self._judge_rows)
 
@@ -70,7 +69,7 @@ class LabelFile:
         self._write(self._rows[:-1], self._judge_rows)
 
     def replace_judge_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Put these rows in the place of all that are a judge's.
+        """Replace all of the judge's rows with these.
 
         Raises:
             SidelightError: As for ``append``.
@@ -112,14 +111,14 @@ class LabelFile:
 
 
 class Criterion:
-    """The rule in English, in its file.
+    """The labelling rule in English, and its file.
 
     Attributes:
         path: The file.
-        text: What it says.
+        text: Text of the rule.
 
     Raises:
-        SidelightError: It cannot be read, or is empty.
+        SidelightError: The file cannot be read, or is empty.
     """
 
     def __init__(self, path: Path):
@@ -127,14 +126,15 @@ class Criterion:
         self.text = read_criterion(path)
 
     def change(self, text: str, *, seen: str) -> None:
-        """Write another text to the file.
+        """Write a new text to the file.
 
         Args:
-            text: The new one.
-            seen: The one that was edited.
+            text: The new text.
+            seen: The text that was edited.
 
         Raises:
-            SidelightError: It is empty, or has been changed meanwhile, or cannot be written.
+            SidelightError: The new text is empty, the file has changed in the meantime, or it
+                cannot be written.
         """
         if not text.strip():
             raise SidelightError("The criterion is empty. Write what a text must do to meet it.")
@@ -159,18 +159,18 @@ class Criterion:
 
 
 class ReviewFile(AnswerFile):
-    """A judge's answers, and the blind samples of them, as digests of texts."""
+    """A judge's answers, and the blind samples as digests of texts."""
 
     def __init__(self, path: Path):
         self._samples: dict[str, list[list[str]]] = {}
         super().__init__(path)
 
     def sample(self, judge: str) -> list[list[str]] | None:
-        """The strata of the blind sample of the judge with this digest; None: it has none."""
+        """The strata of the blind sample of the judge with this digest; None if there is none."""
         return self._samples.get(judge)
 
     def keep_sample(self, judge: str, strata: list[list[str]]) -> None:
-        """Add a sample, which survives a power cut."""
+        """Add a sample, synced to disk."""
         self._append({"judge": judge, "sample": strata})
         self.sync()
 
@@ -183,13 +183,13 @@ class ReviewFile(AnswerFile):
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    # Half a character in another cell is written as JSON's escape of it.
+    # A lone surrogate in another cell is written as a JSON escape.
     text = json.dumps(row, ensure_ascii=False, default=str)
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _cells(line: bytes) -> Mapping[str, Any]:
-    """The cells of a line; none of one that is blank or cannot be read."""
+    """The cells of a line; empty if it is blank or unreadable."""
     try:
         cells = json.loads(line)
     except (ValueError, RecursionError):

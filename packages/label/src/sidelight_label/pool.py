@@ -1,7 +1,7 @@
-"""The texts of a sitting, with the means and last tokens of their hidden states.
+"""The texts of a session, with the means and last tokens of their hidden states.
 
-A regression reads these two vectors of each text and layer. Only these are kept, where training
-keeps the states of all tokens. The model reads each text once, and a fit takes seconds.
+A regression uses these two vectors of each text and layer. Only they are stored, whereas training
+stores the states of all tokens. The model reads each text once, and a fit takes seconds.
 """
 
 import math
@@ -41,15 +41,15 @@ from sidelight.training.validation import complete_folds
 from sidelight.types import Task
 from sidelight_label.regression import fit_regression
 
-# Labels that a probe learns from to order texts; the time of a fit grows with their square.
+# Maximum labels for the probe that orders texts; the time of a fit is quadratic in their number.
 _MOST_SCORED = 1000
-# Of one text, as a row of ``LabelledExamples.labels``.
+# The labels of one text, as a row of ``LabelledExamples.labels``.
 Labels = int | list[int]
 
 
 @dataclass(frozen=True)
 class ScoredProbe:
-    """A probe, and its probabilities of each text: out-of-fold for those that it learned from."""
+    """A probe with its probabilities of each text, out-of-fold for its training texts."""
 
     title: str
     probe: Probe
@@ -60,20 +60,20 @@ class Pool:
     """Texts that a model has read.
 
     Attributes:
-        prompts: The token ids of each text, cut to what is read in training.
-        is_normalised: Whether states are divided by their root mean square before they are pooled.
-        initial: The probes that were given.
+        prompts: Token ids of each text, truncated as in training.
+        is_normalised: Whether states are divided by their root mean square before pooling.
+        initial: The given probes.
 
     Args:
-        backbone: The frozen LLM; it reads what no earlier sitting read.
+        backbone: The frozen LLM, which reads texts not read in earlier sessions.
         examples: The texts.
         task: The labels to decide between.
-        options: What is read of the texts, and where their vectors go.
-        probes: They judge each text while its states are at hand.
+        options: Options for reading the texts and storing their vectors.
+        probes: Probes that classify each text while its states are available.
 
     Raises:
-        SidelightError: A probe is another model's, of other labels, or reads something else; the
-            vectors would not fit the memory or the disk; or a text cannot be read.
+        SidelightError: A probe has another model, other labels or reads another side; the vectors
+            would not fit into memory or on the disk; or a text cannot be read.
     """
 
     def __init__(
@@ -145,15 +145,15 @@ class Pool:
         return LabelledExamples(chosen.items, rows, task=self.task, labels=labels)
 
     def cells(self, row: int, classified: JudgeLabel | None = None) -> dict[str, Any]:
-        """The cells of a text's row, with what its judge said if its label is a judge's."""
+        """The cells of a text's row, with the judge's answer if the label is a judge's."""
         cells = {name: value for name, value in self.examples.rows[row].items() if name != LABELLED}
         return cells if classified is None else {**cells, LABELLED: classified.cell()}
 
     def score(self, decided: Mapping[int, Labels]) -> Float[np.ndarray, " text"] | None:
         """Probability of the positive label of a binary task, for each text.
 
-        It is given by a probe that did not learn from the text. Of many labels it learns from some,
-        so that it takes a minute at most. None: these labels are too few for a probe.
+        The probe was not trained on the text. With many labels, it is trained on some, so that it
+        takes at most a minute. None if there are too few labels for a probe.
         """
         rows = np.random.default_rng(0).permutation([*decided])[:_MOST_SCORED].tolist()
         try:
@@ -175,8 +175,8 @@ class Pool:
         Args:
             decided: The labels, by row.
             classified: Those that are a judge's.
-            name: Of the probe.
-            labelling: The name of the file of labels.
+            name: Name of the probe.
+            labelling: Name of the label file.
 
         Raises:
             SidelightError: A fold would lack a label.
@@ -223,7 +223,7 @@ class Pool:
 
 
 class _VectorCache(ActivationCache):
-    """Two vectors of each text and layer, and probes' logits of it, in place of its states."""
+    """A cache of two vectors per text and layer, and of probe logits, instead of states."""
 
     def __init__(self, pool: Pool, probes: Sequence[Probe]):
         root = pool.options.cache_root or cache_root() / "labelling"
@@ -239,7 +239,7 @@ class _VectorCache(ActivationCache):
         self._is_normalised = pool.is_normalised
 
     def stored_bytes(self, row: int) -> int:
-        # Of each value a mean in float32 and a last one in bfloat16.
+        # For each value, a mean in float32 and a last one in bfloat16.
         return 3 * self.token_bytes
 
     def write(self, texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> None:
@@ -255,10 +255,10 @@ class _VectorCache(ActivationCache):
 def merged(
     texts: Examples, labelled: LabelledExamples | None
 ) -> tuple[Examples, dict[int, Labels]]:
-    """Each distinct text once, and those that are labelled with their labels.
+    """Merge texts: each distinct text once, with the labels of labelled ones.
 
-    Labelled texts that are not among ``texts`` follow them. Of a text that was labelled twice, the
-    later labels count. Warns how many texts are equal to others.
+    Labelled texts that are not among ``texts`` follow them. If a text was labelled twice, the later
+    labels count. Warns about duplicates.
     """
     distinct: dict[object, tuple[Example, Mapping[str, Any]]] = {}
     for examples in [texts] if labelled is None else [texts, labelled]:

@@ -1,7 +1,7 @@
-"""Which text is labelled next, what was decided, and the probe that learns from it.
+"""The labelling queue: the next text, the labels so far, and the probe trained on them.
 
-Texts of which probes are least certain come first, and one in four comes at random: only those are
-like all texts, so only they can measure a probe.
+Texts about which probes are least certain come first, and one in four is random, because only
+random texts are representative for measuring a probe.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ _RANDOM_EVERY = 4
 
 
 def task_of(names: Sequence[str], *, is_multilabel: bool = False) -> Task:
-    """The task of these labels; of two, the last is positive.
+    """The task of these labels; with two, the second is positive.
 
     Raises:
-        SidelightError: They are fewer than two, equal, or no labels.
+        SidelightError: There are fewer than two labels, duplicates, or invalid labels.
     """
     for name in names:
         if is_missing(name):
@@ -54,23 +54,23 @@ def task_of(names: Sequence[str], *, is_multilabel: bool = False) -> Task:
 
 
 class LabelQueue:
-    """The texts of a sitting in their order, and what has been decided of them.
+    """The texts of a session in order, and their labels so far.
 
-    Each decision is in the file before the call returns. Calls from several threads are safe.
-    Training runs beside other calls.
+    Each label is in the file before the call returns. Calls from several threads are safe, and
+    training runs concurrently.
 
     Attributes:
-        comparisons: Of the newest training, none before: which texts (``title``), what to make of
-            them (``note``), and by the name of a probe what ``Report.to_dict`` gives (``rows``).
+        comparisons: Comparisons of the latest training, each with the texts (``title``), a
+            ``note``, and ``Report.to_dict`` by name of a probe (``rows``).
 
     Args:
-        pool: The texts, those that are labelled already included.
-        file: Gets a row for each decision.
-        column: Of the label in the file.
-        labelled: What the file says of texts of the pool, in its order.
-        folder: Where the newest probe is kept.
-        criterion: The rule in English that people and judges decide by; None: none is shown.
-        review: A judge that labels texts too; None: people alone do.
+        pool: The texts, including already labelled ones.
+        file: Label file.
+        column: Column of the label in the file.
+        labelled: Existing labels of texts of the pool, in the order of the file.
+        folder: Folder of the latest probe.
+        criterion: Rule in English for people and judges; None shows none.
+        review: Review of a judge that also labels texts; None without a judge.
     """
 
     def __init__(
@@ -93,20 +93,20 @@ class LabelQueue:
         self._column = column
         self._lock = RLock()
         self._decided = dict(labelled)
-        # Decided or skipped in this sitting, oldest first.
+        # Labelled or skipped in this session, oldest first.
         self._decided_rows: list[int] = []
-        # Undone, to be shown first; the last one is the first.
+        # Undone texts, which are shown first, last one first.
         self._again: list[int] = []
         self._shuffled = shuffled(pool.examples)
         self._probes = [*pool.initial]
-        # With too few labels there is no more yet.
+        # With too few labels, there is no probe yet.
         with suppress(SidelightError):
             self._probes.append(self._fit(self._decided, self._judge_rows())[0])
         self._order = self._ordered()
 
     @property
     def order(self) -> str:
-        """What the order is by, in words."""
+        """A description of the order."""
         if self.review is not None:
             people = self.people
             if left := self.review.for_people(people):
@@ -127,22 +127,22 @@ class LabelQueue:
 
     @property
     def people(self) -> dict[int, int]:
-        """The same of a binary task, as a judge's review takes it."""
+        """The labels of a binary task, for a judge's review."""
         return {row: each for row, each in self.decided.items() if isinstance(each, int)}
 
     @property
     def skipped(self) -> list[int]:
-        """The texts that were skipped and have no label; the one that was skipped last ends it."""
+        """The skipped texts without a label, in the order of skipping."""
         undecided = (row for row in reversed(self._decided_rows) if row not in self._decided)
         return [*dict.fromkeys(undecided)][::-1]
 
     @property
     def last(self) -> int | None:
-        """What ``undo`` takes back."""
+        """The row that ``undo`` reverts."""
         return self._decided_rows[-1] if self._decided_rows else None
 
     def next(self) -> int | None:
-        """The text to decide now; None if all are labelled. Skipped ones come last."""
+        """The next text; None if all are labelled. Skipped texts come last."""
         with self._lock:
             is_random = len(self._decided) % _RANDOM_EVERY == _RANDOM_EVERY - 1
             order = self._shuffled if is_random else self._order
@@ -158,7 +158,7 @@ class LabelQueue:
             return next((row for row in rows if row not in self._decided), None)
 
     def opinions(self, row: int) -> dict[str, dict[str, float]]:
-        """What each probe says of a text: the probability of each label; nothing of a blind one."""
+        """Each probe's probabilities of the labels of a text; empty for a blind text."""
         if self.review is not None and self.review.is_blind(row, self.people):
             return {}
         labels, opinions = self.pool.task.labels, dict[str, dict[str, float]]()
@@ -169,11 +169,11 @@ class LabelQueue:
         return opinions
 
     def label(self, row: int, labels: Sequence[str]) -> None:
-        """Decide a text.
+        """Label a text.
 
         Raises:
-            SidelightError: It has been decided, the labels are not the task's, or the row is not on
-                disk.
+            SidelightError: The text is already labelled, the labels are invalid, or the row was not
+                saved.
         """
         task = self.pool.task
         is_set = task.kind == "multilabel"
@@ -193,10 +193,10 @@ class LabelQueue:
             self.publish()
 
     def skip(self, row: int) -> None:
-        """Put a text behind all others.
+        """Move a text to the end of the queue.
 
         Raises:
-            SidelightError: It has been decided.
+            SidelightError: The text is already labelled.
         """
         with self._lock:
             self._require_open(row)
@@ -204,7 +204,7 @@ class LabelQueue:
             self._decided_rows.append(row)
 
     def undo(self, row: int) -> None:
-        """Take the last decision or skip of this sitting back; its text comes next.
+        """Revert the last label or skip of this session; its text comes next.
 
         Raises:
             SidelightError: ``row`` is not the last one, or the file could not be changed.
@@ -224,13 +224,13 @@ class LabelQueue:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many texts have each label."""
+        """Number of texts with each label."""
         counts = self.pool.labelled(self.decided).label_counts.tolist()
         return dict(zip(self.pool.task.labels, counts, strict=True))
 
     @property
     def obstacle(self) -> str:
-        """What is missing before a probe can be trained, in a sentence; "" if nothing is."""
+        """A sentence on what is missing before a probe can be trained; "" if nothing is."""
         classified = [each.is_positive for each in self._judge_rows().values()]
         counts, total = self.counts, len(self._decided) + len(classified)
         for is_positive in classified:
@@ -263,10 +263,10 @@ class LabelQueue:
             self._order = self._ordered()
 
     def ask(self) -> None:
-        """Have the judge label texts: some at random first, and the rest once it has passed.
+        """Let the judge label texts: some at random first, and the rest once it has passed.
 
         Raises:
-            SidelightError: There is no judge, it gives no answers, or it has not passed.
+            SidelightError: There is no judge, it does not answer, or it has not passed.
         """
         if self.review is None:
             raise SidelightError("There is no judge. Name one with --judge.")
@@ -278,14 +278,15 @@ class LabelQueue:
         self.publish()
 
     def change_criterion(self, text: str, *, seen: str) -> None:
-        """Edit the criterion. The judge's labels under the old one leave the file.
+        """Edit the criterion. The judge's labels under the old criterion are removed from the file.
 
         Args:
-            text: The new one.
-            seen: The one that was edited.
+            text: The new text.
+            seen: The text that was edited.
 
         Raises:
-            SidelightError: There is none, it has been changed meanwhile, or it cannot be written.
+            SidelightError: There is no criterion, it has changed in the meantime, or it cannot be
+                written.
         """
         if self.review is not None:
             self.review.change_criterion(text, seen=seen)
@@ -296,10 +297,10 @@ class LabelQueue:
             raise SidelightError("There is no criterion. Name its file with --criterion.")
 
     def publish(self) -> None:
-        """Put the judge's labels that count into the file, and no others of the judge.
+        """Write the judge's accepted labels to the file, replacing its earlier ones.
 
         Raises:
-            SidelightError: They are not on disk.
+            SidelightError: The labels were not saved.
         """
         if self.review is None:
             return
@@ -313,13 +314,14 @@ class LabelQueue:
             )
 
     def _judge_rows(self) -> dict[int, JudgeLabel]:
-        """The judge's labels that count."""
+        """The rows of the judge's accepted labels."""
         return {} if self.review is None else self.review.accepted(self.people)
 
     def _at_random(self) -> list[int]:
-        """The decided texts that are like all texts: those first in the random order.
+        """The labelled texts that are representative of all texts: those first in the random order.
 
-        A text that was chosen early counts once its turn has come, so no kind of text is missing.
+        A text that was chosen early counts once its turn has come, so that no kind of text is
+        missing.
         """
         seen = {*self._decided, *self._decided_rows}
         passed = takewhile(seen.__contains__, self._shuffled)
@@ -350,7 +352,7 @@ class LabelQueue:
     def _compared(
         self, trained: ScoredProbe, report: Report, decided: Mapping[int, Labels]
     ) -> list[dict[str, Any]]:
-        """The new probe beside the earlier ones, on the same texts; none learned from them."""
+        """Compare the new probe with earlier ones on the same texts, which none was trained on."""
         earlier = self._probes
 
         def measured(probe: ScoredProbe, rows: Sequence[int]) -> dict[str, Any]:
@@ -365,7 +367,7 @@ class LabelQueue:
         overall = {
             "title": f"All {len(rows)} labelled texts",
             "note": chosen if earlier else "",
-            # Labels of a judge are no truth to measure by.
+            # A judge's labels are not ground truth.
             "rows": {
                 **every,
                 trained.title: measured(trained, rows)
@@ -386,10 +388,10 @@ class LabelQueue:
 
 
 def require_replaceable(folder: Path, file: LabelFile) -> None:
-    """Check that training would replace no probe but one that was made from this file.
+    """Check that training would only replace a probe that was trained on this file.
 
     Raises:
-        SidelightError: It would.
+        SidelightError: The folder contains another probe.
     """
     if holds_probe(folder) and read_card(folder).training.labelling != file.path.name:
         raise SidelightError(
@@ -399,7 +401,7 @@ def require_replaceable(folder: Path, file: LabelFile) -> None:
 
 
 def shuffled(examples: Examples) -> list[int]:
-    """A random order that stays when other texts come or go: by a hash of each text."""
+    """A random order by a hash of each text, which does not depend on other texts."""
     texts = (repr((item.messages, item.response)) for item in examples.items)
     keys = [hashlib.sha256(text.encode()).digest() for text in texts]
     return sorted(range(len(keys)), key=keys.__getitem__)
@@ -408,10 +410,10 @@ def shuffled(examples: Examples) -> list[int]:
 def certainty(
     task: Task, probabilities: Float[np.ndarray, "probe text output"]
 ) -> Float[np.ndarray, " text"]:
-    """How sure the probes are of their least certain label of each text, from 0 to 1.
+    """Confidence of the probes in their least certain label of each text, from 0 to 1.
 
-    It is the probability of what their mean decides, so it is low where each probe is uncertain,
-    and where they disagree.
+    It is the probability of the decision of their mean, so it is low if each probe is uncertain, or
+    if they disagree.
     """
     mean = probabilities.mean(0)
     if task.kind == "multiclass":

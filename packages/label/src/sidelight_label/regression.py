@@ -1,10 +1,9 @@
-"""A logistic regression on means and last tokens of all layers, as the readout that it is.
+"""Logistic regression on the means and last tokens of all layers, which is a readout.
 
-There are some ten thousand features and few texts, so it is solved in the space that the texts
-span, where an L2 penalty is the same. The log loss of the texts of each fold, by the regression of
-the others, chooses the penalty. The mean and the last token of a layer are two views of a text;
-each is weighed by how well it alone predicts left-out texts, as ``training/scaling.py`` weighs
-layers for a readout, which matters most with few texts.
+There are tens of thousands of features but few texts, so it is solved in the span of the texts,
+where an L2 penalty is equivalent. The penalty is chosen by the out-of-fold log loss. The mean and
+the last token of a layer are two poolings of a text; each is weighted by how well it alone predicts
+held-out texts, as in ``training/scaling.py``, which matters most with few texts.
 """
 
 import math
@@ -27,7 +26,7 @@ from sidelight.training.scaling import layer_scores, relative_weights
 from sidelight.training.validation import Folds
 from sidelight.types import Task
 
-# scikit-learn's C, where a text's features have a mean square of 1 in all.
+# scikit-learn's C, for features with a total mean square of 1 per text.
 STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
 _ITERATIONS = 1000
 
@@ -37,9 +36,9 @@ class Regression:
     """logits = bias + sum_l (value_l . mean_l + last_l . last token_l), of the given states.
 
     Attributes:
-        weight: Of the mean of each layer, then of the last token of each.
-        strength: The inverse of the penalty.
-        left_out: The logits of each text by the regression of the other folds, at that strength.
+        weight: Weights of the mean of each layer, then of the last token of each.
+        strength: Inverse of the penalty.
+        left_out: Out-of-fold logits of each text at this strength.
     """
 
     weight: Float[Tensor, "view width output"]
@@ -48,9 +47,11 @@ class Regression:
     left_out: Float[np.ndarray, "text output"]
 
     def readout(self) -> Readout:
-        """As a mechanism: its one gate is zero, so that it takes the mean over tokens."""
+        """The regression as a readout mechanism, whose single gate is zero and thus averages over
+        tokens.
+        """
         value, last = self.weight.chunk(2)
-        # What it draws is overwritten; the caller's random state stays as it is.
+        # The drawn parameters are overwritten; the caller's random state is preserved.
         with torch.random.fork_rng(()):
             readout = Readout(Geometry(*value.shape), heads=1)
         scale = math.sqrt(len(value))
@@ -61,7 +62,7 @@ class Regression:
     def logits(
         self, poolings: Float[Tensor, "pooling text layer width"]
     ) -> Float[np.ndarray, "text output"]:
-        """Of texts, from their means and last tokens."""
+        """Compute the logits of texts from their means and last tokens."""
         pairs = zip(poolings, self.weight.chunk(2), strict=True)
         products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
         return (sum(products) + self.bias).double().numpy()
@@ -73,14 +74,14 @@ def fit_regression(
     task: Task,
     folds: Folds,
 ) -> Regression:
-    """Fit the regression to texts, of which each fold and its rest have every label."""
+    """Fit the regression to texts; each fold and its complement must contain every label."""
     poolings = torch.cat([*pooled], 1)
     order = np.random.default_rng(0).permutation(len(labels))
 
     def space(
         rows: Int[np.ndarray, " row"],
     ) -> tuple[Standardisation, Float[Tensor, "feature row"], Float[np.ndarray, "text row"]]:
-        """What these texts scale views by, the basis that they span, and all texts in it."""
+        """The scaling from these texts, their basis, and the coordinates of all texts."""
         scores = layer_scores(pooled[:, rows], labels[rows], task)
         scaling = _scaling(poolings[rows], relative_weights(scores).flatten().float())
         features = ((poolings - scaling.mean) / scaling.scale).flatten(1)
@@ -97,12 +98,12 @@ def fit_regression(
             logits[fold] = _decide(kernel[rest], labels[rest], kernel[fold], task, strength)
         left_out[strength] = logits
         losses[strength] = float(log_losses(task, link(task.kind, logits), labels).mean())
-        # Weaker penalties take ever longer.
+        # Weaker penalties take increasingly long.
         if losses[strength] > 1.1 * min(losses.values()):
             break
     strength = min(losses, key=losses.__getitem__)
     scaling, basis, kernel = space(order)
-    # The logits of the origin and of each coordinate's unit are the bias and the weights.
+    # The logits of the origin and of the unit vectors give the bias and the weights.
     basis_rows = np.eye(kernel.shape[1] + 1, kernel.shape[1], k=-1)
     basis_rows = torch.from_numpy(
         _decide(kernel[order], labels[order], basis_rows, task, strength)
@@ -117,10 +118,10 @@ def fit_regression(
 def _scaling(
     poolings: Float[Tensor, "text pooling width"], weights: Float[Tensor, " pooling"]
 ) -> Standardisation:
-    """A text's squares in a view add up to the view's share of the weights on average."""
+    """Scale features so that a pooling's mean squared norm is its share of the weights."""
     spread, mean = spread_and_mean(poolings)
-    # Dimensions that hardly vary would be blown up. A view that is the same for all texts, such as
-    # the template's last embedding, says nothing.
+    # Dimensions with almost no variance would be amplified. A constant pooling, such as the
+    # template's last embedding, is uninformative.
     scale = spread + 1e-2 * spread.mean(1, keepdim=True)
     is_constant = spread.amax(1) < 1e-3 * poolings.abs().mean((0, 2)).clamp(min=1e-9)
     scale[is_constant] = math.inf
@@ -135,12 +136,12 @@ def _decide(
     task: Task,
     strength: float,
 ) -> Float[np.ndarray, "other output"]:
-    """Other texts' logits by the regression of these texts."""
+    """The logits of other texts from a regression on these texts."""
     model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
     if task.kind == "multilabel":
         model = OneVsRestClassifier(model)
     with warnings.catch_warnings():
-        # A label that all texts have is as good as certain.
+        # A label that all texts have is almost certain.
         warnings.filterwarnings("ignore", "Label .* is present in all training examples")
         model.fit(inputs, labels)
     return model.decision_function(queries).reshape(len(queries), -1)

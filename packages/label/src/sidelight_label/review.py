@@ -1,8 +1,8 @@
-"""A judge that labels the texts, and what a person has to look at before its labels count.
+"""A judge's labels, and the texts that a person must review before they count.
 
-The judge labels some texts at random first. A person labels a blind sample of them. If they agree
-well enough, the judge labels the rest, the most informative first. Texts without an answer, and
-those whose label the probe is sure is wrong, go to the person.
+The judge labels some random texts first, and a person labels a blind sample of them. If they agree
+well enough, the judge labels the rest, most informative first. Texts without an answer, and those
+whose label a confident probe contradicts, go to the person.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ from sidelight_label.agreement import LEAST_AGREEMENT, BlindSample, Gate, decide
 from sidelight_label.file import Criterion, ReviewFile
 from sidelight_label.pool import Pool
 
-# Texts at random that the judge labels before a person has checked it.
+# Number of random texts that the judge labels before the check.
 FIRST = 500
-# Texts that it labels before the others are ordered anew, at first.
+# Initial number of texts that it labels before the rest is reordered.
 _BATCH = 128
 _LISTED = 50
 
-# A person's labels of rows: 1 is the positive one.
+# A person's labels by row; 1 is positive.
 People = Mapping[int, int]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How many texts of a round the judge has been asked about, and of how many."""
+    """Progress of a round: number of texts asked about, and their total."""
 
     done: int
     total: int
@@ -51,15 +51,15 @@ class Review:
 
     Attributes:
         pool: The texts, of a binary task.
-        settings: The judge, with its present criterion.
-        criterion: Its file; None: the judge has a rule of its own.
-        progress: Of the round that is running; None: the judge is not being asked.
+        settings: Settings of the judge with the current criterion.
+        criterion: Criterion file; None if the judge has its own rule.
+        progress: Progress of the running round; None if the judge is not being asked.
 
     Args:
-        shuffled: The rows in random order.
-        answers: Where answers are kept.
-        limit: Most texts that the judge labels; None: all.
-        price: Of a million tokens that it reads, for what is shown.
+        shuffled: Rows in random order.
+        answers: File of the answers.
+        limit: Maximum number of texts that the judge labels; None for all.
+        price: Displayed price per million tokens read.
     """
 
     def __init__(
@@ -96,23 +96,23 @@ class Review:
 
     @property
     def name(self) -> str:
-        """The judge's name beside its labels."""
+        """The judge's name, as stored with its labels."""
         return f"{self.settings.model} {self.settings.digest}"
 
     def labels(self) -> dict[int, bool]:
-        """What the judge has labelled, under its present criterion."""
+        """The judge's labels under its current criterion."""
         with self._lock:
             return {row: p >= JUDGE_SAYS_YES for row, p in self._probabilities.items()}
 
     def gate(self, people: People) -> Gate | None:
-        """Whether its labels count; None: no sample has been drawn yet."""
+        """The decision whether its labels count; None before a sample is drawn."""
         with self._lock:
             if self._sample is None:
                 return None
             return decide_gate(self._sample, _truth(people), self.labels())
 
     def accepted(self, people: People) -> dict[int, JudgeLabel]:
-        """The judge's labels that count, of texts that no person has labelled."""
+        """The judge's accepted labels of texts that no person has labelled."""
         gate = self.gate(people)
         if gate is None or gate.state != "passed":
             return {}
@@ -124,7 +124,7 @@ class Review:
             }
 
     def for_people(self, people: People) -> list[int]:
-        """The texts that a person has to label next, in order."""
+        """The texts that a person must label next, in order."""
         gate = self.gate(people)
         if gate is None:
             return []
@@ -137,13 +137,13 @@ class Review:
             return [row for row in (*self._failures, *self._doubts) if row not in people]
 
     def is_blind(self, row: int, people: People) -> bool:
-        """Whether the person must not see what others think of a text."""
+        """Whether the opinions of judge and probes on a text must be hidden."""
         gate = self.gate(people)
         return gate is not None and gate.state == "open" and row in gate.left
 
     def first_questions(self, people: People) -> list[int]:
-        """The texts that the judge is asked about before a person checks it."""
-        # Those that a person has seen since an earlier criterion cannot be in a blind sample.
+        """The texts that the judge is asked about before the check."""
+        # Texts that a person saw under an earlier criterion cannot be in a blind sample.
         count = FIRST + sum(row in people for row in self._shuffled[: FIRST + len(people)])
         rows = self._shuffled[: min(count, self._most())]
         return self._unanswered(rows)
@@ -152,7 +152,7 @@ class Review:
         """Ask about some texts at random, and draw the blind sample from them.
 
         Raises:
-            SidelightError: The judge gives no answers.
+            SidelightError: The judge does not answer.
         """
         rows = self.first_questions(people)
         with self._round(len(rows)) as advance:
@@ -178,7 +178,7 @@ class Review:
         """Ask about the rest, the most informative texts first.
 
         Raises:
-            SidelightError: The gate has not let the judge pass, or it gives no answers.
+            SidelightError: The judge has not passed the gate, or does not answer.
         """
         batch = _BATCH
         with self._round(len(self.rest())) as advance:
@@ -203,16 +203,17 @@ class Review:
                 batch *= 2
 
     def doubt(self, scores: Float[np.ndarray, " text"]) -> None:
-        """Send texts to the person whose label a probe is sure is wrong.
+        """Send texts to the person if a confident probe contradicts their label.
 
         Args:
-            scores: Probability of the positive label, by a probe that did not learn from the text.
+            scores: Probability of the positive label, from a probe that was not trained on the
+                text.
         """
         with self._lock:
             self._doubts, self._is_doubted = doubtful(scores, self.labels()), True
 
     def change_criterion(self, text: str, *, seen: str) -> None:
-        """Edit the criterion. The judge's labels under the old one count no more.
+        """Edit the criterion, which invalidates the judge's labels under the old one.
 
         Raises:
             SidelightError: The judge is being asked, or the criterion cannot be changed.
@@ -228,7 +229,7 @@ class Review:
             self._load()
 
     def cost(self, rows: Sequence[int]) -> Cost:
-        """What it costs to ask about these texts."""
+        """The cost of asking about these texts."""
         with self._lock:
             for row in rows:
                 if row not in self._sizes:
@@ -237,12 +238,14 @@ class Review:
         return cost_of(self.settings, sizes, pace=self._pace, price=self._price)
 
     def summarise(self, people: People) -> dict[str, Any]:
-        """For the page. What the judge said is shown of no text that a person is yet to label."""
+        """A summary for the page, without the judge's answers on texts that a person has yet to
+        label.
+        """
         with self._lock:
             gate = self.gate(people)
             labels, rest = self.labels(), self.rest()
             is_open = gate is None or gate.state == "open"
-            # Until the sample is complete, its figures could sway the person.
+            # Until the sample is complete, its metrics could bias the person.
             hidden = {*gate.sample} if gate is not None and is_open else set[int]()
             known = [row for row in people if row in labels and row not in hidden]
             earlier = [row for row in known if gate is None or row not in gate.sample]
@@ -285,7 +288,7 @@ class Review:
             ]
 
     def _load(self) -> None:
-        """What is known of the judge under its present criterion."""
+        """Load the state of the judge under its current criterion."""
         revision = self.settings.digest
         retained = {
             row: self._answers.probability(self.settings, question)
@@ -306,7 +309,7 @@ class Review:
 
     @contextmanager
     def _round(self, total: int) -> Generator[Callable[[], None]]:
-        """Show the progress of some questions, in the terminal and on the page."""
+        """Show the progress of a round in the terminal and on the page."""
         with self._lock:
             if self.progress is not None:
                 raise SidelightError("The judge is being asked. Wait until it has answered.")
@@ -342,7 +345,7 @@ class Review:
             control = next((self._questions[row] for row in self._probabilities), None)
         questions = [self._questions[row] for row in rows]
         started = time.monotonic()
-        # Where this fails, nothing is wrong with the texts: they are asked about again.
+        # A failure here is not caused by the texts, so they are asked about again.
         ask_all(self.settings, questions, self._answers, heard=heard, control=control)
         self._pace = (time.monotonic() - started) / len(rows)
         with self._lock:
@@ -350,7 +353,7 @@ class Review:
 
 
 def _text_digest(item: Example) -> str:
-    """Tell texts apart in files without them."""
+    """A digest that identifies a text in files without texts."""
     turns = repr((item.messages, item.response))
     return hashlib.sha256(turns.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -362,7 +365,7 @@ def _truth(people: People) -> dict[int, bool]:
 def _agreement_on(
     rows: Sequence[int], people: People, labels: Mapping[int, bool]
 ) -> Agreement | None:
-    """With people's labels of these texts, which are no sample."""
+    """Agreement with people's labels of these texts, which are not a sample."""
     if not rows:
         return None
     person = [bool(people[row]) for row in rows]
