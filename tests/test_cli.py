@@ -629,7 +629,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
         "Name labelled texts",
         "Got the threshold",
         "'lable'",
-        "Name a readable TOML file",
+        "Name a TOML file",
     ):
         assert errors.count(words) == 1, words
     assert len(helps) > 20

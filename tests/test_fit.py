@@ -311,7 +311,7 @@ def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path, warned):
     assert record.training.rows < len(few)
     # Later, the texts are recognised as those that trained the probe.
     assert record.training.input_sha256 == few.content_hash
-    assert any("'z' has 4, or some" in warning for warning in warned())
+    assert any("'z' has 4 texts or duplicates" in warning for warning in warned())
 
 
 def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
@@ -363,7 +363,7 @@ def test_states_of_abandoned_trainings_are_removed_and_no_others(tmp_path, capsy
     with holding(live), options.temporary_states("new") as states:
         assert {*tmp_path.iterdir()} == {live, recent, named, states}
     assert {*tmp_path.iterdir()} == {live, recent, named}
-    message = "Removed the hidden states of 1 abandoned trainings, unused for 7 days.\n"
+    message = "Removed the hidden states of 1 abandoned training runs, unused for 7 days.\n"
     assert capsys.readouterr().err == message
     # A training that fails goes on with what it has.
     with pytest.raises(ZeroDivisionError), options.temporary_states("new"):
