@@ -195,7 +195,7 @@ def test_test_texts_that_training_has_are_counted_though_a_file_has_the_columns_
     write_set(tmp_path, "toxicchat", train=remote, test=test)
     loaded = load_data_set("toxicchat", root=tmp_path)
     assert {item.text for item in loaded.training.items} <= {f"train text {n}" for n in range(20)}
-    assert "1 of 21 test texts are among the training texts too." in loaded.notes
+    assert "1 of 21 test texts also occur in the training data." in loaded.notes
 
 
 def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monkeypatch):

@@ -84,14 +84,14 @@ def test_a_mistake_in_a_recipe_is_refused():
         (('ours = ["readout"]', 'ours = ["readot"]'), "'ours' must name rows"),
         (('"comparison"', '"transfer"'), "test_data"),
         (('"comparison"', '"sensitivity"'), "sweep"),
-        (('name = "pooling"', 'name = "readout"'), "name of its own"),
+        (('name = "pooling"', 'name = "readout"'), "unique name"),
         (("seeds = 2", "seeds = 0"), "greater than 0"),
-        (('"comparison"', SWEEP.format("[2, 2]")), "differ"),
+        (('"comparison"', SWEEP.format("[2, 2]")), "distinct"),
     ):
         with pytest.raises(SidelightError, match=complaint):
             recipe(TABLE.replace(*change, 1))
     text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', SWEEP.format("[1, 2]"))
-    with pytest.raises(SidelightError, match="no 'ours'"):
+    with pytest.raises(SidelightError, match="or 'ours'"):
         recipe(text)
     with pytest.raises(SidelightError, match=wordings.DID_YOU_MEAN.format(name="toxicchat")):
         recipe_text("toxichat")

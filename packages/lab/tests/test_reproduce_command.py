@@ -33,7 +33,7 @@ def test_the_command_makes_a_table_of_user_files(tiny, tmp_path, capsys):
     common += ["--only", "readout,tfidf", "--text", "message", "--label", "kind"]
     common += ["--positive", "bad", "--out", str(tmp_path / "out"), "--train", files[0]]
     assert cli(*common, "--test", files[1]) == 0
-    assert "had not been opened" in capsys.readouterr().out
+    assert "had not been read before" in capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "table.json").read_text())["tables"][0]
     assert table["texts"] == 80
     assert {row["name"] for row in table["rows"]} == {"readout", "tfidf"}

@@ -81,7 +81,7 @@ def test_a_comparison_runs_end_to_end(finished):
     }  # fmt: skip
     assert (folder / "recipe.toml").read_text() == TABLE
     page = (folder / "table.md").read_text()
-    for words in ("Made up for tests.", "had not been opened", "- Ours is 'readout'."):
+    for words in ("Made up for tests.", "had not been read before", "- Ours is 'readout'."):
         assert words in page
 
 
@@ -156,7 +156,7 @@ def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
     assert {name: new[name] for name in after} == after
     first, *_, last = json.loads((tmp_path / "test_opened.json").read_text())
     assert first["config"] != last["config"]
-    assert any("opened before" in note for note in changed.notes)
+    assert any("had been read before" in note for note in changed.notes)
 
 
 def test_a_killed_run_goes_on_from_its_finished_rows_and_the_test_is_opened_after_them(
@@ -217,7 +217,7 @@ def test_a_transfer_is_tested_on_the_other_data_set(make):
     text = ONE_SEED.replace('"comparison"', '"transfer"\ntest_data = "other"')
     table = make(text, load=sets.__getitem__)
     assert table.tables[0].title == "Other, all"
-    assert "70 of 70 test texts are among the training texts too." in table.notes
+    assert "70 of 70 test texts also occur in the training data." in table.notes
     assert rows_of(table)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
@@ -254,8 +254,8 @@ def test_other_test_texts_are_another_opening(make, tmp_path):
     head, _, tail = TABLE.partition("[[probe]]")
     text = head.replace('ours = ["readout"]', "") + "".join(tail.rpartition("[[baseline]]")[1:])
     longer = Data(tested=examples("binary", 80, 4))
-    assert not any("opened before" in note for note in make(text).notes)
-    assert any("opened before" in note for note in make(text, data=longer).notes)
-    assert not any("opened before" in note for note in make(text).notes)
+    assert not any("had been read before" in note for note in make(text).notes)
+    assert any("had been read before" in note for note in make(text, data=longer).notes)
+    assert not any("had been read before" in note for note in make(text).notes)
     openings = json.loads((tmp_path / "test_opened.json").read_text())
     assert len({one["test"] for one in openings}) == len(openings) == 2
