@@ -246,7 +246,7 @@ def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.
 
 
 def _propose(study: optuna.Study, distributions: dict[str, BaseDistribution], seed: int) -> None:
-    """Draw a trial by a seed of its own."""
+    """Draw a trial with its own seed."""
     drawn = len(study.get_trials(deepcopy=False, states=_KNOWN))
     study.sampler = optuna.samplers.TPESampler(
         seed=int(np.random.SeedSequence([seed, drawn]).generate_state(1)[0]),

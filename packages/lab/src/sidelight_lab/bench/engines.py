@@ -108,7 +108,7 @@ class Subject:
         return conditions(self.backbone, {"engine": self.backbone.engine})
 
     def close(self) -> float:
-        """End the engine; return megabytes of this process."""
+        """Close the engine; return the memory of this process in megabytes."""
         megabytes = psutil.Process().memory_info().rss / 1e6
         self._runner.run(self._engine.close())
         self._runner.close()

@@ -105,7 +105,7 @@ class RecipeContext:
 
 
 def reproduce(context: RecipeContext) -> FinishedTable:
-    """Make the table of a recipe; what an earlier, killed run finished is not repeated."""
+    """Make the table of a recipe; finished parts of an interrupted run are not repeated."""
     recipe, directory = context.recipe, context.directory
     rows = recipe.rows()
     for row in rows:

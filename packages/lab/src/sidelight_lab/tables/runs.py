@@ -59,7 +59,7 @@ class Run:
         return (self.folder / "diverged").exists()
 
     def save(self, name: str, **arrays: Any) -> None:
-        """Store arrays completely or, if killed, not at all."""
+        """Store arrays atomically."""
         with replacing(self.folder / f"{name}.npz") as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -132,7 +132,7 @@ def _balanced(split: Split, count: int, random: np.random.Generator) -> Int[np.n
 
 
 def fit_runs(runs: Sequence[Run], *, max_tokens: int) -> None:
-    """Fit the missing ones of runs on the same texts.
+    """Fit the missing runs on the same texts.
 
     Probes are trained in one call, to share each read of the cache. One that diverges is marked, so
     that it is not trained again, and the others go on. ``max_tokens`` is the limit that texts were
