@@ -172,7 +172,7 @@ def test_the_error_of_a_wrong_key_file_does_not_quote_it(tmp_path: Path, text):
 
 @pytest.mark.parametrize("secret", ["", "  ", "sha256:", "sha256:" + "a" * 63, "TOP\udcff"])
 def test_a_key_that_anybody_could_send_or_read_is_refused_without_quoting_it(secret):
-    with pytest.raises(SidelightError, match=r"(--api-key|Key 'api-key-1') is") as raised:
+    with pytest.raises(SidelightError, match=r"(--api-key|key 'api-key-1') is") as raised:
         _ = read_config(api_key=[secret]).access
     assert "TOP" not in str(raised.value)
 
