@@ -484,8 +484,8 @@ tags: [sidelight, probe, text-classification]
 
 # {name}
 
-A Sidelight probe: it classifies a text from the hidden
-states that the frozen LLM `{backbone}` computes anyway, in the same forward pass that answers it.
+A Sidelight probe, which classifies texts from the hidden
+states of the frozen LLM `{backbone}`, in the same forward pass that generates the response.
 
 {rows}
 
@@ -498,10 +498,10 @@ clf = sidelight.load("path/to/this/folder")  # or "hf:OWNER/NAME@REVISION"
 print(clf.predict(["some text"])[0])
 ```
 
-This is version {version}. It fits one backbone (the fingerprint above); loading it on another is
-refused.
-The figures are from the texts that chose its threshold: expect a little less on new data,
-and measure on your own with `sidelight eval`.
+This is version {version}. It works only on the backbone with the fingerprint above, and loading
+it on another one is refused.
+The metrics are from the texts that its threshold was chosen on, so expect slightly lower values
+on new data. Measure the probe on your own data with `sidelight eval`.
 """
 
 

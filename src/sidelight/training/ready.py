@@ -29,13 +29,13 @@ _CPU = torch.device("cpu")
 # Maximum tokens of a guard's texts by default.
 TOKENS_ON_CPU = 250_000
 _POLICY = """\
-# In shadow mode a guard blocks nothing, and no client sees its verdicts: they are counted in
-# /metrics, which needs a key then (--metrics-key).
-# To block what a guard flags, write "block" in place of "shadow". A line such as
-# threshold = 0.9 overrides the threshold of training. Rules that block prompts refuse chats that
-# begin with a system turn. If only your application writes those, add this line at the top:
+# In shadow mode, a guard blocks nothing and clients do not see its verdicts. They are counted in
+# /metrics, which then needs a key (--metrics-key).
+# To block what a guard flags, replace "shadow" with "block". A line such as
+# threshold = 0.9 overrides the threshold from training. Rules that block prompts refuse chats that
+# begin with a system turn. If only your application writes such turns, add this line at the top:
 # system_turns = "trust"
-# In a rule of prompts, turns = "tool" acts on tool results, and on nothing that a user says.
+# In a rule for prompts, turns = "tool" acts only on tool results, not on user messages.
 """
 
 
