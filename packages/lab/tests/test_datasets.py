@@ -207,7 +207,7 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monk
     refused("sst2", rf"'{tmp_path / 'sst2'}' with train_sentences, validation, test")
     folder = write_set(tmp_path, "imdb")
     (folder / "test.jsonl").rename(folder / "tests.jsonl")
-    refused("imdb", r"lacks the split 'test': it has tests\.jsonl, train")
+    refused("imdb", r"lacks the split 'test'; it contains tests\.jsonl, train")
     write(folder / "train.csv", INVENTED["imdb"].local["train"])
     refused("imdb", r"several files for 'train': train\.csv, train\.js")
     monkeypatch.setitem(sys.modules, "datasets", None)

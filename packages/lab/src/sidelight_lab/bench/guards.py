@@ -1,4 +1,4 @@
-"""How good probes of the ready guards are, on public tests, beside rivals and published figures."""
+"""Quality of the ready guards on public tests, next to rivals and published figures."""
 
 import json
 import shutil
@@ -52,9 +52,9 @@ OURS = "ours"
 # Trained by gradient descent, so each seed gives another; in the paper on texts alone.
 _PAPER = ("pooling", "gate", "attention")
 RIVALS = (*_PAPER, "mean_last_layer", "means_all_layers", "tfidf", "encoder")
-# The part of the background, by sources, that no row is trained on, and how much of it measures.
+# Held-out part of the background, split by source, and how much of it is used for measurement.
 _FOLDS, _CONVERSATIONS = 4, 400
-# Shares of background traffic that may be flagged.
+# False-positive rates on background traffic.
 _RATES = (0.01, 0.04)
 _AT_RATES = tuple(f"recall at {rate:.0%} of traffic" for rate in _RATES)
 _TRAFFIC = "traffic flagged"
@@ -80,12 +80,12 @@ class _Strict(BaseModel):
 
 
 class PublishedResult(_Strict):
-    """What others say of a guard, on the texts of a test.
+    """A published result of another guard on a test.
 
     Attributes:
-        guard: Its name.
-        source: Where it says so.
-        second_hand: Whether the source was read in a quotation only.
+        guard: Name of the guard.
+        source: Source of the figure.
+        second_hand: Whether the source was only read as a quotation.
     """
 
     guard: str
@@ -97,11 +97,11 @@ class PublishedResult(_Strict):
 
 
 class Published(_Strict):
-    """What others say of guards on a test.
+    """Published results of other guards on a test.
 
     Attributes:
-        computed: How, in a sentence.
-        cautions: What a reader should know before comparing.
+        computed: How the figures were computed, in a sentence.
+        cautions: Caveats for the comparison.
     """
 
     computed: str
@@ -117,10 +117,10 @@ def published_results() -> Mapping[str, Mapping[str, Published]]:
 
 @dataclass(frozen=True)
 class Row:
-    """A trained row; of a probe with one seed.
+    """A trained row; for a probe, with one seed.
 
     Attributes:
-        logits: Gives those of texts.
+        logits: Function that returns the logits of texts.
     """
 
     name: str
@@ -139,12 +139,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a guard's rows are trained and measured on.
+    """The texts for training and measuring a guard's rows.
 
     Attributes:
-        training: The texts that all rows are trained on.
-        background: What ours are also shown in.
-        traffic: Background conversations, or their answers, of sources that neither has.
+        training: Texts that all rows are trained on.
+        background: Background that our rows are also trained in.
+        traffic: Background conversations, or their responses, from sources not used in either.
     """
 
     training: LabelledExamples
@@ -153,7 +153,7 @@ class Texts:
 
     @staticmethod
     def of(name: str, background: Background, rows: int | None, draw: int = 0) -> "Texts":
-        """One draw of the training texts; the rest is the same for all draws."""
+        """A draw of the training texts; the rest is the same for all draws."""
         examples = load_examples(f"guard:{name}")
         reads_answers = examples.items[0].response is not None
         sources = [str(cells.get("source")).removeprefix("background:") for cells in examples.rows]
@@ -183,7 +183,7 @@ class Texts:
 
 
 def _answered(turns: Messages) -> Example | None:
-    """The last answer of a conversation and what led to it; None if there is none."""
+    """The last response of a conversation and its prompt; None if there is none."""
     answers = [i for i, turn in enumerate(turns) if i and turn.role == "assistant" and turn.content]
     return Example(turns[: answers[-1]], turns[answers[-1]].content) if answers else None
 
@@ -204,15 +204,15 @@ def measure_guards(
 
     Args:
         backbone: The frozen LLM.
-        names: Guards; none: all that judge whole texts.
-        background: Background traffic, of which a part is left out to measure in.
+        names: Names of guards; empty means all that classify whole texts.
+        background: Background traffic, part of which is held out for measurement.
         rivals: Some of ``RIVALS``.
-        seeds: Of the probes; other rows have one.
-        draws: How often ``rows`` texts are drawn, each draw with other texts.
-        out: Folder that keeps the figures of finished guards, which another run does not repeat,
-            and until the end the hidden states.
-        rows: The most training texts of each guard.
-        options: How probes are trained; None is the default.
+        seeds: Seeds of the probes; other rows have one.
+        draws: Number of draws of ``rows`` texts, each with different texts.
+        out: Folder of the results of finished guards, which are not repeated, and, until the end,
+            of the hidden states.
+        rows: Maximum training texts per guard.
+        options: Training options of probes; None uses the defaults.
     """
     for rival in rivals:
         if rival not in RIVALS:
@@ -222,7 +222,7 @@ def measure_guards(
             "Several draws of all texts would be identical. Draw fewer with --rows."
         )
     chosen_options = options or FitOptions()
-    # Where there is none, the error says what to install.
+    # If no guard is installed, the error says what to install.
     installed = guard_names() or ["injection"]
     guards = {name: find_guard(name) for name in names or installed}
     of_spans = [name for name, guard in guards.items() if guard.card.labels is None]
@@ -286,7 +286,7 @@ def _measure(
     options: FitOptions,
     done: Callable[[], object],
 ) -> dict[str, Any]:
-    """Figures of all rows of a guard, by test; means over draws and seeds."""
+    """Metrics of all rows of a guard by test, as means over draws and seeds."""
     texts, states_root = draws[0], options.cache_root
     assert states_root is not None
     task, rows = texts.training.task, list[Row]()
@@ -300,7 +300,7 @@ def _measure(
             if rival not in _PAPER:
                 rows.append(_rival(rival, without_context, backbone))
                 done()
-    # Judging never cuts.
+    # Prediction never truncates.
     options = replace(options, max_tokens=backbone.encoder.max_tokens)
     traffic = [np.empty(0) for _ in rows]
     if len(texts.traffic):
@@ -311,7 +311,7 @@ def _measure(
     done()
     tests: dict[str, Any] = {}
     metrics: list[dict[str, Draws]] = []
-    # Every row reads a test before the next one, so only the states of one take room.
+    # Every row reads a test before the next test, so only the states of one test take space.
     for_test = replace(options, cache_root=states_root / "test")
     for test, about in guard.card.tests.items():
         tested = load_examples(f"guard:{guard.name}:{test}", task=task)
@@ -346,7 +346,7 @@ def _measure(
 def _probe(
     backbone: TransformersBackbone, name: str, texts: Texts, options: FitOptions, seed: int
 ) -> Row:
-    """What ``sidelight train`` makes by default, or a mechanism as the paper trains it."""
+    """The default probe of ``sidelight train``, or a mechanism trained as in the paper."""
     spec = mechanism_spec(named_mechanism(AUTO) if name == OURS else name)
     settings = replace(options.settings or suggested_settings(spec.name), seed=seed)
     options = replace(options, mechanism=spec, settings=settings)
@@ -363,7 +363,7 @@ def _probe(
 
 
 def _served_logits(probe: Probe, split: Split) -> Float[np.ndarray, "text 1"]:
-    """The highest of each text and of its parts that are judged beside it."""
+    """The highest logit of each text and its separately classified parts."""
     logits: list[np.ndarray] = []
     for row, segments in enumerate(split.segments):
         hidden = split.states.text(row)
@@ -386,12 +386,12 @@ def measure_rows(
     traffic: Sequence[Float[np.ndarray, " conversation"]],
     task: Task,
 ) -> dict[str, Draws]:
-    """Figures of each row on a test, means over its draws and seeds.
+    """Metrics of each row on a test, as means over its draws and seeds.
 
     Args:
-        rows: Each with one seed.
-        scores: Of the texts of the test, by row.
-        labels: Of these texts.
+        rows: Rows, each with one seed.
+        scores: Scores of the test's texts, by row.
+        labels: Labels of these texts.
         traffic: Scores of background traffic, by row.
         task: The classes.
     """
@@ -434,7 +434,7 @@ def _summary(metrics: Draws) -> dict[str, Any]:
 
 
 def guard_sections(name: str, measured: Mapping[str, Any]) -> list[str]:
-    """A guard's tables: the means over tests, then each test with what others have published."""
+    """A guard's tables: the means over tests, then each test with published results."""
     tests, published = measured["tests"], published_results().get(name, {})
     flagged = {row: _share_cell(share) for row, share in measured[_TRAFFIC].items()}
     size = f"{_counts(measured['texts'])} texts, {measured['traffic']} of background traffic"

@@ -1,6 +1,7 @@
-"""How much later a deferred answer begins: our server, with a judge that takes a fixed time.
+"""Delay of deferred responses on our server, with a judge that takes a fixed time.
 
-Every prompt is deferred and passes. A server with the same probe and no rule answers them in turn.
+Every prompt is deferred and passes. A server with the same probe and no rule answers the same
+prompts in alternation.
 """
 
 import asyncio
@@ -63,11 +64,11 @@ _NO = {
 
 
 class SlowJudge:
-    """A judge that lets everything pass, each time after the same number of seconds.
+    """A judge that clears everything after a fixed number of seconds.
 
     Attributes:
-        url: Where it listens.
-        asked: By prompt, when its question came.
+        url: Address of the judge.
+        asked: Time of each prompt's question.
     """
 
     def __init__(self, seconds: float):
@@ -103,7 +104,7 @@ def slow_judge(seconds: float) -> Generator[SlowJudge]:
 
 @dataclass(frozen=True)
 class _First:
-    """When an answer began, and when the judge was asked; seconds after the request."""
+    """When a response began and when the judge was asked, in seconds after the request."""
 
     began: float
     asked: float | None
@@ -122,13 +123,13 @@ def measure_judge(
     """Time first tokens with and without a judge: of one client, then of many at once.
 
     Args:
-        backbone: For the probe's size.
-        folder: For the probe and the policy.
-        model: As ``sidelight serve`` takes it.
-        seconds: That the judge takes.
-        rounds: Prompts of one client.
-        clients: Prompts at once, after that.
-        max_tokens: Of each answer.
+        backbone: Backbone, for the size of the probe.
+        folder: Folder for the probe and the policy.
+        model: Model, as in ``sidelight serve``.
+        seconds: Response time of the judge.
+        rounds: Number of prompts of the single client.
+        clients: Number of concurrent prompts afterwards.
+        max_tokens: Maximum tokens of each response.
     """
     settings = {"judge s": seconds, "rounds": rounds, "clients": clients, "tokens": max_tokens}
     where = conditions(backbone, settings)
@@ -177,14 +178,16 @@ def _asker(
                 began = perf_counter() - started
         advance(1)
         asked = judge.asked.get(text)
-        # An answer of no text begins with its end.
+        # A response without text begins with its end.
         return _First(began or perf_counter() - started, asked and asked - started)
 
     return url, ask
 
 
 async def _one_client(asks: dict[str, tuple[str, _Ask]], rounds: int) -> dict[str, list[_First]]:
-    """The same prompts to both servers in turn, without the first, which warms them up."""
+    """Time the same prompts on both servers in alternation, excluding the first, which warms them
+    up.
+    """
     found: dict[str, list[_First]] = {kind: [] for kind in asks}
     for number in range(rounds):
         for kind, (url, ask) in asks.items():

@@ -1,7 +1,7 @@
-"""What wrong labels of a judge cost a probe: people's labels, a share of them flipped.
+"""Effect of a judge's wrong labels on a probe, simulated by flipping some of people's labels.
 
-A judge errs to one side more often than at random, so all flips go one way: positives that it
-misses, or negatives that it takes for positives.
+A judge's errors are mostly one-sided, so all flips have one direction: missed positives, or
+negatives labelled as positive.
 """
 
 import json
@@ -48,17 +48,17 @@ def measure_flips(
 
     Args:
         backbone: The frozen LLM.
-        source: Training texts, from which each draw takes some.
+        source: Training texts to draw from.
         text: Column of the texts.
         label: Column of the labels.
         positive: The positive label; all others are negative.
         test: Texts to measure on.
-        texts: Training texts of a draw.
-        tested: Texts to measure on, at most.
-        flips: Shares of one label that are flipped, in percent.
-        draws: Draws of flips.
-        cache: Where vectors of texts are kept.
-        out: Figures of each draw, which are not measured again.
+        texts: Training texts per draw.
+        tested: Maximum number of texts to measure on.
+        flips: Shares of a label to flip, in percent.
+        draws: Number of draws of flips.
+        cache: Folder for the vectors of texts.
+        out: File of the results of finished draws, which are not repeated.
 
     Raises:
         SidelightError: A file lacks the label.
@@ -121,7 +121,7 @@ def _drawn(examples: Examples, count: int) -> Examples:
 def _flipped(
     truth: Mapping[int, bool], direction: str | None, share: int, draw: int
 ) -> dict[int, bool]:
-    """These labels, of which a share of one kind is the other one."""
+    """The labels with a share of one label flipped."""
     if direction is None:
         return dict(truth)
     rows = [row for row, is_positive in truth.items() if is_positive == DIRECTIONS[direction]]
@@ -137,7 +137,9 @@ def _measure(
     is_positive: np.ndarray,
     measured: np.ndarray,
 ) -> dict[str, Any]:
-    """The probe of the judge's labels, and the one after a person has seen what it doubts."""
+    """Measure the probe on the judge's labels, and the one after a person has corrected doubtful
+    labels.
+    """
 
     def fitted(labels: Mapping[int, bool]) -> tuple[np.ndarray, float]:
         decided = {row: int(each) for row, each in labels.items()}

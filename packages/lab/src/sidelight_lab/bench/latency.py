@@ -1,4 +1,4 @@
-"""Time to one new token: the LLM alone, with probes, and with what probes replace, in turns."""
+"""Time to one new token: the LLM alone, with probes, and with the systems that they replace."""
 
 import asyncio
 import math
@@ -39,14 +39,16 @@ T = TypeVar("T")
 Batch = Sequence[EncodedPrompt]
 
 BANK_SIZE = 10
-# A timing is the mean of as many runs as fill this: one interrupt would decide a shorter one.
+# Minimum duration of a timing in seconds, filled with several runs, so that one interrupt does not
+# dominate.
 SHORTEST_S = 0.2
-# Pairs of tokens in a batch, B T^2. Dense attention holds a score of each pair, layer and head:
-# this many take a few gigabytes. 16 texts of 512 tokens, or 1 of 2,048, are just within.
+# Maximum pairs of tokens in a batch, B T^2. Dense attention stores a score for each pair, layer and
+# head, and this many take a few gigabytes; 16 texts of 512 tokens, or one of 2,048, are just within
+# the limit.
 _MOST_DENSE_PAIRS = 2**22
-# Answers that are written together, and the tokens of each.
+# Number of concurrent responses, and their tokens.
 _TEXTS, _WRITTEN = 4, 32
-# The sizes of MiniLM-L6 (Wang et al. 2020), which the usual small text classifiers share.
+# Sizes of MiniLM-L6 (Wang et al. 2020), which common small text classifiers share.
 _MINILM = BertConfig(
     vocab_size=30522,
     hidden_size=384,
@@ -69,10 +71,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A row of the table: a program that reads a batch and writes one token for each prompt.
+    """A row of the table: a program that reads a batch and generates one token per prompt.
 
-    Batches of more than ``most_pairs`` pairs of tokens, B T^2, do not fit a usual machine and get
-    no row.
+    Batches of more than ``most_pairs`` pairs of tokens, B T^2, do not fit on a typical machine and
+    get no row.
     """
 
     name: str
@@ -108,7 +110,7 @@ def measure_latency(
     batch_sizes: Sequence[int],
     rounds: int,
 ) -> Record:
-    """A table for each batch size and length: time of a prompt, and time over the LLM's alone."""
+    """Measure, by batch size and length, the time per prompt and its ratio to the LLM alone."""
     batches = random_batches(backbone, tokens, batch_sizes=batch_sizes)
     rows = compare_latency(all_subjects(backbone), batches, rounds=rounds)
     written = measure_writing(backbone, rounds=rounds)
@@ -146,9 +148,10 @@ def measure_latency(
 def measure_writing(
     backbone: TransformersBackbone, *, rounds: int
 ) -> dict[str, tuple[Range, Range]]:
-    """CPU milliseconds of a token that the engine writes, and over the LLM's alone by round.
+    """Measure CPU milliseconds per generated token, and the ratio to the LLM alone by round.
 
-    Without probes, with a readout, and with five guards, of which one reads what is written.
+    The rows are without probes, with a readout, and with five guards, one of which reads the
+    response.
     """
     probe_of = partial(
         untrained_probe, backbone.fingerprint, prompt_format=backbone.encoder.prompt_format
@@ -221,8 +224,7 @@ def compare_latency(
 ) -> list[Row]:
     """A row for every subject on every batch that it accepts; the first accepts every batch.
 
-    Each round begins with another subject, so neither a drift of the machine nor the order
-    favours any.
+    Each round begins with a different subject, so that neither drift nor order favours any.
     """
     rows: list[Row] = []
     with progress("Timing", len(batches) * rounds, unit="rounds") as advance:
@@ -310,9 +312,9 @@ def _returned(passes: Generator[None, None, T]) -> T:
 def _naive(backbone: TransformersBackbone, probe: Probe) -> Callable[[Batch], Answer]:
     """The LLM with ``output_hidden_states=True``, then the mechanism's dense form.
 
-    Every hidden state is kept, stacked and read again, as when probes are thought to be expensive.
-    The mechanism runs in the LLM's dtype, the faster choice; serving uses float32. The
-    probe's standardisation must be the identity.
+    Every hidden state is stored, stacked and read again, as in naive implementations of probes. The
+    mechanism runs in the LLM's dtype, which is faster; serving uses float32. The probe's
+    standardisation must be the identity.
     """
     mechanism = deepcopy(probe.mechanism).to(backbone.device, backbone.model.dtype)
 
@@ -340,7 +342,7 @@ def _naive(backbone: TransformersBackbone, probe: Probe) -> Callable[[Batch], An
 def _encoder_first(
     backbone: TransformersBackbone, llm: Callable[[Batch], Answer]
 ) -> Callable[[Batch], Answer]:
-    """An encoder of MiniLM's size classifies the prompts, then the LLM answers them.
+    """Classify the prompts with an encoder of MiniLM's size, then answer them with the LLM.
 
     Random weights do not change the encoder's speed. It reads the LLM's token ids modulo its own
     vocabulary, so both read the same number of tokens. A text longer than its 512 positions is read

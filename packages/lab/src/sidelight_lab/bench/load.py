@@ -1,8 +1,8 @@
-"""Many chat clients at once: does each get its own verdicts, and how long do they wait?
+"""Correctness and latency under many concurrent chat clients.
 
-Probes with random weights judge every prompt beforehand, so the right verdicts on it are known. A
-server with probes and policies and one without are asked in turn, by the same number of clients of
-the openai package.
+Probes with random weights classify every prompt in advance, so the correct verdicts are known. A
+server with probes and policies and one without are queried in alternation, by the same number of
+clients of the openai package.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ _BLOCKED_SHARE = 1 / 8
 # Of a probability: batches of other shapes round bfloat16 differently, by up to 0.03. Of two texts,
 # both probes agree so far in one pair of a hundred.
 TOLERANCE = 0.06
-# Prompts over which probabilities are spread.
+# Number of prompts over which probabilities are spread.
 _SPREAD = 40
-# The rule on the output is checked after every token but never fires, so answers keep their length.
+# The output rule is evaluated after every token but never fires, so responses keep their length.
 _POLICY = """[input.blocking]
 mode = "block"
 threshold = {}
@@ -52,7 +52,7 @@ disclose = "scores"
 mode = "block"
 threshold = 1.0
 """
-# The rule on the output withholds scores, which the metrics have.
+# The output rule withholds scores, which the metrics contain.
 _METRICS_KEY = "load"
 _WARM_UP_S = 5.0
 _TIMEOUT_S = 600.0
@@ -62,7 +62,7 @@ Verdicts = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the probability that each probe of prompts must give, and what must come of it."""
+    """A prompt, the expected probability of each prompt probe, and the expected result."""
 
     text: str
     probabilities: Mapping[str, float]
@@ -72,9 +72,10 @@ class Question:
 def prepare(
     backbone: TransformersBackbone, folder: Path, *, spans: bool
 ) -> tuple[list[Path], Path, list[Question]]:
-    """The folders of the probes, the file of a policy that blocks by one, and what they must say.
+    """Create the probes, a policy that blocks by one of them, and the questions with expected
+    results.
 
-    With ``spans``, the probes that have a rule label tokens.
+    With ``spans``, the probes that have a rule label spans.
     """
     texts = load_examples(str(_TEXTS), label=None).items
     prompts = [backbone.encoder.encode(item.messages) for item in texts]
@@ -116,7 +117,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class Answer:
-    """What one client got: verdicts of the body or stream, and of the header."""
+    """The result of one client: verdicts in the body or stream, and in the header."""
 
     question: Question
     id: str | None  # None for an error
@@ -128,7 +129,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """One of the two servers: its answers, and the figures of each round."""
+    """One of the two servers, with its answers and the metrics of each round."""
 
     process: ServerProcess
     answers: list[Answer] = field(default_factory=list[Answer])
@@ -141,7 +142,7 @@ class Server:
         return spent.user + spent.system
 
     def classified(self) -> int:
-        """How many prompts the server has counted a verdict of a probe for."""
+        """Number of prompts with a counted verdict of a probe."""
         headers = {"Authorization": f"Bearer {_METRICS_KEY}"}
         series = httpx.get(f"{self.process.url}/metrics", headers=headers).text
         families = text_string_to_metric_families(series)
@@ -168,7 +169,7 @@ def run_load(
     """Write the probes into the folder, start both servers, and ask them in turn.
 
     Rounds with probes take ``seconds`` in total; each is paired with one without. ``is_sound`` in
-    the results says that nothing was lost, duplicated, swapped, or let through.
+    the results means that nothing was lost, duplicated, swapped, or let through.
     """
     backbone = load_backbone(model)
     rounds = max(1, round(seconds / round_s))
@@ -247,7 +248,7 @@ async def _round(
     model: str,
     max_tokens: int,
 ) -> list[Answer]:
-    """Clients ask until the time is up; then their last answers are waited for."""
+    """Run clients until the time is up, then wait for their last answers."""
     found: list[Answer] = []
     deadline = perf_counter() + seconds
     url = f"{server.process.url}/v1"
@@ -301,7 +302,7 @@ async def _ask(
 
 
 def faults(answers: Sequence[Answer]) -> dict[str, int]:
-    """How many answers of the server with probes have each fault; a sound run has none."""
+    """Number of answers with each fault on the server with probes; zero in a sound run."""
     written = [answer for answer in answers if answer.id is not None]
     without_id = [answer for answer in answers if answer.id is None]
     counts = [
@@ -322,7 +323,7 @@ def faults(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def _is_swapped(answer: Answer) -> bool:
-    """Whether a verdict of the answer or its header is not that of the prompt."""
+    """Whether a verdict in the answer or its header belongs to another prompt."""
     return any(
         abs(one["probabilities"]["yes"] - answer.question.probabilities[one["probe"]]) > TOLERANCE
         for one in (*answer.verdicts, *answer.in_header)

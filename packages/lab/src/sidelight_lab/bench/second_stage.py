@@ -1,7 +1,7 @@
-"""Whether a judge behind a probe is worth its questions, by the share of texts that it gets.
+"""Benefit of a second-stage judge by the share of texts deferred to it.
 
-Judges are a MiniLM that is fine-tuned on the probe's own training texts, and the recorded answers
-of GPT-4 to XSTest: it takes a prompt to be harmful if it refuses.
+Judges are a MiniLM fine-tuned on the probe's own training texts, and the recorded responses of
+GPT-4 to XSTest, where a refusal means that the prompt is harmful.
 """
 
 import json
@@ -37,17 +37,17 @@ from sidelight_lab.datasets import default_root
 Subject = Literal["toxicchat", "xstest"]
 SUBJECTS: tuple[Subject, ...] = ("toxicchat", "xstest")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
-# What the recorded judge says of a prompt, by a person's label of its answer.
+# The recorded judge's probability for a prompt, by the human label of its response.
 _REFUSALS = {"1_full_compliance": 0.01, "3_partial_refusal": 0.5, "2_full_refusal": 0.99}
 _JUDGES = {"toxicchat": "MiniLM, fine-tuned", "xstest": "GPT-4, recorded"}
 _METRICS = ("recall_at_1pct_fpr", "auprc")
-# Longer texts are cut, for the probe as for the judge.
+# Length to which longer texts are truncated, for both probe and judge.
 _MOST_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """Texts to draw training texts from, those to measure on, and a judge's recorded answers."""
+    """Training texts to draw from, test texts, and a judge's recorded answers."""
 
     training: LabelledExamples
     test: LabelledExamples
@@ -63,16 +63,16 @@ def measure_second_stage(
     draws: int,
     out: Path,
 ) -> Record:
-    """The curve of a probe and a judge, for some draws of training texts.
+    """Measure the curve of a probe and a judge, for several draws of training texts.
 
-    Shares are of the negative test texts. A draw that is done is not repeated.
+    Shares refer to the negative test texts. Finished draws are not repeated.
 
     Args:
         backbone: The frozen LLM.
-        subject: Which texts and judge.
-        texts: Training texts of a draw.
-        negatives: Negative test texts, drawn once; all positive ones are measured on.
-        draws: How often training texts are drawn.
+        subject: Name of the texts and the judge.
+        texts: Training texts per draw.
+        negatives: Number of negative test texts, drawn once; all positive texts are used.
+        draws: Number of draws of training texts.
         out: Folder for the draws and for hidden states.
     """
     values = _toxicchat(negatives) if subject == "toxicchat" else _xstest()
@@ -128,7 +128,7 @@ def _measured(
     options: FitOptions,
     subject: Subject,
 ) -> dict[str, Any]:
-    """The figures of one draw."""
+    """The metrics of one draw."""
     probe = fit(backbone, drawn, None, name=subject, options=options).probe
     scores = probe.calibration.apply(cached_logits(probe, test.states))[:, 0]
     answers = recorded
@@ -155,7 +155,7 @@ def _measured(
 def _thresholds(
     probe: Probe, scores: Float[Values, " row"], holds: Bool[Flags, " row"]
 ) -> dict[float, float]:
-    """By share of negative texts the score from which a text is deferred, as a policy defers."""
+    """By share of negative texts, the score from which texts are deferred, as in a policy."""
     falling = -np.sort(-scores[~holds])
     each = probe.thresholds[0]
     found = {share: float(falling[int(share * len(falling))]) for share in SHARES}
@@ -171,7 +171,7 @@ def _equal_recall(
     answers: Float[Values, " row"],
     report: DeferralReport,
 ) -> dict[str, float | None]:
-    """Negative texts that are flagged at the recall that the probe has at its own threshold."""
+    """Number of negative texts flagged at the recall of the probe's own threshold."""
     holds = test.labels == 1
     wanted = float((scores[holds] >= probe.thresholds[0]).mean())
     folds = complete_folds(test.examples)
@@ -188,7 +188,7 @@ def _equal_recall(
 
 
 def _draw(found: list[dict[str, Any]], path: Path, subject: Subject) -> None:
-    """The mean of the draws, with the smallest and the largest."""
+    """The mean over draws, with minimum and maximum."""
     from sidelight.data.plots import plot_deferral
 
     def recalls(points: list[Mapping[str, Any]]) -> list[float]:

@@ -1,6 +1,6 @@
-"""Seconds, memory and disk of a training, by its number of texts and how states are kept.
+"""Time, memory and disk space of training, by number of texts and storage of states.
 
-Each training has a process of its own, whose largest memory is that of the training.
+Each training run has a separate process, whose peak memory is measured.
 """
 
 import json
@@ -46,15 +46,15 @@ _WORD = "the"
 
 @dataclass(frozen=True)
 class Workload:
-    """What each training does.
+    """The workload of each training run.
 
     Attributes:
-        model: As ``sidelight train`` takes it.
-        words: Of each text.
+        model: Model, as in ``sidelight train``.
+        words: Number of words per text.
         epochs: Passes over the texts.
-        layers: How many hidden states of a token are read; None: all.
-        memory: The most that hidden states take in memory, in GiB.
-        threads: That compute.
+        layers: Number of hidden states to read per token; None means all.
+        memory: Maximum memory for hidden states, in GiB.
+        threads: Number of threads.
     """
 
     model: str
@@ -67,18 +67,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one training took.
+    """The measured cost of one training run.
 
     Attributes:
-        states: How hidden states were kept.
-        texts: How many.
-        tokens: Tokens of all texts whose states are read.
-        passes: How often the model read a text, in the mean.
-        seconds: Of the training, without loading the model.
+        states: How hidden states were stored.
+        texts: Number of texts.
+        tokens: Total number of tokens whose states are read.
+        passes: Mean number of times that the model read a text.
+        seconds: Training time, excluding loading the model.
         cpu_s: CPU seconds.
-        memory_gb: The most memory that the process held.
-        disk_gb: The most disk that hidden states took.
-        auroc: Of left-out texts.
+        memory_gb: Peak memory of the process.
+        disk_gb: Peak disk space of the hidden states.
+        auroc: AUROC on held-out texts.
     """
 
     states: States
@@ -96,7 +96,7 @@ def short_texts(count: int, words: int, *, seed: int = 0) -> LabelledExamples:
     """Distinct runs of words of the packaged background, labelled by whether they have one word.
 
     Raises:
-        SidelightError: There are not so many.
+        SidelightError: There are not enough texts.
     """
     runs: dict[str, bool] = {}
     for conversation in load_background("packaged").conversations:
@@ -117,7 +117,7 @@ def short_texts(count: int, words: int, *, seed: int = 0) -> LabelledExamples:
 
 @dataclass
 class _Counted:
-    """A backbone that counts what it reads."""
+    """A backbone that counts the tokens that it reads."""
 
     backbone: Any
     texts: int = 0
@@ -134,7 +134,7 @@ class _Counted:
 
 @contextmanager
 def _largest(folder: Path) -> Generator[list[int]]:
-    """The most bytes that files of a folder take inside the block."""
+    """Track the peak size of a folder inside the block, in bytes."""
     most, ends = [0], threading.Event()
 
     def sample() -> None:
@@ -161,10 +161,10 @@ def _bytes(folder: Path) -> int:
 
 
 def train_once(states: States, texts: int, workload: Workload) -> tuple[Measured, dict[str, Any]]:
-    """One training, and what it ran on. Call it in a new process.
+    """Run one training. Call this in a new process.
 
     Returns:
-        What it took, and the conditions.
+        The measured cost, and the conditions.
     """
     torch.set_num_threads(workload.threads)
     backbone = load_backbone(workload.model, device="cpu", for_probing=True)
@@ -208,9 +208,9 @@ def measure_training(
 
     Args:
         texts: Numbers of texts.
-        kinds: How hidden states are kept.
-        workload: What each training does.
-        out: Folder that keeps each training, so that a kill costs one.
+        kinds: Ways to store hidden states.
+        workload: Workload of each training run.
+        out: Folder of the finished training runs, for resuming.
     """
     path = None
     if out is not None:
