@@ -16,7 +16,7 @@ from sidelight.server.config import ServerConfig, read_config
 
 
 def _config_options(command: options.Command) -> options.Command:
-    """An option for each field of the configuration, which validates the values."""
+    """An option for each field of the configuration, which validates what types do not."""
     for name, field in reversed(ServerConfig.model_fields.items()):
         if field.description is None:
             continue

@@ -18,7 +18,7 @@ from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.standardisation import Projection, Standardisation, project
 from sidelight.states.files import read_tensors, write_tensors
 
-# Share of the bytes of uncompressed states in bfloat16.
+# Compressed states take this fraction (1 / SHARE) of the bytes of uncompressed bfloat16 states.
 SHARE = 4
 _FACTOR_BYTES = 2
 _LARGEST = 127

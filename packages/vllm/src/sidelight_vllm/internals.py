@@ -165,9 +165,7 @@ def steps_of(scheduler_output: Any, group: int) -> Iterator[Step]:
 
 
 def guesses_responses(config: Any, probes: Iterable[Probe]) -> bool:
-    """Whether a step also runs speculative tokens, which may be rejected, and a probe reads
-    responses.
-    """
+    """Whether a probe reads responses whose speculative tokens may be rejected."""
     is_guessing = getattr(config.speculative_config, "method", None) is not None
     return is_guessing and any(probe.reads.includes_response for probe in probes)
 

@@ -17,7 +17,7 @@ from sidelight.probes.ragged import Ragged
 
 # Number of tokens per text whose queries are used in training; see ``DowncastAttention._queries``.
 TRAINING_QUERIES = 32
-# Width of a head in float32 for CUDA's memory-efficient kernel, which stores no scores.
+# Float32 head widths that CUDA's memory-efficient kernel supports are multiples of this.
 _WIDTH_MULTIPLE = 4
 
 

@@ -52,7 +52,7 @@ OURS = "ours"
 # Trained by gradient descent, so each seed gives another; in the paper on texts alone.
 _PAPER = ("pooling", "gate", "attention")
 RIVALS = (*_PAPER, "mean_last_layer", "means_all_layers", "tfidf", "encoder")
-# Held-out part of the background, split by source, and how much of it is used for measurement.
+# Parts of the background by source, one of which is held out, and its conversations to measure on.
 _FOLDS, _CONVERSATIONS = 4, 400
 # False-positive rates on background traffic.
 _RATES = (0.01, 0.04)
