@@ -174,7 +174,7 @@ def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_classify(
     for answer in answers if status == 400 else ():
         error = answer.json()["error"]
         assert error["code"] == "verdict_failed"
-        assert "early: probes that were trained on chats" in error["message"]
+        assert "early: probes that were trained only on chats" in error["message"]
         assert "Once" not in error["message"]
 
 

@@ -390,7 +390,7 @@ def test_a_mistake_is_one_line_with_its_remedy(redteam, capsys):
     for arguments, remedy in (
         (["--attacks", "leat"], "Did you mean 'leet'"),
         (["--out", "."], "--out"),
-        # A live server has needs scores to show or to search by.
+        # A live server has no scores to show or to search by.
         (["--url", "http://127.0.0.1:9", "--attacks", "search"], "needs scores"),
     ):
         assert redteam(*arguments) == 2
