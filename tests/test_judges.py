@@ -491,6 +491,11 @@ def test_another_sidelight_server_is_a_judge(tiny):
         (found,) = asked(settings, PROMPT)
         assert 0 < found < 1
         assert asked(missing, PROMPT) == ["unreadable"]
+        # It refuses to be asked for what its chats do not have: log-probabilities.
+        chats = settings.model_copy(
+            update={"kind": "chat", "category": None, "criterion": CRITERION, "retries": 0}
+        )
+        assert asked(chats, PROMPT) == ["status"]
 
 
 def test_no_key_leaves_unless_the_judge_names_it(judge, monkeypatch):

@@ -1,6 +1,8 @@
 """Rules that defer to a judge: on our own server, and how they are read."""
 
 import asyncio
+import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from defer_contract import DeferContract, deferring
-from policy_contract import ADMIN
+from policy_contract import ADMIN, chat, choices, refusal, verdicts
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.judges.question import JudgeAnswer
@@ -41,6 +43,48 @@ def server(subjects, tmp_path_factory):
 @pytest.mark.slow
 class TestSidelightServer(DeferContract):
     pass
+
+
+@pytest.mark.slow
+def test_another_sidelight_server_decides_about_deferred_texts(server, subjects):
+    policy = server.home / "two-servers.toml"
+    probe = subjects.by_name["injection"]
+    odds = math.log(subjects.threshold / (1 - subjects.threshold))
+    # It decides at 0.5, and the rule would flag every text.
+    centred = replace(probe.calibration, shift=(probe.calibration.shift[0] - odds,))
+    elsewhere = TransformersEngine(subjects.backbone, [probe.changed(calibration=centred)])
+    with served(elsewhere) as address:
+        policy.write_text(
+            f"""
+            [judges.elsewhere]
+            url = "{address}/v1"
+            model = "{elsewhere.model}"
+            kind = "decisions"
+            category = "injection"
+            retries = 0
+            timeout_s = 20
+            [input.injection]
+            mode = "block"
+            threshold = 0.0
+            defer = {{ judge = "elsewhere", share = 0.0 }}
+            """
+        )
+        server.serve(policy)
+        for text, is_flagged in ((subjects.injected, True), (subjects.benign, False)):
+            answer = server.post(chat(text), ADMIN)
+            assert (answer.status_code == 400) == is_flagged, answer.text
+            if is_flagged:
+                assert refusal(answer) == (400, "content_filter")
+            else:
+                entry = verdicts(answer)["injection"]
+                assert (entry["decided_by"], entry["judge"]["changed"]) == ("judge", True)
+                # A deferred prompt that passes is answered as without a judge.
+                server.serve(server.home / "plain.toml")
+                assert choices(answer) == choices(server.post(chat(text)))
+                server.serve(policy)
+    # It is gone: an unknown text does not pass.
+    answer = server.post(chat("Where is the key?"))
+    assert refusal(answer) == (500, "verdict_failed")
 
 
 @pytest.fixture(scope="module")
