@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sidelight.training.depth import candidate_depths, choose_depth
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.preparing import prepare
+from sidelight.training.selection import TextSelection
 from sidelight.training.settings import FitOptions, suggested_settings
 from worlds.data import planted_rows
 from worlds.models import spans_probe, untrained_probe
@@ -232,6 +234,7 @@ def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
     deep, middle, low = train_mechanisms(
         candidates, training=dataset.training, validation=None, folds=dataset.folds
     )
+    losses_of = partial(TextSelection().losses, dataset=dataset, options=options)
     good, bad = deep.logits, np.random.default_rng(0).normal(size=deep.logits.shape)
     for logits, chosen, tried in (
         ((good, good, good), 2, 3),
@@ -242,11 +245,11 @@ def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
     ):
         for run, each in zip((deep, middle, low), logits, strict=True):
             run.logits = each
-        run, trials = choose_depth([low, deep, middle], dataset, options)
+        run, trials = choose_depth([low, deep, middle], losses_of)
         assert (run.depth, len(trials)) == (chosen, tried)
         assert [trial.layers for trial in trials] == [4, 3, 2][:tried]
         assert run.depth == [trial.layers for trial in trials if trial.is_accepted][-1]
-    assert choose_depth([deep], dataset, options) == (deep, ())
+    assert choose_depth([deep], losses_of) == (deep, ())
 
 
 @pytest.mark.parametrize("of_spans", [False, True])

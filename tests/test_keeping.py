@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import sidelight.training.fit
 import sidelight.training.loop
 import wordings
+from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
@@ -268,7 +269,7 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_probe(
 ):
     examples = load_examples(planted_rows("binary", 60))
     if not few:
-        monkeypatch.setattr("sidelight.training.validation.FEW_TEXTS", 10)
+        monkeypatch.setattr(LabelledExamples, "cross_fitted_below", 10)
     expected = fitted(tiny, tmp_path / "whole", examples, states=states)
     root = tmp_path / "killed"
     for after in (1, 2):

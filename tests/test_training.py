@@ -20,7 +20,7 @@ from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection, Standardisation
 from sidelight.states import cache
 from sidelight.training import loop
-from sidelight.training.dataset import Targets, make_split
+from sidelight.training.dataset import make_split
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
     TrainingRun,
@@ -30,6 +30,7 @@ from sidelight.training.optimisation import (
 )
 from sidelight.training.preparing import prepare
 from sidelight.training.settings import FitOptions, TrainingSettings, suggested_settings
+from sidelight.training.targets import Targets
 from worlds.data import TASKS, planted_rows, split_of
 
 LEAST = {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}
@@ -37,7 +38,7 @@ QUICK = TrainingSettings(
     learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=20, least_steps=0
 )
 BRIEF = replace(QUICK, epochs=2)
-TWO_TEXTS = Targets(Ragged.one_row_each(torch.tensor([0, 1])), False, torch.ones(2), None)
+TWO_TEXTS = Targets(Ragged.one_row_each(torch.tensor([0, 1])), torch.ones(2))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.examples import Example, LabelledExamples, SpanExamples
 from sidelight.models.conversation import Message
 from sidelight.training.background import load_background
 from sidelight.training.contexts import context_budget
@@ -67,7 +67,7 @@ def test_time_is_measured_on_this_cpu(tiny, texts):
 
 def test_texts_with_responses_or_spans_are_trained_without_contexts(tiny, texts):
     tokens_of_texts = sum(training_tokens(texts, tiny.encoder))
-    spans = replace(texts, spans=((),) * len(texts))
+    spans = SpanExamples(**vars(texts), spans=((),) * len(texts))
     answers = replace(texts, items=tuple(replace(item, response="") for item in texts.items))
     for examples_without in (spans, answers):
         estimate = estimate_training(

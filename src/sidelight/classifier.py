@@ -9,7 +9,13 @@ from typing import overload
 import numpy as np
 
 from sidelight.data.evaluation import Report, SpanReport
-from sidelight.data.examples import Example, Examples, LabelledExamples, as_example
+from sidelight.data.examples import (
+    Example,
+    Examples,
+    LabelledExamples,
+    SpanExamples,
+    as_example,
+)
 from sidelight.data.guards import guard_of
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
@@ -161,9 +167,7 @@ class Classifier:
                 f"{examples.task}, wanted {self.probe.task}). "
                 "Load them with task=classifier.probe.task."
             )
-        assessment = assess(
-            self.backbone, self.probe, examples if spans else replace(examples, spans=None)
-        )
+        assessment = assess(self.backbone, self.probe, examples if spans else examples.of_texts())
         return assessment.spans or assessment.report
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray:
@@ -236,25 +240,22 @@ def train(
     if (guard := guard_of(data)) is not None:
         columns = guard.card.columns
         response, spans = response or columns["response"], spans or columns["spans"]
-    is_loaded = isinstance(data, LabelledExamples)
-    of_spans = spans is not None or (is_loaded and data.spans is not None)
-    if of_spans and (background not in ("packaged", "none") or positive is not None):
+    read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
+    training = read(data, positive=positive)
+    has_spans = isinstance(training, SpanExamples)
+    if has_spans and (background not in ("packaged", "none") or positive is not None):
         raise SidelightError(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."
         )
     options = FitOptions(
         mechanism=None if mechanism == AUTO else mechanism_spec(mechanism),
-        settings=replace(
-            suggested_settings(named_mechanism(mechanism, of_spans=of_spans)), seed=seed
-        ),
+        settings=replace(suggested_settings(named_mechanism(mechanism, type(training))), seed=seed),
         reads=replace(READS, side="response" if response else "prompt"),
-        background=load_background("none" if of_spans else background),
+        background=load_background("none" if has_spans else background),
         threshold=ThresholdRule.parse(threshold),
         context_tokens=context_tokens,
         none=none,
     )
-    read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
-    training = read(data, positive=positive)
     held_out = None if validation is None else read(validation, task=training.task)
     with warnings_ignored():
         choose_validation(training, held_out, options)
@@ -335,7 +336,7 @@ def _as_examples(
             raise SidelightError(
                 "These examples have no labels. Name the column with --label (label= in Python)."
             )
-        if spans is not None and data.spans is None:
+        if spans is not None and not isinstance(data, SpanExamples):
             raise SidelightError(
                 "These examples have no spans. Load them with load_examples(..., "
                 f"spans='{spans}'), or leave spans= out."

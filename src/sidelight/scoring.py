@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sklearn.metrics import roc_auc_score
 
 from sidelight.data.evaluation import Report, SpanReport, evaluate, evaluate_spans
-from sidelight.data.examples import Example, LabelledExamples, located
+from sidelight.data.examples import Example, LabelledExamples, SpanExamples, located
 from sidelight.data.guards import find_guard
 from sidelight.data.spans import character_scores
 from sidelight.models.conversation import EncodedPrompt
@@ -207,7 +207,7 @@ def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Asse
         SidelightError: The probe and the texts do not fit each other.
     """
     warn_of_trained_texts(probe.card.training, examples)
-    if examples.spans is None or probe.spans is None:
+    if not isinstance(examples, SpanExamples) or probe.spans is None:
         return assess_logits(probe, examples, probe_logits(backbone, probe, examples.items))
     return assess_logits(probe, examples, *find_spans(backbone, probe, examples.items))
 
@@ -228,6 +228,7 @@ def assess_logits(
     """
     spans, row_thresholds = None, None
     if found is not None:
+        assert isinstance(examples, SpanExamples)
         spans = evaluate_spans(examples, found)
         # The label of a span holds for its text, regardless of the text's own probability.
         names = [{span.label for span in found_spans} for found_spans in found]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import click
 from pydantic import Field
@@ -19,7 +19,7 @@ from sidelight.storage import check_folder
 from sidelight.types import StatesChoice
 
 if TYPE_CHECKING:
-    from sidelight.data.examples import LabelledExamples
+    from sidelight.data.examples import LabelledExamples, SpanExamples
     from sidelight.data.loading import OnMissingLabel
     from sidelight.training.settings import FitOptions
 
@@ -186,6 +186,12 @@ class TrainingInputs:
     states: StatesChoice = "auto"
     memory: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0
 
+    @overload
+    def load(self, spans: str) -> "tuple[SpanExamples, SpanExamples | None]": ...
+    @overload
+    def load(
+        self, spans: str | None = None
+    ) -> "tuple[LabelledExamples, LabelledExamples | None]": ...
     def load(self, spans: str | None = None) -> "tuple[LabelledExamples, LabelledExamples | None]":
         """Load the training texts, and the validation texts if named.
 

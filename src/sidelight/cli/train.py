@@ -16,6 +16,7 @@ from sidelight.errors import SidelightError, warnings_ignored
 from sidelight.storage import only_writer
 
 if TYPE_CHECKING:
+    from sidelight.data.examples import LabelledExamples
     from sidelight.models.conversation import PromptFormat
     from sidelight.training.settings import FitOptions
     from sidelight.types import MechanismSpec
@@ -84,6 +85,7 @@ def train(
     no --validation, training cross-fits: the probe is trained on all rows, and each row is scored
     by a probe that was not trained on it. Run the same command again to resume an interrupted run.
     """
+    from sidelight.data.examples import LabelledExamples, SpanExamples
     from sidelight.data.guards import guard_of
 
     if (guard := guard_of(inputs.data)) is not None:
@@ -95,7 +97,9 @@ def train(
     from sidelight.training.background import load_background
     from sidelight.training.validation import choose_validation
 
-    fit_options, prompt_format = _fit_options(inputs, mechanism, assigned, of_spans=bool(spans))
+    fit_options, prompt_format = _fit_options(
+        inputs, mechanism, assigned, SpanExamples if spans else LabelledExamples
+    )
     fit_options = replace(fit_options, threshold=ThresholdRule.parse(threshold))
     if background not in (None, "none") and fit_options.reads.includes_response:
         raise SidelightError(
@@ -156,7 +160,10 @@ def _require_agreement(
 
 
 def _fit_options(
-    inputs: options.TrainingInputs, mechanism: str, assigned: Mapping[str, str], *, of_spans: bool
+    inputs: options.TrainingInputs,
+    mechanism: str,
+    assigned: Mapping[str, str],
+    examples: type["LabelledExamples"],
 ) -> tuple["FitOptions", "PromptFormat | None"]:
     """The training options and the prompt format from ``--set``."""
     from sidelight.training.settings import named_mechanism, suggested_settings
@@ -181,7 +188,7 @@ def _fit_options(
         context_tokens=chosen.pop("context_tokens", None),
         early_exit=layers == _AUTO,
         # The rest are optimisation settings.
-        settings=suggested_settings(named_mechanism(mechanism, of_spans=of_spans)).changed(
+        settings=suggested_settings(named_mechanism(mechanism, examples)).changed(
             layers=layers if isinstance(layers, int) else None, **chosen
         ),
     )

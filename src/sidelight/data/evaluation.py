@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import SpanExamples
 from sidelight.data.spans import character_f1, labelled_characters
 from sidelight.statistics.metrics import (
     METRICS,
@@ -189,7 +189,7 @@ class SpanReport:
 
 
 def evaluate_spans(
-    examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
+    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, bootstrap: int = 1000
 ) -> SpanReport:
     """Compare found spans with labelled ones, text by text.
 
@@ -217,7 +217,7 @@ def evaluate_spans(
 
 
 def measure_span_resamples(
-    examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, resamples: int
+    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, resamples: int
 ) -> dict[str, Float[Values, "draw group"]]:
     """The metrics of a ``SpanReport``, over all labels and for each, on the texts and on resamples.
 

@@ -5,9 +5,9 @@ import json
 import operator
 from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import SupportsIndex, TypeVar
+from typing import Any, ClassVar, SupportsIndex, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, warn
-from sidelight.models.conversation import Conversation, Message, PlainText
+from sidelight.models.conversation import Conversation, Message, PlainText, Reads
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
 # Rows that suffice to choose a threshold and a calibration.
@@ -161,13 +161,8 @@ class Examples:
         """The examples at these positions, in this order."""
         chosen = [operator.index(position) for position in indices]
         is_compared = "_near_duplicates" in self.__dict__ or self.compared is not None
-        return replace(
-            self,
-            items=tuple(self.items[position] for position in chosen),
-            rows=tuple(self.rows[position] for position in chosen),
-            skipped=Skipped(),
-            compared=self._near_duplicates.select(chosen) if is_compared else None,
-        )
+        compared = self._near_duplicates.select(chosen) if is_compared else None
+        return replace(self, skipped=Skipped(), compared=compared, **self._at(chosen))
 
     def split(self: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
         """Split into the examples to train on, and a held-out part of about `fraction`.
@@ -272,6 +267,13 @@ class Examples:
         columns = ([_group_of(cells, name) for cells in self.rows] for name in self.group_columns)
         return self._near_duplicates.joined_by(columns).groups(self._strata())
 
+    def _at(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The fields with a value for each row, at these rows."""
+        return {
+            "items": tuple(self.items[row] for row in rows),
+            "rows": tuple(self.rows[row] for row in rows),
+        }
+
     def label_names(self) -> list[list[str]]:
         """The labels of each text; empty for texts without labels."""
         return [[] for _ in self.items]
@@ -298,25 +300,34 @@ class LabelledExamples(Examples):
     Attributes:
         task: The label space.
         labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
-            multi-label task; with spans, the labels that occur anywhere in a text.
+            multi-label task.
         weights: Weight of each text in training; None if all are equal.
         rationales: Words that justify each text's label, "" if unknown; None if no text has any.
-        spans: Labelled spans of each ``Example.span_text``, in order; None if whole texts are
-            labelled.
+        default_mechanism: Name of the mechanism that ``auto`` stands for.
+        cross_fitted_below: Training cross-fits fewer texts than these.
+        takes_contexts: Whether training also shows the texts within background traffic.
     """
 
     task: Task
     labels: Int[Numbers, "row ..."]
     weights: Float[Values, " row"] | None = None
     rationales: tuple[str, ...] | None = None
-    spans: tuple[tuple[Span, ...], ...] | None = None
 
-    @property
-    def text_spans(self) -> list[tuple[str, tuple[Span, ...]]]:
-        """For each row, the text whose characters are labelled, and its spans."""
-        assert self.spans is not None
-        texts = (item.span_text for item in self.items)
-        return list(zip(texts, self.spans, strict=True))
+    default_mechanism: ClassVar[str] = "readout"
+    cross_fitted_below: ClassVar[int] = 1000
+    takes_contexts: ClassVar[bool] = True
+
+    def of_texts(self) -> "LabelledExamples":
+        """The same texts, of which only labels of whole texts are known."""
+        return self
+
+    def reads(self, chosen: Reads) -> Reads:
+        """The tokens that a probe of these texts reads, given the user's choice.
+
+        Raises:
+            SidelightError: The labels do not describe these tokens.
+        """
+        return chosen
 
     @property
     def label_counts(self) -> Int[Numbers, " label"]:
@@ -328,25 +339,22 @@ class LabelledExamples(Examples):
         """``label_counts`` by the labels' names."""
         return dict(zip(self.task.labels, self.label_counts.tolist(), strict=True))
 
-    def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
-        chosen = [operator.index(position) for position in indices]
-        return replace(
-            super().select(chosen),
-            labels=self.labels[chosen],
-            weights=None if self.weights is None else self.weights[chosen],
-            rationales=self.rationales and tuple(self.rationales[row] for row in chosen),
-            spans=self.spans and tuple(self.spans[row] for row in chosen),
-        )
-
     def label_names(self) -> list[list[str]]:
         names = self.task.labels
         holds = self.task.holds(self.labels)
         return [sorted(names[index] for index in np.flatnonzero(row)) for row in holds]
 
+    def _at(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {
+            **super()._at(rows),
+            "labels": self.labels[np.asarray(rows, dtype=np.int64)],
+            "weights": None if self.weights is None else self.weights[np.asarray(rows, np.int64)],
+            "rationales": self.rationales and tuple(self.rationales[row] for row in rows),
+        }
+
     def _label_facts(self) -> list[list[object]]:
         facts = super()._label_facts()
         for row, row_facts in enumerate(facts):
-            row_facts += [span.to_dict() for span in self.spans[row]] if self.spans else []
             row_facts += [self.rationales[row]] if self.rationales and self.rationales[row] else []
         return facts
 
@@ -354,6 +362,52 @@ class LabelledExamples(Examples):
         """One stratum per label; if multi-label, one more for the rows where no label holds."""
         holds = self.task.holds(self.labels)
         return holds if self.labels.ndim == 1 else np.column_stack([holds, ~holds.any(axis=1)])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpanExamples(LabelledExamples):
+    """Texts with labelled spans, for probes that label tokens.
+
+    A text has the labels that occur anywhere in it.
+
+    Attributes:
+        spans: Labelled spans of each ``Example.span_text``, in order.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    default_mechanism: ClassVar[str] = "spans"
+    cross_fitted_below: ClassVar[int] = 0
+    takes_contexts: ClassVar[bool] = False
+
+    @property
+    def text_spans(self) -> list[tuple[str, tuple[Span, ...]]]:
+        """For each row, the text whose characters are labelled, and its spans."""
+        texts = (item.span_text for item in self.items)
+        return list(zip(texts, self.spans, strict=True))
+
+    def of_texts(self) -> LabelledExamples:
+        values = {each.name: getattr(self, each.name) for each in fields(LabelledExamples)}
+        return LabelledExamples(**values)
+
+    def reads(self, chosen: Reads) -> Reads:
+        side = "prompt" if self.items[0].response is None else "response"
+        if chosen.side != side:
+            raise SidelightError(
+                f"The spans are labelled in each {side}, but the probe would read: {chosen.side}. "
+                f"Set reads={side} (--set reads={side}), or leave reads out."
+            )
+        # The text of a template has no label.
+        return Reads(side, template=False)
+
+    def _at(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {**super()._at(rows), "spans": tuple(self.spans[row] for row in rows)}
+
+    def _label_facts(self) -> list[list[object]]:
+        facts = super()._label_facts()
+        for row_facts, spans in zip(facts, self.spans, strict=True):
+            row_facts[1:1] = [span.to_dict() for span in spans]
+        return facts
 
 
 def balanced_order(

@@ -3,12 +3,19 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
-from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
+from sidelight.data.examples import (
+    Example,
+    Examples,
+    LabelledExamples,
+    Skipped,
+    SpanExamples,
+)
 from sidelight.data.guards import guard_of
 from sidelight.data.labels import encode_labels, is_missing
 from sidelight.data.readers import InMemory, Row, is_list, is_mapping, read_rows
@@ -20,6 +27,21 @@ from sidelight.types import Span, Task
 OnMissingLabel = Literal["error", "skip"]
 
 
+@overload
+def load_examples(
+    source: str | Path | InMemory,
+    *,
+    text: str = "text",
+    label: str = "label",
+    response: str | None = None,
+    split: str | None = None,
+    positive: str | None = None,
+    task: Task | None = None,
+    on_missing_label: OnMissingLabel = "error",
+    spans: str,
+    rationale: str | None = None,
+    groups: str | None = None,
+) -> SpanExamples: ...
 @overload
 def load_examples(
     source: str | Path | InMemory,
@@ -119,10 +141,11 @@ def load_examples(
     if spans is None and not columns:
         return plain
     items = plain.items
-    text_spans: tuple[tuple[Span, ...], ...] | None = None
+    form = LabelledExamples
     if spans is not None:
         column = [row.cells.get(spans) for row in usable]
         task, labels, text_spans = encode_spans(items, column, spans, task=task)
+        form = partial(SpanExamples, spans=text_spans)
         _warn_of_new_labels(usable, text_spans)
     else:
         task, labels = encode_labels(usable, columns, positive=positive, task=task)
@@ -137,7 +160,7 @@ def load_examples(
                 "labels."
             )
     weights = np.array([row.weight for row in usable])
-    return LabelledExamples(
+    return form(
         items,
         plain.rows,
         plain.skipped,
@@ -145,7 +168,6 @@ def load_examples(
         labels=labels,
         weights=None if (weights == 1).all() else weights,
         rationales=None if rationale is None else _rationales(usable, items, rationale),
-        spans=text_spans,
         group_columns=joined,
     )
 

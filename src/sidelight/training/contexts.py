@@ -71,7 +71,7 @@ class Context:
 
 def has_contexts(examples: LabelledExamples, options: FitOptions) -> bool:
     """Whether training uses contexts, as it does except for responses and labelled spans."""
-    return not options.reads.includes_response and examples.spans is None
+    return examples.takes_contexts and not options.reads.includes_response
 
 
 def draw_contexts(

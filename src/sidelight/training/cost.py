@@ -63,7 +63,7 @@ def estimate_training(
         operations_per_s: Speed of this CPU in float32; None measures it in under a second.
     """
     tokens = sum(training_tokens(texts, encoder))
-    if texts.spans is None and texts.items[0].response is None:
+    if texts.takes_contexts and texts.items[0].response is None:
         tokens += context_budget(tokens)
     parameters = 12 * (model.layers - 1) * model.width**2
     speed = operations_per_s or _operations_per_s()

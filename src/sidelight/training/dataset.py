@@ -11,9 +11,15 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
-from sidelight.data.examples import Example, Examples, LabelledExamples, located, place_of
+from sidelight.data.examples import (
+    Example,
+    Examples,
+    LabelledExamples,
+    SpanExamples,
+    located,
+    place_of,
+)
 from sidelight.data.spans import token_labels
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Reads, split_segments
@@ -24,6 +30,7 @@ from sidelight.states.extraction import extract
 from sidelight.states.reader import Reader
 from sidelight.training.contexts import Context, Group, draw_contexts
 from sidelight.training.settings import FitOptions
+from sidelight.training.targets import Targets, TokenTargets
 from sidelight.training.validation import Folds
 from sidelight.types import Task
 
@@ -35,35 +42,6 @@ TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 _WITHOUT_CONTEXT_SHARE = 0.7
 # The parts of the background that measure, where texts are held out; training has FOLDS.
 _MEASURING_FOLDS = 2
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The labels of texts, or of each of their tokens, that training compares logits with.
-
-    Attributes:
-        labels: A row for each text as in ``LabelledExamples.labels``, or ``[token, label]``.
-        of_tokens: Whether tokens are labelled.
-        weights: How much each text counts.
-        rationales: For each token whether its text has its label for it; None: unknown.
-    """
-
-    labels: Ragged
-    of_tokens: bool
-    weights: Float[Tensor, " text"]
-    rationales: Ragged | None
-
-    def select(self, texts: Int[Tensor, " chosen"]) -> "Targets":
-        """The targets of these texts."""
-        words = None if self.rationales is None else self.rationales.select(texts)
-        labels, weights = self.labels.select(texts), self.weights[texts]
-        return Targets(labels, self.of_tokens, weights, words)
-
-    def to(self, device: torch.device) -> "Targets":
-        """The same on a device."""
-        words = None if self.rationales is None else self.rationales.to(device)
-        labels, weights = self.labels.to(device), self.weights.to(device)
-        return Targets(labels, self.of_tokens, weights, words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +70,12 @@ class Split:
     def labels(self) -> np.ndarray:
         """The labels, as in ``LabelledExamples.labels``."""
         return self.examples.labels
+
+    @property
+    def span_examples(self) -> SpanExamples:
+        """The texts, if their spans are labelled."""
+        assert isinstance(self.examples, SpanExamples)
+        return self.examples
 
     @property
     def task(self) -> Task:
@@ -137,21 +121,15 @@ class Split:
     @cached_property
     def targets(self) -> Targets:
         """The labels that training compares the logits of these texts with."""
-        labels, of_tokens = Ragged.one_row_each(torch.from_numpy(self.labels)), False
-        if self.examples.spans is not None:
-            rows = zip(self.examples.text_spans, self.places, strict=True)
-            names = self.task.output_labels
-            flags = [
-                token_labels(text, token_places, spans, names)
-                for (text, spans), token_places in rows
-            ]
-            labels, of_tokens = (
-                _end_to_end([token_places.astype(np.int64) for token_places in flags]),
-                True,
-            )
         weights = torch.from_numpy(self.weights).float()
         words = None if self.rationales is None else _end_to_end(self.rationales)
-        return Targets(labels, of_tokens, weights, words)
+        if not isinstance(self.examples, SpanExamples):
+            return Targets(Ragged.one_row_each(torch.from_numpy(self.labels)), weights, words)
+        rows = zip(self.examples.text_spans, self.places, strict=True)
+        names = self.task.output_labels
+        flags = [token_labels(text, places, spans, names) for (text, spans), places in rows]
+        labels = _end_to_end([text_flags.astype(np.int64) for text_flags in flags])
+        return TokenTargets(labels, weights, words)
 
     @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:
@@ -273,7 +251,9 @@ def plan_split(
         examples,
         states,
         contexts,
-        () if examples.spans is None else span_places(reader.encoder, examples.items, lengths),
+        span_places(reader.encoder, examples.items, lengths)
+        if isinstance(examples, SpanExamples)
+        else (),
         None
         if examples.rationales is None
         else _rationales(reader.encoder, examples, prompts, reads),

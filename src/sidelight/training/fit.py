@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from sidelight.errors import warn
 from sidelight.models.fingerprint import Fingerprint
 from sidelight.probes.artifact import save_probe
 from sidelight.probes.card import Epochs, ProbeCard, TrainingRecord
-from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.probes.probe import Probe
 from sidelight.states.reader import Reader
 from sidelight.statistics.background import Traffic
@@ -28,14 +28,9 @@ from sidelight.training.measuring import (
 )
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.preparing import ProbeDataset, prepare
-from sidelight.training.settings import (
-    AUTO,
-    FitOptions,
-    named_mechanism,
-    suggested_settings,
-)
-from sidelight.training.spans import LOOKAHEADS, calibrate_spans, choose_lookahead
-from sidelight.training.tfidf import measure_baseline, warn_of_better_words
+from sidelight.training.selection import selection_for
+from sidelight.training.settings import FitOptions, suggested_settings
+from sidelight.training.tfidf import warn_of_better_words
 from sidelight.training.traffic import (
     conversations_among,
     measure_traffic,
@@ -92,12 +87,7 @@ def _candidates(
 
     The deepest are first.
     """
-    of_spans = texts.spans is not None
-    name = named_mechanism(AUTO, of_spans=of_spans)
-    choices = [{"lookahead": tokens} for tokens in LOOKAHEADS] if of_spans else [{}]
-    specs = [mechanism_spec(name, choice) for choice in choices]
-    if options.mechanism is not None:
-        specs = [options.mechanism]
+    specs = [options.mechanism] if options.mechanism else selection_for(texts).specs()
     settings = [options.settings or suggested_settings(spec.name) for spec in specs]
     if not options.early_exit:
         return [*zip(specs, settings, strict=True)]
@@ -154,7 +144,7 @@ def fit(
             candidates=candidates,
         )
         # The baseline first: what it refuses in seconds must not cost the hours of training.
-        baseline = None if training.spans is not None else measure_baseline(dataset, options)
+        baseline = selection_for(training).baseline(dataset, options)
         results = train_mechanisms(
             candidates,
             training=dataset.training,
@@ -204,17 +194,15 @@ def calibrate_probe(
     Of several trainings, held-out texts choose one: of spans by lookahead at full depth, then by
     depth.
     """
-    measured, lookaheads = dataset.measured, dict[str, float]()
+    measured = dataset.measured
+    selection = selection_for(measured.examples)
     deepest = [run for run in candidates if run.depth == max(run.depth for run in candidates)]
-    trained, rule, spans = deepest[0], None, None
-    if measured.examples.spans is not None:
-        trained, lookaheads = choose_lookahead(deepest, measured)
+    trained, lookaheads = selection.choose(deepest, measured)
     of_depths = [run for run in candidates if run.spec == trained.spec]
-    trained, depths = choose_depth(of_depths, dataset, options)
-    if measured.examples.spans is not None:
-        rule, spans = calibrate_spans(
-            measured.examples, measured.places, trained.token_logits, rule=options.threshold
-        )
+    trained, depths = choose_depth(
+        of_depths, partial(selection.losses, dataset=dataset, options=options)
+    )
+    rule, spans = selection.calibrate(trained, measured, options)
     task, validation, contexts = dataset.task, dataset.validation.examples, dataset.contexts
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     background = conversations_among(contexts, in_contexts)

@@ -23,10 +23,11 @@ from sidelight.progress import Progress, progress, say
 from sidelight.states.cache import Shard, random_batches
 from sidelight.states.compression import Compression
 from sidelight.training.checkpoints import resume, save_checkpoint
-from sidelight.training.dataset import Split, Targets
+from sidelight.training.dataset import Split
 from sidelight.training.optimisation import TrainingRun, validation_score
 from sidelight.training.scaling import Scaling
 from sidelight.training.settings import TrainingSettings
+from sidelight.training.targets import Targets
 from sidelight.training.validation import Folds
 from sidelight.types import MechanismSpec
 
@@ -141,7 +142,7 @@ class _Trainer:
             is_included[rows] = False
         scaling = Scaling(training, inclusions)
         self.runs: list[TrainingRun] = []
-        reads_answers = training.states.reads.side == "response" and not self._targets.of_tokens
+        takes_prefixes = self._targets.takes_prefixes(training.states.reads)
         for fold, is_included in enumerate(inclusions):
             targets = self._targets.select(is_included.nonzero()[:, 0].to(device))
             for spec, options in candidates:
@@ -154,7 +155,7 @@ class _Trainer:
                     targets,
                     is_included,
                     steps=self._steps_per_epoch(settings.batch_size),
-                    adds_prefixes=settings.prefixes and reads_answers,
+                    adds_prefixes=settings.prefixes and takes_prefixes,
                 )
                 self.runs.append(run)
 
@@ -274,7 +275,7 @@ class _Trainer:
         labels = targets.labels.values.numpy()
         scores = self.score(runs, validation, dtype=self._dtype)
         for run, (logits, token_logits) in zip(runs, scores, strict=True):
-            measured = np.concatenate(token_logits) if targets.of_tokens else logits
+            measured = targets.compared(logits, token_logits)
             if np.isfinite(measured).all():
                 run.end_epoch(validation_score(validation.task, measured, labels))
             else:
@@ -306,9 +307,9 @@ class _Trainer:
             dtype: Dtype of the matmuls; float32, as in serving, for logits that calibration is
                 fitted to.
         """
-        states, of_tokens = split.states, split.targets.of_tokens
+        states, targets = split.states, split.targets
         logits = {run: np.zeros((len(split), split.task.outputs)) for run in runs}
-        token_logits = {run: dict[int, Tensor]() for run in runs}
+        token_logits = {run: dict[int, Float[np.ndarray, "_ output"]]() for run in runs}
         for shard in states.shards:
             shuffle = torch.Generator().manual_seed(0)
             for texts in random_batches(shard, size=_VALIDATION_BATCH, shuffle=shuffle):
@@ -320,14 +321,13 @@ class _Trainer:
                     ):
                         tokens = Ragged(projections, batch.lengths.to(self._device))
                         logits[run][texts] = _served(run, tokens, segments).cpu().numpy()
-                        if of_tokens:
-                            run_logits = run.score_tokens(tokens).double().cpu()
-                            text_logits = run_logits.split(batch.lengths.tolist())
-                            token_logits[run] |= zip(texts, text_logits, strict=True)
+                        # Empty for labels of whole texts.
+                        of_tokens = targets.token_logits(run.mechanism, tokens)
+                        token_logits[run] |= zip(texts, of_tokens, strict=False)
         return [
             (
                 logits[run],
-                [text_logits.numpy() for _, text_logits in sorted(token_logits[run].items())],
+                [token_logits[run][text] for text in sorted(token_logits[run])],
             )
             for run in runs
         ]

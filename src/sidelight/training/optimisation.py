@@ -17,8 +17,8 @@ from sidelight.probes.mechanisms.base import Geometry, Mechanism, build_mechanis
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Standardisation
 from sidelight.states.compression import Compression
-from sidelight.training.dataset import Targets
 from sidelight.training.settings import TrainingSettings
+from sidelight.training.targets import Targets
 from sidelight.types import MechanismSpec, Task
 
 # Mutable part of the learning-rate schedule.
@@ -150,9 +150,7 @@ class TrainingRun:
             self._optimizer, T_max=settings.epochs * steps
         )
         labels = targets.labels.values
-        if targets.of_tokens:
-            frequency = labels.reshape(len(labels), -1).float().mean(0)
-            self.mechanism.set_prior(frequency.clamp(min=1 / len(labels)).logit(1e-6))
+        targets.initialise(self.mechanism)
         self._best = deepcopy(self.mechanism.state_dict())
         self._epochs = 0
         is_balanced = settings.class_weight == "balanced"
@@ -189,12 +187,6 @@ class TrainingRun:
         self.mechanism.eval()
         return self.mechanism.logits(tokens)
 
-    def score_tokens(self, tokens: Ragged) -> Float[Tensor, "token output"]:
-        """The logits of each of these tokens."""
-        logits = self.mechanism.token_logits(self.mechanism.summarise(tokens))
-        assert logits is not None
-        return logits.values
-
     def loss(self, tokens: Ragged, targets: Targets) -> Float[Tensor, ""]:
         """The loss of a batch, summed over the mechanism's voters.
 
@@ -210,11 +202,7 @@ class TrainingRun:
         seed = self.settings.seed * 1_000_003 + self._draws
         with _random_numbers(seed, tokens.values.device):
             inputs = [tokens, random_prefixes(tokens)] if self._adds_prefixes else [tokens]
-            if targets.of_tokens:
-                votes = [self.score_tokens(tokens)]
-            else:
-                states = map(self.mechanism.summarise, inputs)
-                votes = [vote for state in states for vote in self.mechanism.votes(state).unbind(1)]
+            votes = targets.votes(self.mechanism, inputs)
             losses = [self._loss(vote, labels.values, weights) for vote in votes]
             loss = torch.stack(losses).sum() / len(inputs)
             if words is None or not words.values.any():

@@ -85,9 +85,9 @@ def guard_options(
     In transformers, the last layer is left out, because llama.cpp does not compute its states for
     every token. The probe can then be accepted on a GGUF copy of the model.
     """
-    card, of_spans = find_guard(name).card, texts.spans is not None
+    card = find_guard(name).card
     layers = backbone.fingerprint.layers - 1 if isinstance(backbone, TransformersBackbone) else None
-    settings = suggested_settings(named_mechanism(AUTO, of_spans=of_spans))
+    settings = suggested_settings(named_mechanism(AUTO, type(texts)))
     return FitOptions(
         settings=replace(settings, layers=layers, seed=seed),
         reads=replace(READS, side=card.reads),

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import LabelledExamples, SpanExamples
 from sidelight.errors import SidelightError, checked
 from sidelight.models.conversation import Reads
 from sidelight.models.fingerprint import Fingerprint, hash_of
@@ -33,8 +33,6 @@ MOST_UNCOMPRESSED_BYTES = 10 * 2**30
 TRAINING_MAX_TOKENS = 1024
 # The prompt, with each turn classified.
 READS = Reads(scope="each_turn")
-# With fewer texts, training cross-fits.
-FEW_TEXTS = 1000
 # With few texts, batches are smaller, so that an epoch has this many steps.
 _STEPS_PER_EPOCH = 8
 
@@ -122,17 +120,17 @@ SUGGESTED = {
 }
 
 
-def named_mechanism(mechanism: str, *, of_spans: bool = False) -> str:
-    """Resolve ``auto`` to a readout, or to ``spans`` for labelled spans.
+def named_mechanism(mechanism: str, examples: type[LabelledExamples] = LabelledExamples) -> str:
+    """Resolve ``auto`` to the default mechanism for these examples.
 
     Raises:
-        SidelightError: Spans are labelled, but the mechanism labels no tokens.
+        SidelightError: The examples have spans, but the mechanism labels no tokens.
     """
     if mechanism == AUTO:
-        return "spans" if of_spans else "readout"
+        return examples.default_mechanism
     from sidelight.probes.mechanisms.base import labels_tokens
 
-    if of_spans and not labels_tokens(mechanism):
+    if issubclass(examples, SpanExamples) and not labels_tokens(mechanism):
         raise SidelightError(
             f"Spans need a mechanism that labels tokens, such as 'spans' (got: '{mechanism}'). "
             "Leave --mechanism out (mechanism= in Python)."
@@ -272,22 +270,13 @@ class FitOptions:
         return self.reads
 
     def resolved_for(self, examples: LabelledExamples) -> "FitOptions":
-        """Resolve the options for these texts. With spans, template tokens have no label and are
-        not read.
+        """Resolve the options for these examples.
 
         Raises:
             SidelightError: The mechanism labels no tokens, or the probe would read the other side.
         """
-        if examples.spans is None:
-            return self
-        named_mechanism(AUTO if self.mechanism is None else self.mechanism.name, of_spans=True)
-        side = "prompt" if examples.items[0].response is None else "response"
-        if self.reads.side != side:
-            raise SidelightError(
-                f"The spans are labelled in each {side}, but the probe would read: "
-                f"{self.reads.side}. Set reads={side} (--set reads={side}), or leave reads out."
-            )
-        return replace(self, reads=Reads(side, template=False))
+        named_mechanism(AUTO if self.mechanism is None else self.mechanism.name, type(examples))
+        return replace(self, reads=examples.reads(self.reads))
 
     def with_none(self, task: Task) -> Task:
         """With ``none`` as the last of several classes, if the probe is to learn it.

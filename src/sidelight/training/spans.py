@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.data.evaluation import SpanReport, evaluate_spans
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import SpanExamples
 from sidelight.data.spans import (
     SpanRule,
     character_scores,
@@ -45,10 +45,10 @@ def choose_lookahead(
     """The run with the smallest lookahead that is as good as the best, and the character F1 of
     each.
     """
-    scores: dict[str, float] = {}
+    examples, scores = measured.span_examples, dict[str, float]()
     for run in candidates:
         _, report = calibrate_spans(
-            measured.examples, measured.places, run.token_logits, rule=F1, bootstrap=0
+            examples, measured.places, run.token_logits, rule=F1, bootstrap=0
         )
         f1 = [metrics["character_f1"].value or 0.0 for metrics in report.per_label.values()]
         scores[str(run.mechanism.lookahead)] = float(np.mean(f1))
@@ -58,7 +58,7 @@ def choose_lookahead(
 
 
 def calibrate_spans(
-    examples: LabelledExamples,
+    examples: SpanExamples,
     places: TokenPlaces,
     logits: TokenScores,
     *,

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.data.examples import Example, LabelledExamples, validation_share
+from sidelight.data.examples import Example, LabelledExamples, SpanExamples, validation_share
 from sidelight.errors import SidelightError, warn
 from sidelight.probes.card import ProbeCard
 from sidelight.statistics.calibration import require_calibratable, suggested_calibration
 from sidelight.statistics.thresholds import require_thresholds, warn_of_few_texts
-from sidelight.training.settings import FEW_TEXTS, FitOptions
+from sidelight.training.settings import FitOptions
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
@@ -50,9 +50,8 @@ def choose_validation(
     require_calibratable(kind, validation.labels, task)
     counts = validation.count_by_label
     # For spans, the rule counts words.
-    is_few = training.spans is None and warn_of_few_texts(
-        task, counts, len(validation), options.threshold
-    )
+    counts_texts = not isinstance(training, SpanExamples)
+    is_few = counts_texts and warn_of_few_texts(task, counts, len(validation), options.threshold)
     rarest, texts = min(counts.items(), key=lambda count: count[1])
     if texts < _ROUGH_BELOW and not is_few:
         warn(
@@ -76,7 +75,7 @@ def _hold_out(
             f"of each label and {2 * FOLDS} in all (a hundred is better), or name a validation "
             "set (--validation, validation=)."
         )
-    if len(examples) < FEW_TEXTS and examples.spans is None:
+    if len(examples) < examples.cross_fitted_below:
         label, fewest = min(counts.items(), key=lambda count: count[1])
         warn(
             f"Cross-fitting needs {FOLDS} distinct texts per label, but '{label}' has {fewest} "
@@ -99,8 +98,8 @@ def choose_folds(examples: LabelledExamples) -> Folds:
     There are none if there are many texts, if their spans are labelled, or if a fold would lack a
     class.
     """
-    is_many = len(examples) >= FEW_TEXTS or examples.spans is not None
-    return () if is_many else complete_folds(examples)
+    is_few = len(examples) < examples.cross_fitted_below
+    return complete_folds(examples) if is_few else ()
 
 
 def complete_folds(examples: LabelledExamples) -> Folds:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
 from sidelight.classifier import Classifier
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import SpanExamples
 from sidelight.data.plots import save_figure
 from sidelight.data.spans import character_f1, labelled_characters
 from sidelight.scoring import score_characters
@@ -28,9 +28,7 @@ _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 50em; margin: 2em auto;
 p { white-space: pre-wrap; border-top: 1px solid #ccc; padding-top: .5em }"""
 
 
-def examine_spans(
-    classifier: Classifier, examples: LabelledExamples, directory: Path
-) -> list[Path]:
+def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Path) -> list[Path]:
     """Write ``thresholds.png`` and ``worst.html``, and return their paths.
 
     Args:
@@ -105,7 +103,7 @@ def _plain(text: str) -> str:
 
 
 def worst_spans_page(
-    examples: LabelledExamples, predicted: Sequence[Sequence[Span]], *, title: str
+    examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, title: str
 ) -> str:
     """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong."""
     texts, labels = [text for text, _ in examples.text_spans], examples.task.output_labels

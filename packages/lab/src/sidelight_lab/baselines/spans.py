@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import SpanExamples
 from sidelight.data.spans import token_labels, words
 from sidelight.training.dataset import Split, TokenPlaces
 from sidelight.training.preparing import ProbeDataset
@@ -30,7 +30,7 @@ from sidelight_lab.baselines.fine_tuning import (
 )
 
 # Gives the characters and the logits of each text's tokens.
-Scorer = Callable[[LabelledExamples], tuple[TokenPlaces, TokenScores]]
+Scorer = Callable[[SpanExamples], tuple[TokenPlaces, TokenScores]]
 
 # Words that the lexicon adds to those that it has seen, with the share of labelled ones.
 _PRIOR_WORDS = 4.0
@@ -69,7 +69,7 @@ def window(dataset: ProbeDataset) -> Iterator[Scorer]:
     inputs = vectorizer.fit_transform(
         [
             features
-            for text, _ in dataset.training.examples.text_spans
+            for text, _ in dataset.training.span_examples.text_spans
             for features in _features(text)
         ]
     )
@@ -91,7 +91,7 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
     tuning = tuning or FineTunedEncoder(epochs=epochs)
     reader = Encoder(tuning.path, max_tokens=tuning.max_tokens)
 
-    def items_of(examples: LabelledExamples) -> tuple[list[Item], TokenPlaces]:
+    def items_of(examples: SpanExamples) -> tuple[list[Item], TokenPlaces]:
         texts, spans_of = zip(*examples.text_spans, strict=True)
         # The characters of each token; (0, 0) of one that the encoder adds.
         tokens = reader.tokens(texts, return_offsets_mapping=True)
@@ -111,9 +111,9 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
         torch.manual_seed(0)
         model = SequenceClassifier(reader.body, dataset, labels_tokens=True)
         model = model.to(dataset.reader.device)
-    tuning.tune(model, dataset, lambda split: items_of(split.examples)[0], seed=0)
+    tuning.tune(model, dataset, lambda split: items_of(split.span_examples)[0], seed=0)
 
-    def scores(examples: LabelledExamples) -> tuple[TokenPlaces, TokenScores]:
+    def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
         items, places = items_of(examples)
         pairs = zip(items, score_items(model, items), strict=True)
         return places, [logits[: len(item["read"])][item["read"]] for item, logits in pairs]
@@ -127,7 +127,7 @@ def _names(text: str) -> list[str]:
 
 def _labelled_words(split: Split) -> tuple[list[str], np.ndarray]:
     """All words of some texts, and the labels of each."""
-    rows, names = split.examples.text_spans, split.task.output_labels
+    rows, names = split.span_examples.text_spans, split.task.output_labels
     labels = [token_labels(text, words(text), spans, names) for text, spans in rows]
     return [name for text, _ in rows for name in _names(text)], np.concatenate(labels)
 
@@ -147,7 +147,7 @@ def _features(text: str) -> list[list[str]]:
 def _of_words(logits: Callable[[str], Any], dataset: ProbeDataset) -> Scorer:
     outputs = dataset.task.outputs
 
-    def scores(examples: LabelledExamples) -> tuple[TokenPlaces, TokenScores]:
+    def scores(examples: SpanExamples) -> tuple[TokenPlaces, TokenScores]:
         texts = [item.span_text for item in examples.items]
         rows = [logits(text) if words(text) else [] for text in texts]
         return [*map(words, texts)], [

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.data.evaluation import Estimate, measure_span_resamples
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import SpanExamples
 from sidelight.data.spans import Span, SpanRule, character_scores
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
@@ -77,7 +77,7 @@ class Row:
     validation: Sequence[float]
     lookaheads: Sequence[int] = ()
 
-    def measure(self, test: LabelledExamples) -> list[Draws]:
+    def measure(self, test: SpanExamples) -> list[Draws]:
         """With each seed."""
         labels = test.task.output_labels
         draws: list[Draws] = []
@@ -122,9 +122,9 @@ class _OneLayer:
 
 def compare_spans(
     backbone: TransformersBackbone,
-    training: LabelledExamples,
-    validation: LabelledExamples,
-    test: LabelledExamples,
+    training: SpanExamples,
+    validation: SpanExamples,
+    test: SpanExamples,
     *,
     options: FitOptions,
     seeds: int,
@@ -176,8 +176,8 @@ def compare_spans(
 
 def _probes(
     reader: Reader,
-    training: LabelledExamples,
-    validation: LabelledExamples,
+    training: SpanExamples,
+    validation: SpanExamples,
     options: FitOptions,
     seeds: int,
     out: Path,
@@ -223,7 +223,7 @@ def _token_logits(
     reader: Reader,
     options: FitOptions,
     probe: Probe,
-    examples: LabelledExamples,
+    examples: SpanExamples,
 ) -> tuple[TokenPlaces, list[Float[np.ndarray, "_ label"]]]:
     """Those that ``find_spans`` computes, from hidden states that all seeds share."""
     split = make_split(reader, examples, options, title="Test texts")
@@ -238,7 +238,7 @@ def _token_logits(
     return split.places, logits
 
 
-def _best(candidates: Iterable[Scorer], validation: LabelledExamples) -> Row:
+def _best(candidates: Iterable[Scorer], validation: SpanExamples) -> Row:
     """Calibrated as probes are, the best by what chooses their lookahead."""
     rows: list[tuple[float, Row]] = []
     for score in candidates:
@@ -250,7 +250,7 @@ def _best(candidates: Iterable[Scorer], validation: LabelledExamples) -> Row:
 
 
 def _summary(
-    row: Row, draws: Sequence[Draws], ours: Sequence[Draws], test: LabelledExamples
+    row: Row, draws: Sequence[Draws], ours: Sequence[Draws], test: SpanExamples
 ) -> dict[str, Any]:
     """A row's figures as JSON-ready values: means over seeds, with intervals over texts."""
     means = {name: np.mean([metrics[name] for metrics in draws], 0) for name in _METRICS}

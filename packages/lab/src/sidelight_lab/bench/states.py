@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import LabelledExamples, SpanExamples
 from sidelight.data.spans import token_labels
 from sidelight.probes.mechanisms.base import mechanism_spec
 from sidelight.progress import say
@@ -20,7 +20,7 @@ from sidelight.states.extraction import extract
 from sidelight.states.reader import Backbone
 from sidelight.training.dataset import Split, plan_split
 from sidelight.training.loop import Candidate, divergence, train_mechanisms
-from sidelight.training.settings import READS, FitOptions, named_mechanism, suggested_settings
+from sidelight.training.settings import READS, FitOptions, suggested_settings
 from sidelight.training.validation import FOLDS
 from sidelight_lab.bench.measurement import Record, conditions, table
 
@@ -99,8 +99,7 @@ def compare_states(
         of its AUROC from that of whole states: the mean over draws with a 95 % interval from a
         paired bootstrap of the texts of each draw.
     """
-    # Spans count the characters of a text, which a template may change.
-    reads = replace(READS, side=side, template=READS.template and examples.spans is None)
+    reads = examples.reads(replace(READS, side=side))
     options = FitOptions(reads=reads, cache_root=cache_root, keep_cache=True)
     measured: list[dict[Form | None, Scores]] = []
     sizes: dict[Form, int] = {}
@@ -155,7 +154,7 @@ def _table(record: Mapping[str, Any]) -> str:
 
 
 def _candidate(examples: LabelledExamples, seed: int) -> Candidate:
-    name = named_mechanism("auto", of_spans=examples.spans is not None)
+    name = examples.default_mechanism
     return mechanism_spec(name), replace(suggested_settings(name), seed=seed)
 
 
@@ -191,7 +190,7 @@ def _stored_copy(
 def _scores(split: Split, states: ActivationCache, candidate: Candidate) -> Scores:
     """Scores of texts, or tokens, that did not train."""
     subset = replace(split, states=states)
-    if split.examples.spans is None:
+    if not isinstance(split.examples, SpanExamples):
         (run,) = train_mechanisms(
             [candidate],
             training=subset,
@@ -211,7 +210,7 @@ def _scores(split: Split, states: ActivationCache, candidate: Candidate) -> Scor
     if run is None:
         raise divergence(*candidate)
     names = split.task.output_labels
-    pairs = zip(validation.examples.text_spans, validation.places, strict=True)
+    pairs = zip(validation.span_examples.text_spans, validation.places, strict=True)
     labels = [token_labels(text, subset, spans, names) for (text, spans), subset in pairs]
     texts = np.repeat(np.arange(len(fold)), [*map(len, labels)])
     return np.concatenate(run.token_logits), np.concatenate(labels).astype(np.int64), texts

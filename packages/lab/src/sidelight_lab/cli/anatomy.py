@@ -30,6 +30,7 @@ def anatomy(probe: Path, runtime: Runtime, out: Path, **options: Any) -> None:
     thresholds.png (character-level precision, recall and F1 by threshold) and worst.html (the 50
     worst texts with hits, misses and errors). Use texts that the probe was not trained on.
     """
+    from sidelight.data.examples import SpanExamples
     from sidelight.data.loading import load_examples
     from sidelight_lab.anatomy import examine, write_anatomy
     from sidelight_lab.spans_anatomy import examine_spans
@@ -43,7 +44,7 @@ def anatomy(probe: Path, runtime: Runtime, out: Path, **options: Any) -> None:
     )
     examples = load_examples(options["data"], task=classifier.probe.task, **columns)
     examples = examples.select(examples.draw(options["limit"] or len(examples), seed=0))
-    if examples.spans is not None:
+    if isinstance(examples, SpanExamples):
         paths = examine_spans(classifier, examples, out)
         click.echo(f"Written: {' and '.join(map(str, paths))}")
         return
