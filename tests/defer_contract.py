@@ -236,6 +236,7 @@ class DeferContract:
         server.judge.says(0.0, after_s=1)
         answer = server.post(chat(subjects.injected, stream=streamed))
         assert refusal(answer) == (500, "verdict_failed")
+        assert "a judge gave no answer" in answer.text
         server.judge.answers(JSONResponse({}, status_code=500))
         answer = server.post(chat(subjects.injected, stream=streamed))
         assert refusal(answer) == (500, "verdict_failed")

@@ -1,6 +1,7 @@
 """Rules that defer to a judge: on our own server, and how they are read."""
 
 import asyncio
+import logging
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.responses import JSONResponse
 
 from defer_contract import DeferContract, deferring
 from policy_contract import ADMIN, chat, choices, refusal, verdicts
@@ -42,7 +44,12 @@ def server(subjects, tmp_path_factory):
 
 @pytest.mark.slow
 class TestSidelightServer(DeferContract):
-    pass
+    def test_the_log_says_why_a_judge_gave_no_answer(self, server, subjects, caplog):
+        server.defers()
+        server.judge.answers(JSONResponse({}, status_code=500))
+        with caplog.at_level(logging.WARNING, logger="sidelight"):
+            assert server.post(chat(subjects.injected)).status_code == 500
+        assert "gave no verdict on the input: blocked. Judge 'guardian': status." in caplog.text
 
 
 @pytest.mark.slow

@@ -312,8 +312,8 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
     """The error that replaces the verdicts of these probes."""
     return VerdictError(
         f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has "
-        "no token that the probe reads, or the text is plain and the probe was trained only on "
-        "chats. Treat the text as unclassified."
+        "no token that the probe reads, the text is plain and the probe was trained only on "
+        "chats, or a judge gave no answer. Treat the text as unclassified."
     )
 
 

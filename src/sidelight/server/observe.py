@@ -226,7 +226,7 @@ class RequestTextObserver:
         for decision in new:
             if decision.action in LOGGED:
                 level = logging.WARNING if decision.verdict is None else logging.INFO
-                message, rule = LOGGED[decision.action], decision.rule
+                message, rule = LOGGED[decision.action] + _cause(decision), decision.rule
                 ids = {"request_id": self._request.request_id, "key_id": self._request.key_id}
                 _log.log(level, message, rule.name, rule.side, extra=ids)
         if self._request.audit is None or not new:
@@ -252,6 +252,14 @@ class RequestTextObserver:
         except RequestError:
             if any(d.rule.fails_closed for d in new):
                 raise
+
+
+def _cause(decision: Decision) -> str:
+    """The judge and its failures, if they are why there is no verdict."""
+    second = decision.second
+    if decision.verdict is not None or second is None or not second.failures:
+        return ""
+    return f" Judge '{second.judge}': {', '.join(dict.fromkeys(second.failures))}."
 
 
 class AuditLog(WatchedFileHandler):
