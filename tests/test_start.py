@@ -285,7 +285,7 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_nam
         assert cli(*SERVE.format(model=folder, probe=probe).split()) == code
     log = capfd.readouterr().err
     assert f"Probes: {load_probe(probe).name} (score)\n" in log
-    assert "Stopping: running requests: 0" in log
+    assert "Stopping: waiting up to 30 s for running requests: 0" in log
     # Its lines name neither what is served nor where.
     assert "uvicorn" not in log
 

@@ -120,7 +120,7 @@ def print_assessment(assessment: Assessment) -> None:
             "False positives: unknown, because the probe was trained without background traffic."
         )
     if mistakes := assessment.mistakes:
-        click.echo("Errors, farthest from the threshold first:")
+        click.echo("Most confident errors:")
         for label, is_missed, probability, text in mistakes:
             error = "missed" if is_missed else "falsely"
             click.echo(f"  {error} '{label}' {probability:.2f}  {text}")

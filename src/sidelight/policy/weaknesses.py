@@ -58,15 +58,14 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
         )
     if policy.invisible_characters == "off":
         yield (
-            "invisible_characters is off, so zero-width spaces between the letters can hide an "
-            'attack. Set it to "strip".'
+            "invisible_characters is off, so zero-width spaces between its letters hide an attack. "
+            'Set it to "strip".'
         )
     formats = {each.probe.card.prompt_format for each in bound if each.name in blocking}
     if policy.system_turns == "trust" and formats != {"raw"}:
         yield (
-            'system_turns = "trust" lets through an attack in the leading system turn, because '
-            "no probe of chats reads that turn. If clients can write such turns, set it to "
-            '"refuse".'
+            'system_turns = "trust" lets leading system turns pass unclassified, even if one '
+            'contains an attack. If clients can write such turns, set it to "refuse".'
         )
 
 

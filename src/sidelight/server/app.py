@@ -183,7 +183,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         running, limit_s = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
-        _log.info("Stopping: running requests: %d, ended after %s s", running, limit_s)
+        _log.info("Stopping: waiting up to %s s for running requests: %d", limit_s, running)
         await super().shutdown(sockets)
 
 

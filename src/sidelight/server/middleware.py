@@ -247,9 +247,8 @@ class Gatekeeper:
             caller, hides_scores=self._hides_scores()
         ):
             raise RequestError(
-                "/metrics reveals scores that the policy withholds and why requests were "
-                "refused, so it needs a metrics key (--metrics-key or SIDELIGHT_METRICS_KEY) or "
-                "an admin key.",
+                "/metrics contains the scores and refusals of all clients, so it needs "
+                "a metrics key (--metrics-key or SIDELIGHT_METRICS_KEY) or an admin key.",
                 status=403,
                 code="metrics_key_required",
             )

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     "first. May be repeated; texts on which the probes disagree then come early, too.",
 )
 @click.option(
-    "--labels", help="Comma-separated labels. With two labels, the second is the one to flag."
+    "--labels", help="Comma-separated labels. If there are two, the probe flags the second."
 )
-@click.option("--multilabel", is_flag=True, help="Allow any number of labels per text.")
+@click.option("--multilabel", is_flag=True, help="A text may have several labels, or none.")
 @click.option(
     "--criterion",
     type=options.PATH,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 @click.option(
     "--price",
     type=click.FloatRange(min=0),
-    help="Price per million tokens that the judge reads, to show the cost.",
+    help="Judge's price per million input tokens, to show the cost.",
 )
 @options.text
 @click.option("--label", default="label", help="Column for the label in --out.")
@@ -70,8 +70,7 @@ if TYPE_CHECKING:
 @options.split
 @options.new_file(
     "--out",
-    help="JSONL file to append the labels to; labels that it already contains are kept. [default: "
-    "TEXTS-labels.jsonl]",
+    help="File (.jsonl) to append labels to; existing rows count. [default: TEXTS-labels.jsonl]",
 )
 @options.new_folder(
     "--probe-out",
@@ -84,13 +83,9 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0.01),
     default=1.0,
     metavar="GIB",
-    help="Maximum memory for hidden states, in addition to the model.",
+    help="Maximum memory for hidden states, besides the model.",
 )
-@click.option(
-    "--cache",
-    type=options.PATH,
-    help="Folder where hidden states are stored. [default: the user's cache]",
-)
+@click.option("--cache", type=options.PATH, help="Folder for hidden states. [default: the user's]")
 @options.free_port
 @options.backbone
 def label(
@@ -116,9 +111,9 @@ def label(
 ) -> None:
     """Label texts in the browser, and train a probe on the labels as you go.
 
-    Texts on which the probe is least certain come first. Without a probe, the order is random until
-    there are five texts of each label. Each label is appended to --out before the next text is
-    shown, and 'sidelight train' reads this file. To resume, run the same command again.
+    Texts on which the probe is least certain come first; without one, they come in random order
+    until there are five of each label. Each label is appended to --out, which 'sidelight train'
+    reads, before the next text is shown. To resume, run the same command again.
 
     With --judge, an LLM labels some texts first, and the page starts with a blind sample of them.
     If you agree with the judge on enough of this sample, it can label the rest.

@@ -116,7 +116,7 @@ class LabelQueue:
                 return f"{len(left)} texts on which judge and probe differ, or without an answer"
         titles = [probe.title for probe in self._probes]
         if not titles:
-            return "at random, until there is a probe"
+            return "random until a probe is trained"
         return f"least certain first, by {' and '.join(titles)}; one in {_RANDOM_EVERY} at random"
 
     @property

@@ -120,7 +120,7 @@ function showJudge(judge) {
 function stateOf(judge) {
   const least = judge.least.toFixed(2);
   if (judge.state === "passed") return "It has passed: its labels count.";
-  if (judge.state === "open") return `Label a blind sample first: ${judge.left} texts are left. Its labels count from an agreement of ${least} on.`;
+  if (judge.state === "open") return `Label a blind sample first: ${judge.left} texts are left. The judge's labels count if your agreement with it is at least ${least}.`;
   if (judge.state === "unasked") return "It has not labelled the texts under this criterion.";
   if (judge.state === "too_few") return "The texts have too few of one label to check it, so its labels do not count. Add more texts.";
   if (!judge.agreement) return "It gives all texts the same label, so its labels do not count. Edit the criterion, or take another judge.";
