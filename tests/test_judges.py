@@ -171,6 +171,21 @@ def test_a_label_without_log_probabilities_is_no_verdict_unless_the_judge_reason
     ]
 
 
+@pytest.mark.parametrize("profile", [name for name, each in PROFILES.items() if not each.reasons])
+def test_no_more_tokens_are_read_than_were_asked_for(profile):
+    answer, probability = RECORDED[profile][0]
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    most = PROFILES[profile].max_tokens
+    for blanks in (0, most - len(tokens), most):
+        padded = {"choices": [{"logprobs": {"content": [{"token": " "}] * blanks + tokens}}]}
+        if blanks < most:
+            read = PROFILES[profile].read(padded)
+            assert read == pytest.approx(probability, abs=ROUNDING)
+        else:
+            with pytest.raises(JudgeError):
+                PROFILES[profile].read(padded)
+
+
 async def _drip():
     while True:
         yield b" "

@@ -126,7 +126,8 @@ class Profile:
                 "of chats, or kind 'decisions'.",
             )
         answer = ""
-        for token in tokens:
+        # A longer answer than was asked for would keep other requests waiting.
+        for token in tokens[: self.max_tokens]:
             if self.marker in answer.lower() and _word(token["token"]):
                 return self._share(token.get("top_logprobs") or [token])
             answer += token["token"]
