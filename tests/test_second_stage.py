@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import math
+import time
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from starlette.responses import JSONResponse
 
 from defer_contract import DeferContract, deferring
-from policy_contract import ADMIN, chat, choices, refusal, verdicts
+from policy_contract import ADMIN, CHECKS, chat, choices, refusal, verdicts
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.judges.question import JudgeAnswer
@@ -50,6 +52,31 @@ class TestSidelightServer(DeferContract):
         with caplog.at_level(logging.WARNING, logger="sidelight"):
             assert server.post(chat(subjects.injected)).status_code == 500
         assert "gave no verdict on the input: blocked. Judge 'guardian': status." in caplog.text
+
+    @pytest.mark.parametrize("kind", ["prompt", "stream", "check", "response"])
+    def test_a_client_that_leaves_while_the_judge_is_asked_is_recorded(
+        self, server, subjects, kind
+    ):
+        server.defers()
+        server.judge.says(0.1, after_s=1)
+        path, body = chat(subjects.injected, stream=kind == "stream")
+        if kind == "check":
+            path, body = CHECKS, {"input": [subjects.injected], "probes": ["injection"]}
+        elif kind == "response":
+            path, body = chat(subjects.leaking)
+        name = "leak" if kind == "response" else "injection"
+        series = (
+            (f'probe="{name}"', "sidelight_judge_questions_total", 'outcome="cancelled"'),
+            (f'probe="{name}"', "sidelight_verdicts_total", 'outcome="unfinished"'),
+        )
+        before = [server.counted(*words) for words in series]
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post(path, json=server._body(path, body), timeout=0.4)
+        assert server.judge.asked
+        deadline = time.perf_counter() + 5
+        while [server.counted(*words) for words in series] != [count + 1 for count in before]:
+            assert time.perf_counter() < deadline
+            time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -12,7 +12,14 @@ from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, Message, PlainText, characters
 
 FailureReason = Literal[
-    "timeout", "unreachable", "status", "unreadable", "budget", "too_long", "not_redacted"
+    "timeout",
+    "unreachable",
+    "status",
+    "unreadable",
+    "budget",
+    "too_long",
+    "not_redacted",
+    "cancelled",
 ]
 # Control tokens of chat templates and tags of judges begin like this; a server would read them
 # as its own: <|im_end|>, [INST], [gMASK] of GLM, [|user|] of EXAONE, ]~b] and [e~[ of MiniMax.

@@ -67,8 +67,8 @@ class Decision:
             blocks or redacts if the verdict could not be computed; ``shadow`` is a flag that
             clients do not see.
         is_too_long: Whether there is no verdict because the text is longer than the rule allows.
-        is_unfinished: Whether the text was cancelled during generation, so that the verdict covers
-            only its first tokens, or is missing.
+        is_unfinished: Whether the text was cancelled during generation, or while a judge was
+            asked, so that the verdict covers only its first tokens, or is missing.
         deferred: The probe's verdict, if a judge has yet to be asked about it.
         is_of_tools: Whether only tool turns are deferred.
         second: The judge's opinion; None if it was not asked.

@@ -22,7 +22,7 @@ from sidelight.models.invisible import Invisible
 from sidelight.policy.decisions import Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import Action, BoundRule, Policy, Side
-from sidelight.policy.second_stage import AsksJudges, SecondStage
+from sidelight.policy.second_stage import AsksJudges, SecondStage, cancelled
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,11 @@ class Enforcement:
                             is_begun = True
                             yield each
             finally:
-                # No effect if `end` was called above. If neither text nor scores were sent, there
-                # is no partial verdict to record.
-                observer.end(holding.unfinished() if is_begun else (), is_cancelled=True)
+                # No effect if `end` was called above. If neither text nor scores were sent, and no
+                # judge was asked, there is no partial verdict to record.
+                unfinished = holding.unfinished()
+                is_begun |= any(decision.second for decision in unfinished)
+                observer.end(unfinished if is_begun else (), is_cancelled=True)
 
     async def _passed(
         self,
@@ -219,7 +221,12 @@ async def _after_second_stage(
     client.
     """
     shadows = [d for d in decisions if d.rule.is_shadow and d.deferred is not None]
-    decided = await second_stage.resolve([d for d in decisions if d not in shadows], response)
+    try:
+        decided = await second_stage.resolve([d for d in decisions if d not in shadows], response)
+    except asyncio.CancelledError:
+        # Otherwise a client that leaves early could try texts on the probe unrecorded.
+        observer.end([cancelled(decision) for decision in decisions], is_cancelled=True)
+        raise
 
     async def later() -> None:
         observer.shadow_opinions(await second_stage.resolve(shadows, response), decided)

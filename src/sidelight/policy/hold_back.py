@@ -131,7 +131,18 @@ class HoldBack:
     def unfinished(self) -> list[Decision]:
         """End a text that is being cancelled, with what is known so far; nothing follows."""
         known = [decide(bound, self._running, tokens=self._written_tokens) for bound in self._rules]
-        return [replace(d, action="none", is_unfinished=True, deferred=None) for d in known]
+        return [
+            replace(
+                d, action="none", is_unfinished=True, deferred=None, second=self._asked(d.rule.name)
+            )
+            for d in known
+        ]
+
+    def _asked(self, name: str) -> SecondOpinion | None:
+        """What a rule's judge was asked of a text that is cancelled now."""
+        if (state := self._enforced.get(name)) is None:
+            return None
+        return state.asked(is_due=name in {bound.name for bound in self.questions()})
 
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
         self._scored_tokens, self._final_end = event.tokens, event.final_characters
@@ -273,6 +284,10 @@ class _RuleState:
         else:
             self._has_flagged |= flagged
 
+    def asked(self, *, is_due: bool) -> SecondOpinion | None:
+        """What its judge was asked of a text that is cancelled; ``is_due``: with no answer yet."""
+        return None if self._deferral is None else self._deferral.asked(is_due=is_due)
+
     def step(self, verdicts: Verdicts, *, tokens: int) -> None:
         """Apply the scores of another token; a missing score is a failure."""
         verdict = decide(self.bound, verdicts, tokens=tokens).verdict
@@ -388,6 +403,13 @@ class _Deferral:
         self._asked = self._passed = tokens
         self._open, self.is_flagged_by_probe = None, False
         return is_flagged
+
+    def asked(self, *, is_due: bool) -> SecondOpinion | None:
+        if not is_due:
+            return self._opinion
+        assert self._bound.rule.defer is not None, "only rules that defer have questions"
+        unanswered = SecondOpinion(self._bound.rule.defer.judge, failures=("cancelled",))
+        return unanswered if self._opinion is None else self._opinion + unanswered
 
     def opinion(self, is_flagged: bool) -> SecondOpinion | None:
         if self._opinion is None:

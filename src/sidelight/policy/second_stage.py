@@ -135,6 +135,16 @@ def second_decision(decision: Decision, second: SecondOpinion) -> Decision:
     return Decision(bound, verdict, bound.action(verdict), second=second)
 
 
+def cancelled(decision: Decision) -> Decision:
+    """The record of a decision whose text was cancelled before its judge had answered."""
+    bound, defer = decision.rule, decision.rule.rule.defer
+    if decision.deferred is None or defer is None:
+        return decision
+    # Judges of shadows are asked afterwards.
+    second = None if bound.is_shadow else SecondOpinion(defer.judge, failures=("cancelled",))
+    return replace(decision, action="none", is_unfinished=True, deferred=None, second=second)
+
+
 def opinion_verdict(bound: BoundRule, scored: Verdict, *, is_flagged: bool) -> Verdict:
     """The probe's scores with the judge's decision."""
     thresholds = dict.fromkeys(bound.thresholds, 0.0) if is_flagged else {}
