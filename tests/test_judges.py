@@ -418,6 +418,33 @@ def test_budgets_are_of_all_and_of_each_key(judge):
     assert len(judge.asked) == 5
 
 
+def test_questions_that_are_never_sent_take_nothing_of_a_budget(judge):
+    settings = judge.settings(budget_per_minute=5, budget_per_key=4, concurrency=1)
+
+    async def ask():
+        client = JudgeClient(settings)
+        judge.says(0.7, after_s=0.1)
+        waiting = [asyncio.ensure_future(client.ask(each, key_id="a")) for each in numbered(4)]
+        await asyncio.sleep(0)
+        # It has not begun to wait for a slot; the next two have.
+        waiting[3].cancel()
+        await asyncio.sleep(0.02)
+        for each in waiting[1:3]:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        judge.says(0.7)
+        more = [Question.about(PlainText(f"more {i}")) for i in range(5)]
+        keys = ["a"] * 4 + [None]
+        answers = [
+            await asyncio.gather(client.ask(each, key_id=key), return_exceptions=True)
+            for each, key in zip(more, keys, strict=True)
+        ]
+        await client.close()
+        return [getattr(answer, "reason", None) for (answer,) in answers]
+
+    assert asyncio.run(ask()) == [None, None, None, "budget", None]
+
+
 def test_a_budget_fills_again(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("sidelight.judges.budget.time.monotonic", lambda: now[0])

@@ -39,6 +39,12 @@ class Budget:
             bucket.left -= 1
         return True
 
+    def give_back(self, key_id: str | None) -> None:
+        """Gives back a question that was taken and never sent."""
+        self._all.left += 1
+        if key_id is not None:
+            self._keys[key_id].left += 1
+
 
 def _fill(bucket: _Bucket, per_minute: int, now: float) -> None:
     bucket.left = min(per_minute, bucket.left + (now - bucket.at) * per_minute / 60)

@@ -92,7 +92,11 @@ class JudgeClient:
                 )
             if not self._budget.take(key_id):
                 raise JudgeError("budget", f"The budget of judge '{self.name}' is used up.")
-            asking = asyncio.ensure_future(self._timed(question, key_id))
+            is_sent = asyncio.Event()
+            asking = asyncio.ensure_future(self._timed(question, key_id, is_sent))
+            # Also where it is cancelled before it begins: a batch of which one text fails would
+            # otherwise use up the budget for questions that no judge has seen.
+            asking.add_done_callback(lambda _: is_sent.is_set() or self._budget.give_back(key_id))
             self._asking[digest] = asking, set()
         asking, waiting = self._asking[digest]
         me = object()
@@ -111,11 +115,14 @@ class JudgeClient:
         """Closes its connections."""
         await self._client.close()
 
-    async def _timed(self, question: Question, key_id: str | None) -> JudgeAnswer:
+    async def _timed(
+        self, question: Question, key_id: str | None, is_sent: asyncio.Event
+    ) -> JudgeAnswer:
         started, name = time.perf_counter(), self.name
         # The library's own limits are for each read, and this one for all of them.
         try:
             async with asyncio.timeout(self.settings.timeout_s), self._slots.slot(key_id):
+                is_sent.set()
                 answer = await self._sent(question)
         except TimeoutError as error:
             raise JudgeError(
