@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from starlette.responses import JSONResponse
 
 from defer_contract import DeferContract, deferring
-from policy_contract import ADMIN, CHECKS, chat, choices, refusal, verdicts
+from policy_contract import ADMIN, CHECKS, LEAK, chat, choices, refusal, verdicts
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.judges.question import JudgeAnswer
@@ -52,6 +52,21 @@ class TestSidelightServer(DeferContract):
         with caplog.at_level(logging.WARNING, logger="sidelight"):
             assert server.post(chat(subjects.injected)).status_code == 500
         assert "gave no verdict on the input: blocked. Judge 'guardian': status." in caplog.text
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_the_judge_is_asked_about_the_texts_of_a_prompt_at_once(
+        self, server, subjects, streamed
+    ):
+        server.defers()
+        policy = server.home / "deferring.toml"
+        policy.write_text(policy.read_text().replace(f"threshold = {LEAK}", "threshold = 0.0"))
+        server.serve(policy)
+        server.judge.most_at_once = 0
+        server.judge.says(0.1, after_s=0.2)
+        # Different texts, so that each has a question of its own.
+        body = {"n": 4, "temperature": 1.5, "seed": 1, "max_tokens": 24, "stream": streamed}
+        assert server.post(chat(subjects.benign, **body)).status_code == 200
+        assert server.judge.most_at_once > 1
 
     @pytest.mark.parametrize("kind", ["prompt", "stream", "check", "response"])
     def test_a_client_that_leaves_while_the_judge_is_asked_is_recorded(

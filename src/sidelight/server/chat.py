@@ -289,19 +289,30 @@ async def _wait_for_admission(streams: Streams) -> None:
 
 
 async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Passed], None]:
-    """The events of all admitted choices, one of each in turn."""
-    alive = dict(enumerate(streams))
+    """The events of all admitted choices, one of each in turn.
+
+    The next event of each is awaited at once, since each text may wait for a judge.
+    """
+    alive = {index: _next(stream) for index, stream in enumerate(streams)}
     try:
         while alive:
-            for index, stream in list(alive.items()):
+            for index, upcoming in list(alive.items()):
                 try:
-                    event = await anext(stream)
+                    event = await upcoming
                 except StopAsyncIteration:
                     del alive[index]
                 else:
+                    alive[index] = _next(streams[index])
                     yield index, event
     finally:
+        for upcoming in alive.values():
+            upcoming.cancel()
+        await asyncio.gather(*alive.values(), return_exceptions=True)
         await _close(streams)
+
+
+def _next(stream: AsyncGenerator[Passed, None]) -> asyncio.Future[Passed]:
+    return asyncio.ensure_future(anext(stream))
 
 
 async def _collected(streams: Streams) -> list[str]:
