@@ -1,7 +1,7 @@
-"""What a trained probe uses of the backbone, its layers and tokens, and what it can do without.
+"""The layers and tokens that a trained probe uses, and its score without some of them.
 
-``examine`` runs the backbone over labelled texts and works on the probe's columns of them; nothing
-is trained. ``write_anatomy`` makes a table, a picture and JSON of it.
+``examine`` runs the backbone over labelled texts and analyses the probe's projections, without
+training. ``write_anatomy`` writes a table, a picture and JSON.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +30,11 @@ from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
 from sidelight_lab.search import score_name
 
-# A token is in the first of these that applies.
+# A token belongs to the first of these groups that applies.
 GROUPS = ("first", "last", "template", "content")
 # Layers that the report names for each class.
 _NAMED_LAYERS = 3
-# Score that may be lost by reading the deepest layers only.
+# Tolerated loss in score from reading only the deepest layers.
 _NEGLIGIBLE = 0.01
 _DRAWN_CLASSES = 6
 _NO_LABEL = "(none)"
@@ -46,11 +46,11 @@ class Use:
     """What a probe uses on the texts of a class, on average.
 
     Attributes:
-        texts: How many.
+        texts: Number of texts.
         layer_shares: Each layer's share of the absolute contributions to the logit.
         layer_effects: Each layer's contribution, in logits.
-        token_shares: Share of the absolute contributions by ``GROUPS``.
-        tokens: Share of the tokens by group: what weighing all tokens alike would give.
+        token_shares: Share of the absolute contributions, by ``GROUPS``.
+        tokens: Share of the tokens by group, as under uniform weights.
     """
 
     texts: int
@@ -62,13 +62,13 @@ class Use:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a probe uses, and what it can do without; as ``anatomy.json`` has it.
+    """What a probe uses, and its ablations, as in ``anatomy.json``.
 
     Attributes:
         metric: What every score here is: ``validation_score``.
-        score: On all texts.
-        token_groups: The names of ``GROUPS``.
-        use: By true class.
+        score: Score on all texts.
+        token_groups: Names of ``GROUPS``.
+        use: Use by true class.
         layer_ablation: For each of ``_ABLATIONS`` the score by layer.
         token_ablation: The score without some tokens; see ``token_masks``.
     """
@@ -87,8 +87,8 @@ class Anatomy:
 def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
     """Examine a probe on texts that it was not trained on.
 
-    Contributions are ``Mechanism.shares``. A layer that is left out stays at its mean in training;
-    a token that is left out is not read.
+    Contributions are ``Mechanism.shares``. An ablated layer is set to its training mean; an ablated
+    token is not read.
 
     Raises:
         SidelightError: All texts are of one class, so that nothing can be scored.
@@ -144,9 +144,9 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
 def read_projections(
     classifier: Classifier, prompts: Sequence[EncodedPrompt]
 ) -> Iterator[tuple[list[int], Ragged]]:
-    """The probe's columns of the tokens that it reads, ``[token, layer, column]``, by batches.
+    """The probe's projections of the tokens that it reads, ``[token, layer, column]``, by batches.
 
-    Columns have no constant term, so zeros stand for a layer at its mean in training (at zero for
+    Projections have no constant term, so zeros represent a layer at its training mean (at zero for
     a probe that reads raw states).
     """
     backbone, reads = classifier.backbone, classifier.probe.reads
@@ -163,7 +163,7 @@ def read_projections(
 
 
 def token_groups(prompt: EncodedPrompt, reads: Reads) -> Bool[Tensor, "token group"]:
-    """Each token that a probe reads in one of ``GROUPS``."""
+    """The group in ``GROUPS`` of each token that a probe reads."""
     places = prompt.mask(reads).nonzero()[:, 0].tolist()
     outside = Reads().token_roles - {TokenRole.PROMPT}
     names = [
@@ -192,9 +192,9 @@ def token_masks(groups: Bool[Tensor, "token group"]) -> dict[str, Bool[Tensor, "
 
 
 def ablated(tokens: Ragged, groups: Bool[Tensor, "token group"]) -> dict[str, Ragged]:
-    """The columns with and without some layers or tokens.
+    """The projections with and without some layers or tokens.
 
-    A text without any token left gets one mean token.
+    A text without any remaining token gets one mean token.
     """
     layers = tokens.values.shape[1]
     one = torch.eye(layers, dtype=torch.bool, device=tokens.values.device)
@@ -221,10 +221,10 @@ def _only(tokens: Ragged, is_included: Bool[Tensor, " token"]) -> Ragged:
 
 
 def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tensor, "text output"]:
-    """For each text the weights of its logits whose sum is divided among tokens and layers.
+    """For each text, the weights of its logits in the sum to attribute to tokens and layers.
 
-    Binary: the logit. Multi-class: the logit of the true class less the mean of all, since a shift
-    of all logits changes no verdict. Multi-label: the mean over the labels of the text, or over all
+    Binary: the logit. Multi-class: the logit of the true class less the mean of all, because a
+    common shift changes no verdict. Multi-label: the mean over the labels of the text, or over all
     labels if it has none.
     """
     if task.kind == "binary":
@@ -320,7 +320,7 @@ def _ablations(anatomy: Anatomy) -> dict[str, float]:
 
 
 def _draw(anatomy: Anatomy) -> Figure:
-    """What is used of each layer, for the six largest classes, and what ablation costs."""
+    """Plot the use of each layer for the six largest classes, and the cost of ablations."""
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
     shares, scores = figure.subplots(1, 2)
     largest = sorted(anatomy.use, key=lambda name: -anatomy.use[name].texts)[:_DRAWN_CLASSES]

@@ -29,7 +29,7 @@ _CHECKOUT = Path(__file__).parents[4]
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Examples to train on, to choose by and to measure on, all with the task of the first.
+    """Training, validation and test examples, all with the task of the first.
 
     Attributes:
         title: Its name in tables.

@@ -1,8 +1,9 @@
-"""Searches a mechanism's options and training settings on validation data, from the cache alone.
+"""Search of a mechanism's options and training settings on validation data, from cached states.
 
 Optuna proposes a generation of configurations, which are trained in one call, so that each read of
-a shard updates all of them; their scores go into a journal on disk. Each proposal is drawn with its
-own seed from the trials before it, so a search that was killed goes on with the same proposals.
+a shard updates all of them; their scores are written to a journal on disk. Each proposal is drawn
+with its own seed given the earlier trials, so an interrupted search resumes with the same
+proposals.
 """
 
 import json
@@ -37,17 +38,17 @@ from sidelight.types import MechanismSpec, OptionValue, Task
 
 # Random trials before the estimator has enough scores to learn from.
 _RANDOM_TRIALS = 12
-# A diverged training has no score; as pruned, it ranks below all that have one.
+# A diverged training run has no score; as pruned, it ranks below all others.
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _KNOWN = (*_FINISHED, TrialState.RUNNING)
-# What the storage keeps of a search beside parameters and scores.
+# Attributes of a search in the storage, in addition to parameters and scores.
 _SUBJECT = "subject"
 _BATCH_SIZES = (8, 16, 32, 64)
 _MOST_EPOCHS = 12
 
 
 def score_name(task: Task) -> str:
-    """What ``validation_score`` is for a task."""
+    """The name of the ``validation_score`` of a task."""
     return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
 
 
@@ -158,16 +159,17 @@ def search_settings(
 ) -> tuple[Trial, ...]:
     """All trials of a mechanism, in order; ``best_of`` says which does best on validation data.
 
-    The first trial is the mechanism's defaults, the next are random, and then a tree-structured
-    Parzen estimator proposes (Bergstra et al. 2011). A search that was killed goes on where it was
-    and ends as if it had not been killed.
+    The first trial uses the mechanism's defaults, the next are random, and then a tree-structured
+    Parzen estimator proposes (Bergstra et al. 2011). An interrupted search resumes where it stopped
+    and ends with the same result.
 
     Args:
-        dataset: Parameters are fitted to its training texts, scores are of its validation texts.
-        mechanism: Its name.
-        trials: Total number, with those that the storage has already.
-        seed: Decides proposals, initial parameters and the order of the data.
-        storage: File that keeps the trials; several mechanisms may share it.
+        dataset: Data set whose training texts parameters are fitted to, and whose validation texts
+            are scored.
+        mechanism: Name of the mechanism.
+        trials: Total number of trials, including those already in the storage.
+        seed: Seed of the proposals, initial parameters and the order of the data.
+        storage: File of the trials, which several mechanisms may share.
         folds: Folds from ``choose_folds``, for a data set with the same texts on both sides: each
             fold is scored by a training on the others, as in ``fit`` for few texts. Empty scores on
             the validation texts.
@@ -176,8 +178,8 @@ def search_settings(
         on_generation: Called after each generation with all trials so far.
 
     Raises:
-        SidelightError: Unknown mechanism, no option that fits this backbone, a storage of another
-            search, or every training diverged.
+        SidelightError: The mechanism is unknown, no options fit this backbone, the storage belongs
+            to another search, or every training run diverged.
     """
     sizes = dataset.training.states.fingerprint
     geometry = Geometry(sizes.layers, sizes.width, dataset.task.outputs)
@@ -212,14 +214,14 @@ def search_settings(
 
 
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:
-    """The mechanism's study in the journal, without what a kill left unfinished.
+    """Open the mechanism's study in the journal, without unfinished trials of an interrupted run.
 
-    The subject is what scores depend on; a study of another subject is an error.
+    The subject identifies what scores depend on; a study of another subject is an error.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage.parent.mkdir(parents=True, exist_ok=True)
     if storage.exists():
-        # An interrupted write has no line end, and optuna would go on in the same line.
+        # An interrupted write lacks the line end, and optuna would continue on the same line.
         complete_bytes = storage.read_bytes().rfind(b"\n") + 1
         if complete_bytes < storage.stat().st_size:
             os.truncate(storage, complete_bytes)
@@ -292,7 +294,7 @@ def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
 
 
 def _tried(study: optuna.Study) -> tuple[Trial, ...]:
-    """The trained trials, numbered without those that a kill left half drawn."""
+    """The trained trials, numbered without those left incomplete by an interruption."""
     trials = _trials(study, _FINISHED)
     return tuple(replace(trial, number=place) for place, trial in enumerate(trials))
 
@@ -301,7 +303,7 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     """The first trial with the highest score, which overestimates what other data would give.
 
     Raises:
-        SidelightError: Every training diverged.
+        SidelightError: Every training run diverged.
     """
     scored = [trial for trial in trials if trial.score is not None]
     if not scored:

@@ -1,4 +1,4 @@
-"""Baselines that probes are compared with, fitted to the same texts, by the names in recipes.
+"""Baselines for comparison with probes, fitted to the same texts, by their names in recipes.
 
 Some read the hidden states that probes read (`pooled`, `siren`, `muli`, `token_heads`),
 others run a whole model of their own (`encoders`, `fine_tuning`, `prompting`).

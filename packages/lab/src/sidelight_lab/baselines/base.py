@@ -1,4 +1,4 @@
-"""What a baseline is: a classifier that probes are compared with, fitted to the same texts."""
+"""The interface of baselines: classifiers fitted to the same texts as probes, for comparison."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -20,8 +20,9 @@ class FittedBaseline:
     """A fitted baseline.
 
     Attributes:
-        logits: Gives the logits of texts before calibration; a binary task has one column.
-        parameters: How many fitted numbers prediction needs.
+        logits: Function that returns logits of texts before calibration; a binary task has one
+            column.
+        parameters: Number of fitted parameters that prediction needs.
     """
 
     logits: Callable[[Split], Float[np.ndarray, "text output"]]
@@ -41,11 +42,11 @@ def best_on_validation(
 
 
 class Baseline(ABC):
-    """A kind of classifier to compare probes with: a frozen dataclass whose fields are its options.
+    """A baseline classifier: a frozen dataclass whose fields are its options.
 
     Attributes:
-        title: Its name in tables.
-        is_single_pass: Whether it reads nothing but the served LLM's own forward pass.
+        title: Name in tables.
+        is_single_pass: Whether it only needs the served LLM's own forward pass.
     """
 
     # Options that a recipe misspells are refused.
@@ -59,7 +60,7 @@ class Baseline(ABC):
 
         Args:
             dataset: Training and validation texts with their hidden states.
-            seed: Decides everything random.
+            seed: Seed of all random numbers.
 
         Raises:
             SidelightError: The baseline cannot be used here; the message names the remedy.
@@ -79,7 +80,7 @@ class TfIdf(Baseline):
     strength: float = 10.0
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Nothing is chosen on validation texts, and nothing is random."""
+        """Fit without validation texts or randomness."""
         training = dataset.training
         fitted = tfidf.fit_tfidf(
             training.texts, training.labels, dataset.task, strength=self.strength

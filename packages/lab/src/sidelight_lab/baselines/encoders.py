@@ -1,4 +1,4 @@
-"""Sentence encoders: a second model that reads every text, as it comes or fine-tuned."""
+"""Sentence encoders: a second model that reads every text, pretrained or fine-tuned."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def packaged_encoder() -> str:
     Raises:
         SidelightError: The package is not installed.
     """
-    # The package itself is not imported: that would need its own dependencies.
+    # The package is not imported, because this would require its dependencies.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise SidelightError(
@@ -47,7 +47,7 @@ class Encoder:
         max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
 
     Raises:
-        SidelightError: The encoder is not there or cannot be loaded.
+        SidelightError: The encoder is not installed or cannot be loaded.
     """
 
     def __init__(self, path: str | None, *, max_tokens: int):
@@ -70,12 +70,14 @@ class Encoder:
         self._limit = min(max_tokens, positions)
 
     def tokens(self, texts: Sequence[str], **options: Any) -> Mapping[str, Any]:
-        """The ``input_ids`` of each text, cut to the limit, and what the options add."""
+        """The ``input_ids`` of each text, truncated to the limit, with any outputs that the options
+        add.
+        """
         return self._tokenizer([*texts], truncation=True, max_length=self._limit, **options)
 
     @torch.inference_mode()
     def embeddings(self, split: Split) -> Float[np.ndarray, "text width"]:
-        """The mean of the last hidden states of each text, of length one."""
+        """The mean of the last hidden states of each text, normalised to length one."""
         ids = self.tokens(split.texts)["input_ids"]
         found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
         with progress("Embedding", len(ids), unit="texts") as advance:

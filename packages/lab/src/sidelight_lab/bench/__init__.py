@@ -1,1 +1,1 @@
-"""Benchmarks: commands of their own, never tests. Every figure is a ratio within one run."""
+"""Benchmarks, which are separate commands, never tests. Every figure is a ratio within one run."""

@@ -34,19 +34,19 @@ def measure_checks(
     dtype: str = "auto",
     layers: Sequence[int] = (),
 ) -> Record:
-    """Milliseconds from the request to the whole answer, of one client that asks in turn.
+    """Measure milliseconds from the request to the complete response, for a single client.
 
-    Each row is a server of its own. A round asks each server once for each length, so a slow moment
-    of the machine meets all rows. Every text is sent once.
+    Each row is a separate server. A round queries each server once per length, so that slow moments
+    of the machine affect all rows. Every text is sent once.
 
     Args:
-        backbone: The model that the servers run; it counts tokens.
-        probes: What each server is given as ``--probe``.
+        backbone: Model that the servers run, used here to count tokens.
+        probes: Value of ``--probe`` for each server.
         tokens: Lengths of the prompts, chat template included.
         rounds: Timings of each row and length.
-        dtype: That of the servers, as ``sidelight serve`` takes it; ``auto`` need not be the dtype
+        dtype: Dtype of the servers, as in ``sidelight serve``; ``auto`` may differ from the dtype
             of ``backbone``, which is loaded for reading.
-        layers: Each adds a row for copies of the probes that read so many hidden states of a token,
+        layers: Each adds a row for copies of the probes that read this number of hidden states,
             from the embedding up, where passes stop.
 
     Raises:
@@ -55,7 +55,7 @@ def measure_checks(
     where = conditions(backbone, {"dtype": dtype, "rounds": rounds})
     options = ("--model", backbone.name, "--dtype", dtype, "--device", str(backbone.device))
     numbers = count()
-    # Before servers start: a wrong length is refused at once.
+    # Before servers start, so that a wrong length is refused immediately.
     words = {length: words_for(backbone.encoder, length) for length in tokens}
     for number in layers:
         backbone.fingerprint.first_layers(number)
@@ -127,10 +127,10 @@ def _ratios(
 
 
 def words_for(encoder: PromptEncoder, tokens: int) -> int:
-    """The words of a text whose prompt has this many tokens, chat template included.
+    """Number of words of a text whose prompt has this many tokens, including the chat template.
 
     Raises:
-        SidelightError: The model reads fewer tokens, or no such text has as many.
+        SidelightError: The model's context is shorter, or no text has exactly this many tokens.
     """
     if tokens > encoder.max_tokens:
         raise ContextLengthError(
@@ -153,7 +153,7 @@ def words_for(encoder: PromptEncoder, tokens: int) -> int:
 
 
 def text_of(words: int, number: int) -> str:
-    """A text that shares no beginning with those of other numbers."""
+    """A text that shares no prefix with texts of other numbers."""
     return f"{number:06d}" + " word" * words
 
 

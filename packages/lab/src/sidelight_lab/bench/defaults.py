@@ -1,4 +1,4 @@
-"""How good what ``sidelight train`` makes of a file is, beside rivals, on texts it did not see."""
+"""Quality of the default probe of ``sidelight train`` and its rivals on held-out texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,18 +41,17 @@ from sidelight_lab.bench.measurement import table
 
 DEFAULT, WITHOUT_CONTEXT = "default", "texts alone"
 _IN_CONTEXTS = ("auprc in contexts", "accuracy in contexts")
-# At the probe's threshold: on the texts that are held out, and as training printed it.
+# Accuracy at the probe's threshold, on held-out texts and as printed by training.
 _ACCURACIES = ("accuracy at threshold", "printed")
-# The share of background conversations that is flagged: of sources that no row was trained on, and
-# as training printed it.
+# False-positive rate on background conversations, from held-out sources and as printed by training.
 _TRAFFIC = ("traffic flagged", "printed traffic")
 METRICS = ("accuracy", "log loss", "ece", "auprc", *_IN_CONTEXTS)
-# Logistic regressions, which are also trained in the contexts that the default probe is shown.
+# Logistic regressions, which are also trained in the contexts of the default probe.
 _REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer", "mean_last_layer")
 _EARLY_STOPPING = ("attention_probe", "encoder")
 RIVALS = ("tfidf", "sentence_embeddings", *_EARLY_STOPPING, *_REGRESSIONS)
 _RESAMPLES = 2000
-# Of the training texts, for a rival that stops early and calibrates on them.
+# Share of the training texts on which a rival stops early and calibrates.
 _HELD_OUT = 0.2
 
 Logits = Float[np.ndarray, "text output"]
@@ -64,9 +63,9 @@ class Rival:
     """A trained rival.
 
     Attributes:
-        logits: Of texts that it did not learn from.
-        labels: Of the same texts.
-        score: Gives the logits of other texts.
+        logits: Logits of texts that it was not trained on.
+        labels: Labels of the same texts.
+        score: Function that returns the logits of other texts.
     """
 
     logits: Logits
@@ -80,14 +79,14 @@ class Rival:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model that was trained on a draw, on the texts that are held out.
+    """Results of a model trained on one draw, on the held-out texts.
 
     Attributes:
-        size: Training texts: of each class, or in all.
-        draw: The seed that decided which.
-        metrics: By name; ``printed`` is the accuracy at the threshold that training estimated.
-        right: Whether the most probable class of each text is its own.
-        losses: The log loss of each text.
+        size: Training texts per class, or in total.
+        draw: Seed of the draw.
+        metrics: Metrics by name; ``printed`` is the accuracy that training estimated.
+        right: Whether the most probable class of each text is correct.
+        losses: Log loss of each text.
     """
 
     size: str
@@ -110,21 +109,21 @@ def compare_defaults(
     background: Background,
     cache_root: Path,
 ) -> list[Evaluated]:
-    """The default probe, the same of texts alone, and rivals, for each size and draw.
+    """Train the default probe, the same without contexts, and rivals, for each size and draw.
 
-    The figures in contexts are of the held-out texts in background traffic that no row was trained
-    in; of several classes, as the last turn of a conversation.
+    Metrics in contexts are for held-out texts embedded in unseen background traffic; for
+    multi-class tasks, as the last turn of a conversation.
 
     Args:
         backbone: The frozen LLM.
         examples: Labelled texts.
-        background: Background traffic: one half to train in, the other to measure in.
-        sizes: Training texts of each class.
-        texts: Training texts in all, in the file's shares of the classes.
-        draws: Draws of training texts; those that are held out are the same for all.
-        held_out: Texts to measure on, in the file's shares of the classes.
+        background: Background traffic: one half for training, the other for measurement.
+        sizes: Training texts per class.
+        texts: Total training texts, in the file's class balance.
+        draws: Number of draws of training texts; the held-out texts are the same for all.
+        held_out: Number of texts to measure on, in the file's class balance.
         rivals: Some of ``RIVALS``, trained on the same texts.
-        cache_root: Folder of the hidden states, which stay there.
+        cache_root: Folder of the hidden states, which are kept.
     """
     for rival in rivals:
         if rival not in RIVALS:
@@ -319,7 +318,7 @@ def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float
 
 
 def differences(evaluated: Sequence[Evaluated]) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """What the default gains on each other row, by size and row; over draws and texts."""
+    """The gain of the default over each other row, by size and row, over draws and texts."""
     ours = {(one.size, one.draw): one for one in evaluated if one.row == DEFAULT}
     rows: dict[tuple[str, str], list[tuple[Evaluated, Evaluated]]] = {}
     for one in evaluated:
@@ -358,7 +357,7 @@ def summarise(evaluated: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def defaults_table(evaluated: Sequence[Evaluated]) -> str:
-    """The mean over draws of each figure by size and row, and what the default gains on it."""
+    """A table of the mean metrics over draws by size and row, and the gain of the default."""
     gained = differences(evaluated)
     columns, gains = (*METRICS, *_ACCURACIES, *_TRAFFIC), ("accuracy gained", "log loss saved")
     cells: list[list[str]] = []

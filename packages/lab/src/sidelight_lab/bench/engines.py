@@ -1,7 +1,7 @@
-"""What engines take for the same work: tokens read and written, probes beside them, and memory.
+"""Cost of the same work in different engines: reading and generating tokens, probes, and memory.
 
-Each model has a process of its own. Rounds ask them in turn, with probes and without, so that what
-else the machine does meets all of them.
+Each model has a separate process. Rounds measure them in turn, with probes and without, so that
+other load on the machine affects all of them.
 """
 
 import asyncio
@@ -48,9 +48,9 @@ class Subject:
     """A model and its engine, the only ones in this process.
 
     Args:
-        model: As ``sidelight serve`` takes it.
-        dtype: Of one that is not a GGUF file.
-        threads: That compute.
+        model: Model, as in ``sidelight serve``.
+        dtype: Dtype of a model that is not a GGUF file.
+        threads: Number of threads.
     """
 
     def __init__(self, model: str, dtype: DtypeName, threads: int):
@@ -140,16 +140,17 @@ def compare_engines(
     rounds: int,
     out: Path | None = None,
 ) -> Record:
-    """Tokens a CPU second and a second, what probes add, and memory, of each model.
+    """Measure tokens per CPU second and per second, the overhead of probes, and memory, for each
+    model.
 
     Args:
-        models: As ``sidelight serve`` takes them; the others are compared with the first.
-        dtype: Of those that are not GGUF files.
-        threads: Of each.
-        tokens: Lengths of the prompts, without what a chat template adds.
-        written: Tokens of each text.
-        rounds: Of all models with probes and without, in turn.
-        out: Folder that keeps each round, so that a kill costs one; figures are paired by round.
+        models: Models, as in ``sidelight serve``; the others are compared with the first.
+        dtype: Dtype of models that are not GGUF files.
+        threads: Number of threads of each.
+        tokens: Lengths of the prompts, excluding the chat template.
+        written: Tokens to generate per text.
+        rounds: Rounds over all models with and without probes.
+        out: Folder of the finished rounds, for resuming; figures are paired by round.
     """
     pairs = [*product(models, (0, PROBES))]
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""Whether a probe is right in front of background traffic: harmless chats, and attacks among them.
+"""Behaviour of a probe on background traffic: harmless chats, and attacks embedded in them.
 
-Each conversation is judged as it is served, in one run. ``everyday.json`` has texts that were
-written for this.
+Each conversation is classified as in serving, in one run. ``everyday.json`` has texts written for
+this purpose.
 """
 
 import json
@@ -66,18 +66,18 @@ def measure_everyday(
     user_texts: Mapping[str, Sequence[Messages]],
     attacks: int = 20,
 ) -> Record:
-    """The share of harmless traffic that is flagged, and of attacks among harmless texts.
+    """Measure the flagged share of harmless traffic, and of attacks embedded in it.
 
     Args:
         target: The probe on its backbone.
-        examples: Labelled texts that training has not seen; the positive ones are attacks.
-        prompts: Harmless texts: one half are the real prompts, the other half is padding. Without
-            any, both are left out.
-        user_texts: More harmless conversations, by the name of their row.
-        attacks: The most attacks, and the number of paddings of each length.
+        examples: Labelled texts not used in training; the positive ones are attacks.
+        prompts: Harmless texts: half are used as real prompts, half as padding. Without any, both
+            are left out.
+        user_texts: Additional harmless conversations, by the name of their row.
+        attacks: Maximum number of attacks, and number of paddings of each length.
 
     Raises:
-        SidelightError: The examples have no positive text, or no other.
+        SidelightError: The examples have no positive text, or no negative one.
     """
     random = Random(0)
     is_positive = positive_texts(examples, target.thresholds)
@@ -114,7 +114,7 @@ def measure_everyday(
     among = attacks_among(drawn, paddings=paddings, questions=questions)
     groups = [drawn, *harmless.values(), *(conversations for conversations, _ in among.values())]
     single, *margins = _margins(target, groups)
-    # What the model cannot read is NaN, so it is not flagged.
+    # Texts that the model cannot read are NaN, so they are not flagged.
     is_flagged = single >= 0
     flagged_singly = Rate.of(single.tolist())
     alarms = {
@@ -176,9 +176,9 @@ def _number(value: float | None, digits: int) -> str:
 def auroc_of(
     attacks: Float[np.ndarray, " attack"], harmless: Float[np.ndarray, " text"]
 ) -> float | None:
-    """How well all attacks in a setting are told from the setting alone, at no threshold.
+    """AUROC of attacks in a setting against the setting alone.
 
-    What the model cannot read is left out; None if nothing is left of either.
+    Texts that the model cannot read are left out; None if no text is left on either side.
     """
     attacks, harmless = (scores[np.isfinite(scores)] for scores in (attacks, harmless))
     if not (len(attacks) and len(harmless)):
@@ -215,7 +215,7 @@ def toxicchat_prompts() -> list[str]:
     """ToxicChat's training prompts that are neither toxic nor jailbreaking.
 
     Raises:
-        SidelightError: They are not here.
+        SidelightError: The data set is not available.
     """
     file = default_root() / "toxicchat0124" / "train.jsonl.gz"
     if not file.is_file():
@@ -228,7 +228,7 @@ def toxicchat_prompts() -> list[str]:
 
 
 def long_texts(prompts: Sequence[str], count: int, *, words: int) -> list[str]:
-    """Texts of at least so many words, each of other prompts as far as these suffice."""
+    """Texts of at least this many words, each from different prompts as far as possible."""
     endless = cycle(prompts)
     texts = [""] * (count if prompts else 0)
     for number in range(len(texts)):
@@ -238,14 +238,14 @@ def long_texts(prompts: Sequence[str], count: int, *, words: int) -> list[str]:
 
 
 def halves(text: str) -> tuple[str, str]:
-    """The text cut after the sentence that ends nearest to its middle, or between two words."""
+    """Split the text after the sentence that ends closest to its middle, or between two words."""
     cuts = [*_SENTENCE_END.finditer(text)] or [*re.finditer(r"\s+", text)]
     cut = min(cuts, key=lambda cut: abs(cut.start() - len(text) / 2))
     return text[: cut.start()], text[cut.end() :]
 
 
 def in_turns(messages: Messages, answers: Sequence[str]) -> Messages:
-    """The last message in pieces of four words, each a turn, with answers between them."""
+    """Split the last message into turns of four words, with responses between them."""
     *before, last = messages
     asked = [Message(last.role, chunk) for chunk in word_chunks(last.content, _CHUNK_WORDS)]
     turns = zip(asked, (Message("assistant", answer) for answer in cycle(answers)), strict=False)
@@ -253,7 +253,7 @@ def in_turns(messages: Messages, answers: Sequence[str]) -> Messages:
 
 
 def _beside(attacks: Sequence[Messages], sides: Sequence[tuple[str, str]]) -> list[Messages]:
-    """Each attack's last message between two texts."""
+    """Place each attack's last message between two texts."""
     return [
         (*before, Message(last.role, between(left, last.content, right)))
         for (*before, last), (left, right) in zip(attacks, cycle(sides), strict=False)
@@ -271,7 +271,7 @@ def _size(messages: Messages) -> int:
 def _margins(
     target: ProbeTarget, groups: Sequence[Sequence[Messages]]
 ) -> list[Float[np.ndarray, " conversation"]]:
-    """The margin of each conversation, group by group; NaN: the model cannot read it."""
+    """The margin of each conversation, group by group; NaN if the model cannot read it."""
     margins = [np.full(len(group), np.nan) for group in groups]
     with progress("Classifying", len(groups), unit="rows") as advance:
         for margin, group in zip(margins, groups, strict=True):

@@ -1,1 +1,1 @@
-"""Tables of probes and baselines, made from recipes: fitted, tested once, compared, written."""
+"""Tables of probes and baselines from recipes: fitted, tested once, compared, and written."""

@@ -1,8 +1,8 @@
-"""The numbers of a table: each row on some test texts, and whether two rows differ by chance.
+"""The metrics of a table: each row on some test texts, and the significance of differences.
 
-A row is its mean over seeds, so that is what is compared: in each resample of the test texts the
-metric is measured for every seed of both rows, averaged over the seeds of each, and subtracted.
-What makes texts hard for both rows cancels out, which is much sharper than comparing two intervals.
+Rows are compared by their means over seeds: in each resample of the test texts, the metric is
+measured for every seed of both rows, averaged over the seeds of each, and subtracted. Difficulty
+that both rows share cancels out, which is much more precise than comparing two intervals.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +22,7 @@ from sidelight_lab.tables.runs import ScoredRun
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a metric is for one row than for another."""
+    """The difference of a metric between two rows."""
 
     estimate: Estimate
     p_value: float | None  # two-sided; None where the difference is undefined
@@ -53,7 +53,7 @@ def mean_draws(
 
 
 def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> Difference:
-    """How much higher ours is, its 95 % interval, and the two-sided p-value.
+    """The advantage of ours, its 95 % interval, and the two-sided p-value.
 
     The p-value is twice the share of resamples in which the difference is zero or has the rarer
     sign. Both rows must come from ``mean_draws`` with the same resamples.
@@ -64,7 +64,7 @@ def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> 
     draws = (ours - theirs)[1:]
     draws = draws[~np.isnan(draws)]
     rarer = min((draws <= 0).sum(), (draws >= 0).sum())
-    # One added to both counts: no number of resamples can show a chance of zero.
+    # One is added to both counts, because no number of resamples can show a probability of zero.
     return Difference(estimate, min(1.0, 2 * float(rarer + 1) / (len(draws) + 1)))
 
 
@@ -98,7 +98,7 @@ def difference_over_draws(
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over the seeds or draws in which it is defined."""
+    """The mean and spread of a number over the seeds or draws in which it is defined."""
 
     mean: float | None
     sd: float  # of the sample; 0 for a single value
@@ -227,7 +227,7 @@ def chosen_run(runs: Sequence[ScoredRun]) -> int:
 
 
 def preferred_row(scored: Mapping[str, Sequence[ScoredRun]], names: Collection[str]) -> str:
-    """Whichever of these rows has the best mean validation score; "" if none is there."""
+    """The row with the best mean validation score among these; "" if there is none."""
     means = {
         name: float(np.mean([run.score for run in runs]))
         for name, runs in scored.items()

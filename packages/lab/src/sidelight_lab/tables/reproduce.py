@@ -1,7 +1,8 @@
-"""Makes a table from its recipe: extract, fit, store; then open the test data once and measure.
+"""Reproduction of a table from its recipe: extract, fit, store; then read the test data once and
+measure.
 
-Before every row has its validation results, no test text passes through the backbone and no test
-label is compared with anything.
+Until every row has its validation results, no test text passes through the backbone and no test
+label is used.
 """
 
 import json
@@ -34,13 +35,13 @@ from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable
 
 @dataclass(frozen=True)
 class RecipeContext:
-    """A recipe with everything to follow it.
+    """A recipe and everything needed to run it.
 
     Attributes:
         text: The TOML of the recipe.
         directory: Folder of the table.
         load: Loads a data set by name.
-        limit: The most rows to use of each split; None uses all.
+        limit: Maximum rows to use of each split; None uses all.
     """
 
     recipe: Recipe
@@ -52,7 +53,7 @@ class RecipeContext:
     limit: int | None = None
 
     def sample(self, examples: LabelledExamples) -> LabelledExamples:
-        """The rows of a split that are used: all, or a sample of ``limit`` rows."""
+        """The rows of a split to use: all, or a sample of ``limit`` rows."""
         if self.limit is None:
             return examples
         return examples.select(examples.draw(self.limit, seed=0))

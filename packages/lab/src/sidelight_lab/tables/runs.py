@@ -1,7 +1,8 @@
-"""The runs of a table: each row with each seed, fitted and stored at once, and judged at the end.
+"""The runs of a table: each row with each seed, fitted and stored immediately, and tested at the
+end.
 
-Up to ``score_runs``, only training and validation texts are seen. Calibration and thresholds are
-fitted to validation logits, for probes and baselines alike.
+Before ``score_runs``, only training and validation texts are used. Calibration and thresholds are
+fitted to validation logits, for both probes and baselines.
 """
 
 import hashlib
@@ -39,9 +40,9 @@ class Run:
     """One row with one seed.
 
     Attributes:
-        folder: Folder of its results; the name has a hash of everything that decides them.
+        folder: Folder of its results; the name contains a hash of everything that determines them.
         fitted: A baseline that was fitted in this process, kept for the test. Baselines have no
-            file format, so one from an earlier, killed process is fitted again for the test.
+            file format, so one from an interrupted process is fitted again for the test.
     """
 
     row: Row
@@ -77,7 +78,7 @@ def digest(description: Mapping[str, Any]) -> str:
 def plan_runs(
     rows: Sequence[Row], dataset: ProbeDataset, seeds: Sequence[int], folder: Path
 ) -> list[Run]:
-    """Every row with its seeds on these texts, stored in folders of their own in ``folder``."""
+    """Plan every row with its seeds on these texts, each stored in a subfolder of ``folder``."""
     splits = (dataset.training, dataset.validation)
     texts = {
         "sidelight": version("sidelight"),
@@ -95,7 +96,7 @@ def plan_runs(
 
 
 def plain_name(row: Row) -> str:
-    """The row's name in letters that folders and probes may have."""
+    """The row's name in characters allowed for folders and probes."""
     return re.sub(r"[^a-z0-9.]+", "-", row.name.lower()).strip("-")[:64]
 
 
@@ -134,9 +135,9 @@ def _balanced(split: Split, count: int, random: np.random.Generator) -> Int[np.n
 def fit_runs(runs: Sequence[Run], *, max_tokens: int) -> None:
     """Fit the missing runs on the same texts.
 
-    Probes are trained in one call, to share each read of the cache. One that diverges is marked, so
-    that it is not trained again, and the others go on. ``max_tokens`` is the limit that texts were
-    cut to, for the probes' records.
+    Probes are trained in one call to share each read of the cache. One that diverges is recorded,
+    so that it is not trained again, and the others continue. ``max_tokens`` is the length that
+    texts were truncated to, for the probes' records.
     """
     missing = [run for run in runs if not (run.is_fitted or run.has_diverged)]
     probes = [(run, run.row) for run in missing if isinstance(run.row, ProbeRow)]

@@ -1,4 +1,4 @@
-"""A finished table as files, for people and for programs."""
+"""Output of a finished table, for people and programs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def markdown_table(title: str, headings: Sequence[str], lines: Sequence[Sequence
 
 
 def _cell(content: object) -> str:
-    """In one line, and with bars escaped, which would end a cell."""
+    """Format a cell on one line, escaping bars, which would end it."""
     return " ".join(str(content).split()).replace("|", r"\|")
 
 
