@@ -141,7 +141,10 @@ def test_an_artifact_records_what_its_threshold_flags_of_which_states(tiny, tmp_
     scaling = replace(probe.standardisation, is_normalised=states != "of any norm")
     told = summary(read_card(save_probe(replace(probe, standardisation=scaling), tmp_path)))
     assert told["states"].startswith(states)
-    flagging = "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
+    flagging = (
+        "1 of 2 'toxic' and 1 of 2 others, in the texts used to choose the threshold "
+        "(--threshold recall=0.9)"
+    )
     assert told["flagging"] == flagging
 
 

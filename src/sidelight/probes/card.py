@@ -566,7 +566,7 @@ def _flagging(card: ProbeCard) -> str:
         caught = f"{hits:,} of {curve.positives:,} '{label}'"
         flagged.append(f"{caught} and {alarms:,} of {curve.negatives:,} others")
     rule = card.training.threshold_rule
-    return f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"
+    return f"{'; '.join(flagged)}, in the texts used to choose the threshold (--threshold {rule})"
 
 
 def model_card(card: ProbeCard) -> str:
