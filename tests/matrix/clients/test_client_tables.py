@@ -55,7 +55,7 @@ def table(corner: str, headings: str) -> dict[str, dict[str, str]]:
 
 
 CLIENT_WORDS = table("client", HEADINGS)
-LANE_WORDS = table("lane", " | ".join(WITH_LANES))
+LANE_WORDS = table("where", " | ".join(WITH_LANES))
 
 
 def probes_of(backbone: TransformersBackbone) -> list[Probe]:

@@ -16,7 +16,7 @@ from sidelight.storage import replacing, sync, write_text
 
 
 class LabelFile:
-    """A JSON Lines file: its existing lines, which are not changed, and those of this session.
+    """A JSON Lines file of labels. People's labels are appended; only judge rows are replaced.
 
     Each change replaces the file atomically, and is on disk before the call returns.
 

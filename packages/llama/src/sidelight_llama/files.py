@@ -91,7 +91,7 @@ def _find_in_ollama(name: str) -> Path:
 
 
 def _ollama_folders() -> list[Path]:
-    """Ollama's model folders: the configured one, else those of the user and the service."""
+    """Ollama's model folders: ``OLLAMA_MODELS`` if set, otherwise the defaults of Ollama."""
     if folder := os.environ.get("OLLAMA_MODELS"):
         return [Path(folder)]
     return [

@@ -266,8 +266,8 @@ class TextEvents:
     def _note(self, tokens: Sequence[int], text: str) -> None:
         """Add new tokens and vLLM's text of them so far.
 
-        vLLM may hold text back, or end it before the text of its tokens. If the text differs from
-        that of the tokens, the characters are unknown, so there are no spans.
+        vLLM may hold text back, or end it before the last token's text. If the text differs from
+        the decoded tokens, their characters are unknown, so there are no spans.
         """
         start, self._characters = self._characters, self._characters + len(text)
         if self.answer_spans is None:

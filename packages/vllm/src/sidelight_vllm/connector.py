@@ -138,7 +138,7 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
     def _follows(self, loaded: Loaded) -> bool:
-        """Whether the probes here match those of the stages, which may have loaded others."""
+        """Whether the probes here match those of the workers; loads the workers' probes if not."""
         if loaded.revision not in ("", self._classifier.loaded.revision):
             try:
                 self._classifier = RequestClassifier.load(
@@ -217,7 +217,8 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
 class SharedConnector(MultiConnector):
     """Our connector followed by the user's, which may store but not load.
 
-    Loaded keys and values have no projections; their slots would have those of a previous owner.
+    Keys and values that it loaded would have no projections: their slots would still hold the
+    projections of earlier tokens.
     All requests are classified, so all are computed here.
     """
 

@@ -1,9 +1,9 @@
 """Verdicts, refusals and check routes in vLLM's own server (``vllm.endpoint_plugins``).
 
 vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. Enforcement is in ``guard``, below HTTP. An
-ASGI middleware adds what only HTTP has: the status and body of a refusal, the headers of the
-verdicts, and fields for them in JSON and in streams of chunks. It also serves those of our own
-routes for classifying texts and replacing probes whose paths vLLM does not use.
+ASGI middleware adds the HTTP parts: the status and body of a refusal, and verdicts in headers, JSON
+and streams. It also serves Sidelight's routes for checks and administration, unless vLLM uses their
+paths.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false

@@ -123,7 +123,7 @@ def full_group(kv_cache_config: Any) -> int:
 
 def share_of_cache(specs: Mapping[str, Any], bytes_per_token: int) -> float:
     """The share left to a worker's KV cache if each token needs this many additional bytes."""
-    # A block has keys and values of one kind of layer, at least those of the rarest kind.
+    # A block holds the keys and values of one kind of layer. The smallest kind bounds its size.
     kinds: dict[Any, int] = defaultdict(int)
     for spec in specs.values():
         kinds[True if keeps_every_token(spec) else spec] += spec.page_size_bytes

@@ -58,7 +58,7 @@ class VllmReader:
 
     Args:
         model: The model, which vLLM loads.
-        dtype: Dtype of vLLM's computation; ``auto`` means that of the stored weights.
+        dtype: Dtype of vLLM's computation; ``auto`` uses the dtype of the stored weights.
         options: Fields of vLLM's ``EngineArgs``.
 
     Raises:
