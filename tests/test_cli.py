@@ -108,15 +108,6 @@ def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path,
     assert f"Another run is writing to {out}. Wait" in capsys.readouterr().err
 
 
-def test_a_rationale_is_refused_where_nothing_would_learn_from_it(capsys):
-    words = ("train", "--data", "x.jsonl", "--out", "x", "--set", "rationale=why")
-    assert cli(*words, "--mechanism", "attention") == 2
-    assert (
-        "rationale= needs a mechanism that learns where to look, such as readout (got: attention)"
-        in (capsys.readouterr().err)
-    )
-
-
 @pytest.mark.slow
 def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", 80, seed=2, text="unlabelled", toxic=None)

@@ -7,21 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import sidelight.training.fit
 from sidelight import classifier
 from sidelight.cli.show import rate_sentence, traffic_lines
 from sidelight.cli.train import _kinds, train
 from sidelight.data.examples import Example, LabelledExamples
-from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import EncodedPrompt, Message, PlainText, Reads, TokenRole
 from sidelight.probes.bank import Bank
 from sidelight.probes.card import TrainingRecord, read_card, summary
 from sidelight.probes.mechanisms.base import mechanism_spec
-from sidelight.probes.ragged import Ragged
-from sidelight.states.cache import random_batches
 from sidelight.statistics.background import Conversations, Detections, Traffic
 from sidelight.statistics.calibration import fit_calibration
 from sidelight.statistics.thresholds import ThresholdRule, operating_curves
@@ -424,74 +420,6 @@ def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
         # Each group ends with a whole context.
         assert tokens <= total <= tokens + 5 * 256
     assert {c.group for c in more if c.kind == "background"} == {0, 1, 2, 3, 4}
-
-
-def rationale_of(text):
-    """The last three words, which each of these texts has once."""
-    return text.split(" has ")[1]
-
-
-@pytest.fixture
-def with_rationales(tiny, examples, options):
-    """Half of the positive texts, and their contexts, with the words that they are positive for."""
-    words = tuple(
-        rationale_of(text) if label and i % 4 else ""
-        for i, (text, label) in enumerate(zip(TEXTS, examples.labels, strict=True))
-    )
-    return prepare(tiny, replace(examples, rationales=words), None, options=options).training
-
-
-def test_the_words_of_a_rationale_are_annotated_in_what_is_read(tiny, tmp_path):
-    texts = [
-        {"text": "is it cat?", "response": "no, cat it is", "label": 1, "why": "cat"},
-        {"text": "is it dog?", "response": "yes", "label": 0, "why": "dog"},
-    ]
-    examples = load_examples(texts, response="response", rationale="why")
-    options = FitOptions(cache_root=tmp_path, reads=Reads("response", template=False))
-    split = make_split(tiny, examples, options=options)
-    decoded = [
-        tiny.tokenizer.decode(
-            np.array(prompt.token_ids)[prompt.mask(options.reads).numpy()][is_rationale]
-        )
-        for prompt, is_rationale in zip(split.states.prompts, split.rationales, strict=True)
-    ]
-    assert [each.strip() for each in decoded] == ["cat", ""]
-
-
-@pytest.mark.slow
-def test_the_words_of_a_rationale_are_annotated_in_every_context(tiny, with_rationales):
-    known = [words != "" for words in with_rationales.examples.rationales]
-    assert any(known[60:])
-    assert [bool(is_rationale.any()) for is_rationale in with_rationales.rationales] == known
-    for prompt, is_rationale in zip(
-        with_rationales.states.prompts, with_rationales.rationales, strict=True
-    ):
-        if is_rationale.any():
-            read = np.array(prompt.token_ids)[prompt.mask(EACH_TURN).numpy()]
-            decoded = tiny.tokenizer.decode(read[is_rationale]).strip()
-            assert decoded.replace(" ", "") == rationale_of(TEXTS[0]).replace(" ", "")
-
-
-@pytest.mark.slow
-def test_a_readout_learns_to_look_at_the_words_of_a_rationale(with_rationales):
-    without = replace(with_rationales, rationales=None)
-    candidate = mechanism_spec("readout"), TrainingSettings(learning_rate=0.03, epochs=6)
-    missed = []
-    for split in (with_rationales, without):
-        (run,) = train_mechanisms([candidate], training=split, validation=None)
-        states, losses = split.states, []
-        for texts in random_batches(states.shards[0], size=64, shuffle=torch.Generator()):
-            batch = states.read(texts)
-            (projections,) = loop.project_runs(batch, [run], dtype=torch.float32)
-            is_rationale = [with_rationales.rationales[row] for row in batch.rows.tolist()]
-            tokens = Ragged(projections, batch.lengths)
-            loss = run.mechanism.rationale_loss(
-                tokens, torch.from_numpy(np.concatenate(is_rationale))
-            )
-            losses += loss[loss > 0].tolist()
-        missed.append(np.mean(losses))
-    taught, untaught = np.exp(-np.array(missed))
-    assert taught > 2 * untaught
 
 
 def test_a_gpu_reads_more_background_traffic(examples, options, monkeypatch):

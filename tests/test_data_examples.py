@@ -23,10 +23,6 @@ def test_content_hash_depends_on_what_training_reads_and_on_order_only():
     polarity_changed = load_examples(ROWS, positive="delivery")
     assert len({e.content_hash for e in (base, text_changed, label_changed, reordered)}) == 4
     assert column_changed.content_hash == polarity_changed.content_hash == base.content_hash
-    whys = [[{**ROWS[0], "why": why}, *ROWS[1:]] for why in ("", "parcel", "where")]
-    unknown, parcel, where = (load_examples(rows, rationale="why").content_hash for rows in whys)
-    assert unknown == base.content_hash
-    assert len({unknown, parcel, where}) == 3
     ends = [[{"start": 0, "end": end, "label": "NAME"}] for end in (3, 4)]
     with_spans = [
         load_examples([{"text": "Anna", "spans": spans}], spans="spans") for spans in ends

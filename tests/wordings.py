@@ -50,7 +50,6 @@ TOO_FEW_FOR_LABELS = "{examples} examples are too few to contain all {labels} la
 TRAINED_ON = "{seen} of {texts} texts were used in training"
 UNLABELLED = r"{missing} of {rows} rows have no label .* row {first}\."
 EXPECTED_ONE_OF = "expected one of {labels}"
-WORDS_ABSENT = "row {row}: the words in column '{name}' do not occur"
 
 # Spans
 IGNORE_WITHOUT_SPANS = "labels no spans, so 'ignore' would never apply"

@@ -157,7 +157,6 @@ class TrainingInputs:
     Fields with a default are set by ``--set``.
 
     Attributes:
-        rationale: Column of the words that justify a text's label, where known.
         groups: Comma-separated columns whose equal values keep rows in the same fold.
         limit: Number of rows to use, drawn at random with the share of each class preserved.
         max_tokens: Length to which longer texts are truncated for training, with a warning;
@@ -177,7 +176,6 @@ class TrainingInputs:
     missing_label: "OnMissingLabel"
     split: str | None = None
     validation_split: str | None = None
-    rationale: str | None = None
     groups: str | None = None
     limit: Annotated[int, Field(ge=2)] | None = None
     max_tokens: Annotated[int, Field(ge=8)] = 1024
@@ -219,9 +217,7 @@ class TrainingInputs:
             )
         if self.cache is not None:
             check_folder(self.cache)
-        columns = {"rationale": self.rationale, "groups": self.groups}
-        named = {name: column for name, column in columns.items() if column is not None}
-        dataset = read(self.data, split=self.split, positive=self.positive, **named)
+        dataset = read(self.data, split=self.split, positive=self.positive, groups=self.groups)
         rows = dataset.draw(self.limit or len(dataset), seed=0)
         training = dataset.select(rows)
         if self.validation is None:

@@ -144,18 +144,10 @@ def _require_agreement(
         owner, dot, _ = target.partition(".")
         if dot and owner != mechanism:
             raise SidelightError(f"--set {target} needs --mechanism {owner} (got: {mechanism}).")
-    if inputs.rationale is not None and mechanism != _AUTO:
-        from sidelight.probes.mechanisms.base import learns_rationales
-
-        if not learns_rationales(mechanism):
-            raise SidelightError(
-                "--set rationale= needs a mechanism that learns where to look, such as readout "
-                f"(got: {mechanism}). Choose such a mechanism, or leave rationale= out."
-            )
-    if spans is not None and any((background, inputs.positive, inputs.rationale)):
+    if spans is not None and any((background, inputs.positive)):
         raise SidelightError(
-            "--background, --set rationale= and --positive apply only to labels of whole texts. "
-            "Leave them out, or leave --spans out."
+            "--background and --positive apply only to labels of whole texts. Leave them out, or "
+            "leave --spans out."
         )
 
 

@@ -133,7 +133,7 @@ class Examples:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of texts, responses, label names, spans and rationales, in order.
+        """SHA-256 of texts, responses, label names and spans, in order.
 
         It does not depend on the file format.
         """
@@ -279,7 +279,7 @@ class Examples:
         return [[] for _ in self.items]
 
     def _label_facts(self) -> list[list[object]]:
-        """The label names of each text, followed by its spans and its rationale, if any."""
+        """The label names of each text, followed by its spans, if any."""
         return [[names] for names in self.label_names()]
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
@@ -302,7 +302,6 @@ class LabelledExamples(Examples):
         labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
             multi-label task.
         weights: Weight of each text in training; None if all are equal.
-        rationales: Words that justify each text's label, "" if unknown; None if no text has any.
         default_mechanism: Name of the mechanism that ``auto`` stands for.
         cross_fitted_below: Training cross-fits fewer texts than these.
         takes_contexts: Whether training also shows the texts within background traffic.
@@ -311,7 +310,6 @@ class LabelledExamples(Examples):
     task: Task
     labels: Int[Numbers, "row ..."]
     weights: Float[Values, " row"] | None = None
-    rationales: tuple[str, ...] | None = None
 
     default_mechanism: ClassVar[str] = "readout"
     cross_fitted_below: ClassVar[int] = 1000
@@ -349,14 +347,7 @@ class LabelledExamples(Examples):
             **super()._at(rows),
             "labels": self.labels[np.asarray(rows, dtype=np.int64)],
             "weights": None if self.weights is None else self.weights[np.asarray(rows, np.int64)],
-            "rationales": self.rationales and tuple(self.rationales[row] for row in rows),
         }
-
-    def _label_facts(self) -> list[list[object]]:
-        facts = super()._label_facts()
-        for row, row_facts in enumerate(facts):
-            row_facts += [self.rationales[row]] if self.rationales and self.rationales[row] else []
-        return facts
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
         """One stratum per label; if multi-label, one more for the rows where no label holds."""

@@ -58,7 +58,6 @@ class Card(BaseModel, extra="forbid", frozen=True):
         labels: Negative and positive class; None if the guard labels spans.
         version: Version of the texts; it changes with the texts or the threshold of the trained
             probe.
-        rationale: Column of the words that make a text positive, where known.
         groups: Columns whose equal values keep rows in the same fold, such as the source document.
         sources: Origins of the training texts, by the column ``source``.
     """
@@ -68,7 +67,6 @@ class Card(BaseModel, extra="forbid", frozen=True):
     reads: Literal["prompt", "response"]
     version: PositiveInt = 1
     labels: Annotated[tuple[str, str], AfterValidator(_require_classes)] | None = None
-    rationale: str | None = None
     groups: tuple[str, ...] = ()
     noise: str
     languages: str

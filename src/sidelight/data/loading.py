@@ -39,7 +39,6 @@ def load_examples(
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
     spans: str,
-    rationale: str | None = None,
     groups: str | None = None,
 ) -> SpanExamples: ...
 @overload
@@ -54,7 +53,6 @@ def load_examples(
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
     spans: str | None = None,
-    rationale: str | None = None,
     groups: str | None = None,
 ) -> LabelledExamples: ...
 @overload
@@ -77,7 +75,6 @@ def load_examples(
     task: Task | None = None,
     on_missing_label: OnMissingLabel = "error",
     spans: str | None = None,
-    rationale: str | None = None,
     groups: str | None = None,
 ) -> Examples:
     """Load texts with their labels, and infer the task from the labels.
@@ -106,8 +103,6 @@ def load_examples(
             one, the end exclusive. Spans of different labels may overlap; rows without any are
             negatives. A ``probability``, which ``predict`` writes, is ignored, and spans of labels
             that ``task`` lacks are left out and counted.
-        rationale: Column of the words that justify a text's label, where known, copied verbatim
-            from the text; a readout is then trained to attend to them.
         groups: Columns, separated by commas, whose equal values keep rows together in a split or
             fold, such as a customer or a source document. Empty cells join nothing. If a group
             becomes too large, the last column is ignored first.
@@ -131,10 +126,9 @@ def load_examples(
         rows, positive, response = guard.rows(task), None, guard.card.columns["response"]
         if task is None and guard.card.labels is not None:
             task = Task("binary", guard.card.labels)
-        rationale = guard.card.rationale if guard.test is None else None
         joined = joined or guard.card.groups
     label = label if spans is None else None
-    named = [("text", text), ("response", response), ("spans", spans), ("set rationale", rationale)]
+    named = [("text", text), ("response", response), ("spans", spans)]
     named += [("set groups", name) for name in joined if groups]
     columns = _find_columns(rows, label, named)
     usable, plain = _usable(rows, columns, text, response, on_missing_label=on_missing_label)
@@ -167,7 +161,6 @@ def load_examples(
         task=task,
         labels=labels,
         weights=None if (weights == 1).all() else weights,
-        rationales=None if rationale is None else _rationales(usable, items, rationale),
         group_columns=joined,
     )
 
@@ -239,22 +232,6 @@ def _warn_of_new_labels(rows: Sequence[Row], spans: Sequence[Sequence[Span]]) ->
             "contain such spans without a label. If you mean one of the packaged labels, use it: "
             f"{', '.join(sorted(packaged))}."
         )
-
-
-def _rationales(rows: Sequence[Row], items: Sequence[Example], column: str) -> tuple[str, ...]:
-    """The words that justify each text's label; "" for a row without any."""
-    cells = [row.cells.get(column) for row in rows]
-    words = tuple("" if is_missing(cell) else str(cell).strip() for cell in cells)
-    for row, item, rationale_text in zip(rows, items, words, strict=True):
-        answer = item.response or ""
-        if not any(
-            rationale_text in text for text in (answer, *(m.content for m in item.messages))
-        ):
-            raise SidelightError(
-                f"{row.place}: the words in column '{column}' do not occur in the text. Copy "
-                "them verbatim from the text, or leave the cell empty."
-            )
-    return words
 
 
 def _find_columns(

@@ -10,7 +10,7 @@ from typing import SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sidelight.data.examples import (
     Example,
@@ -54,14 +54,12 @@ class Split:
         contexts: The setting of each text, with the group that stays in one fold: texts, their
             contexts, and the background of these. None of them: all are shown alone.
         places: The characters of each text's tokens, if these are labelled.
-        rationales: Of each text the tokens that it has its label for; None: they are not known.
     """
 
     examples: LabelledExamples
     states: ActivationCache
     contexts: tuple[Context, ...] = ()
     places: TokenPlaces = ()
-    rationales: Sequence[Bool[np.ndarray, " _"]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -94,7 +92,6 @@ class Split:
             self.states.select(chosen.tolist()),
             self.contexts and tuple(self.contexts[text] for text in chosen),
             self.places and [self.places[text] for text in chosen],
-            self.rationales and [self.rationales[text] for text in chosen],
         )
 
     @cached_property
@@ -122,14 +119,13 @@ class Split:
     def targets(self) -> Targets:
         """The labels that training compares the logits of these texts with."""
         weights = torch.from_numpy(self.weights).float()
-        words = None if self.rationales is None else _end_to_end(self.rationales)
         if not isinstance(self.examples, SpanExamples):
-            return Targets(Ragged.one_row_each(torch.from_numpy(self.labels)), weights, words)
+            return Targets(Ragged.one_row_each(torch.from_numpy(self.labels)), weights)
         rows = zip(self.examples.text_spans, self.places, strict=True)
         names = self.task.output_labels
         flags = [token_labels(text, places, spans, names) for (text, spans), places in rows]
         labels = _end_to_end([text_flags.astype(np.int64) for text_flags in flags])
-        return TokenTargets(labels, weights, words)
+        return TokenTargets(labels, weights)
 
     @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:
@@ -246,7 +242,7 @@ def plan_split(
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory=memory or Memory(options.memory_bytes),
     )
-    reads, lengths = options.reads, states.lengths
+    lengths = states.lengths
     return Split(
         examples,
         states,
@@ -254,9 +250,6 @@ def plan_split(
         span_places(reader.encoder, examples.items, lengths)
         if isinstance(examples, SpanExamples)
         else (),
-        None
-        if examples.rationales is None
-        else _rationales(reader.encoder, examples, prompts, reads),
     )
 
 
@@ -264,46 +257,14 @@ def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> Lab
     """The text in each context, which has its labels; background has none of them."""
     selected, task = examples.select([context.text or 0 for context in contexts]), examples.task
     is_background = np.array([context.text is None for context in contexts])
-    labels, weights, words = selected.labels.copy(), selected.weights, selected.rationales
+    labels, weights = selected.labels.copy(), selected.weights
     labels[is_background] = task.outputs - 1 if task.abstains else 0
-    if words is not None:
-        pairs = zip(words, is_background, strict=True)
-        words = tuple("" if is_negative else rationale for rationale, is_negative in pairs)
     return replace(
         selected,
         items=tuple(context.example for context in contexts),
         labels=labels,
         weights=None if weights is None else np.where(is_background, 1.0, weights),
-        rationales=words,
     )
-
-
-def _rationales(
-    encoder: PromptEncoder,
-    examples: LabelledExamples,
-    prompts: Sequence[EncodedPrompt],
-    reads: Reads,
-) -> list[Bool[np.ndarray, " _"]]:
-    """Which of each text's stored tokens stand for the words that it has its label for.
-
-    None of a text that was cut.
-    """
-    masks: list[Bool[np.ndarray, " _"]] = []
-    for item, words, prompt in zip(examples.items, examples.rationales or (), prompts, strict=True):
-        is_rationale = np.zeros(len(prompt), dtype=np.bool_)
-        if words and not prompt.dropped:
-            texts = [message.content for message in item.messages]
-            texts += [] if item.response is None else [item.response]
-            # The question may have words of the answer.
-            first = len(item.messages) if reads.side == "response" else 0
-            message = next((i for i in range(first, len(texts)) if words in texts[i]), -1)
-            start = texts[message].find(words)
-            encoded = encoder.encode_any_length(item.conversation, item.response, with_places=True)
-            for token, place in enumerate(encoded.places):
-                if place is not None and place.message == message:
-                    is_rationale[token] = place.start < start + len(words) and place.end > start
-        masks.append(is_rationale[prompt.mask(reads).numpy()])
-    return masks
 
 
 def encode_shortened(

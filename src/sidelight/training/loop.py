@@ -235,15 +235,7 @@ class _Trainer:
             if segments and float(torch.rand((), generator=random)) < _SEGMENT_SHARE:
                 chosen[text] = segments[int(torch.randint(len(segments), (), generator=random))]
         batch = self._states.read(texts, chosen)
-        targets = self._targets.select(batch.rows.to(self._device))
-        if chosen and targets.rationales is not None:
-            rationales = zip(texts, targets.rationales.split(), strict=True)
-            selected = [
-                rationale.values[chosen.get(text, slice(None))] for text, rationale in rationales
-            ]
-            words = Ragged(torch.cat(selected), batch.lengths.to(self._device))
-            targets = replace(targets, rationales=words)
-        return batch, targets
+        return batch, self._targets.select(batch.rows.to(self._device))
 
     def _train_batch(
         self, runs: Sequence[TrainingRun], batch: Shard, targets: Targets, share: float

@@ -23,8 +23,6 @@ from sidelight.types import MechanismSpec, Task
 
 # Mutable part of the learning-rate schedule.
 _OF_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
-# Weight of the rationale loss of a readout, relative to the loss on labels.
-_RATIONALE_SHARE = 0.5
 
 
 @runtime_checkable
@@ -194,7 +192,7 @@ class TrainingRun:
             tokens: Tokens of the texts, as for ``score``.
             targets: Targets of the same texts.
         """
-        labels, words = targets.labels, targets.rationales
+        labels = targets.labels
         weights = targets.weights.repeat_interleave(labels.lengths)
         self.mechanism.train()
         self._draws += 1
@@ -204,11 +202,7 @@ class TrainingRun:
             inputs = [tokens, random_prefixes(tokens)] if self._adds_prefixes else [tokens]
             votes = targets.votes(self.mechanism, inputs)
             losses = [self._loss(vote, labels.values, weights) for vote in votes]
-            loss = torch.stack(losses).sum() / len(inputs)
-            if words is None or not words.values.any():
-                return loss
-            missed = self.mechanism.rationale_loss(tokens, words.values)
-            return loss + _RATIONALE_SHARE * (missed * targets.weights).mean()
+            return torch.stack(losses).sum() / len(inputs)
 
     def take(self, share: float) -> None:
         """Accumulate the computed gradients as this share of a batch; a full batch triggers a step.

@@ -20,25 +20,18 @@ class Targets:
     Attributes:
         labels: A row for each text, as in ``LabelledExamples.labels``.
         weights: Weight of each text.
-        rationales: Whether each token belongs to the words that justify its text's label; None if
-            unknown.
     """
 
     labels: Ragged
     weights: Float[Tensor, " text"]
-    rationales: Ragged | None = None
 
     def select(self, texts: Int[Tensor, " chosen"]) -> "Targets":
         """The targets of these texts."""
-        words = None if self.rationales is None else self.rationales.select(texts)
-        labels, weights = self.labels.select(texts), self.weights[texts]
-        return replace(self, labels=labels, weights=weights, rationales=words)
+        return replace(self, labels=self.labels.select(texts), weights=self.weights[texts])
 
     def to(self, device: torch.device) -> "Targets":
         """The same on a device."""
-        words = None if self.rationales is None else self.rationales.to(device)
-        labels, weights = self.labels.to(device), self.weights.to(device)
-        return replace(self, labels=labels, weights=weights, rationales=words)
+        return replace(self, labels=self.labels.to(device), weights=self.weights.to(device))
 
     def initialise(self, mechanism: Mechanism) -> None:
         """Prepare a new mechanism for these labels."""

@@ -107,19 +107,6 @@ class Mechanism(nn.Module, ABC):
         By default, the drawn parameters are left unchanged.
         """
 
-    def rationale_loss(
-        self, tokens: Ragged, rationales: Bool[Tensor, " token"]
-    ) -> Float[Tensor, " segment"]:
-        """Penalty for gate weight outside the rationale of each text; 0 without one.
-
-        By default, rationales are ignored. A mechanism that learns them is registered as a class.
-
-        Args:
-            tokens: As for ``summarise``.
-            rationales: Mask of the tokens in the rationale; all False for a text without one.
-        """
-        return tokens.values.new_zeros(len(tokens.lengths), dtype=torch.float32)
-
     def logits(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
         """The logits of segments of projected tokens, as for ``summarise``."""
         return self.finish(self.summarise(tokens))
@@ -241,12 +228,6 @@ def labels_tokens(name: str) -> bool:
     """Whether a mechanism implements ``token_logits``."""
     build = _registered(name)
     return isinstance(build, type) and build.token_logits is not Mechanism.token_logits
-
-
-def learns_rationales(name: str) -> bool:
-    """Whether a mechanism implements ``rationale_loss``."""
-    build = _registered(name)
-    return isinstance(build, type) and build.rationale_loss is not Mechanism.rationale_loss
 
 
 def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:

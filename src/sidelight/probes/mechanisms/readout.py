@@ -81,22 +81,6 @@ class Readout(Mechanism):
         """The layers' and heads' logits, added."""
         return self._add_layers(finish_softmax(state).sum(2))
 
-    def rationale_loss(
-        self, tokens: Ragged, rationales: Bool[Tensor, " token"]
-    ) -> Float[Tensor, " segment"]:
-        """-log of the weight that each layer's first gate gives the rationale, averaged over
-        layers.
-
-        The other gates are unconstrained.
-        """
-        scores = Ragged(tokens.values[:, :, 0].float(), tokens.lengths)
-        highest = scores.maxima().detach()[scores.segments]
-        weights = (scores.values - highest).exp()
-        inside = Ragged(weights * rationales[:, None], tokens.lengths).sums()
-        share = inside / Ragged(weights, tokens.lengths).sums()
-        is_known = Ragged(rationales.float(), tokens.lengths).sums() > 0
-        return torch.where(is_known, -share.clamp(min=1e-9).log().mean(1), 0.0)
-
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
         """Exact: each token's own terms, with the gates' weights held fixed."""
         return read_off(self._weighed, tokens, targets)
