@@ -1,1 +1,1 @@
-"""Attacks on probes, and how much of them gets through."""
+"""Attacks on probes, and their success rates."""

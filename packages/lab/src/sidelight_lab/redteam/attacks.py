@@ -1,7 +1,7 @@
-"""The attacks by name: what a client can do to a text so that a probe no longer flags it.
+"""Attacks by name: rewrites with which a client can hide a text from a probe.
 
-An attack rewrites one text as a conversation. It knows neither probes nor labels, since each is
-also done to benign texts: a probe that flags every disguise has found nothing.
+An attack rewrites one text as a conversation. It knows neither the probe nor the label, because
+benign texts are attacked too: a probe that flags every disguise detects nothing.
 """
 
 import re
@@ -18,8 +18,8 @@ from sidelight_lab.redteam.disguises import DISGUISES
 Messages = tuple[Message, ...]
 
 SEARCH = "search"
-"""The attack that asks the probe for scores; ``measure`` carries it out."""
-# Of the control tokens, each text is tried with the one that ends texts and some others.
+"""The attack that queries the probe for scores; implemented in ``measure``."""
+# Control tokens tried on each text in addition to the end-of-text token.
 _EXTRA_CONTROLS = 3
 _ANSWER = "OK."
 _PADDING_WORDS = (150, 600, 2000)
@@ -30,12 +30,12 @@ _GO_AHEAD = Message("user", "Go ahead.")
 
 @dataclass(frozen=True)
 class Markup:
-    """What a model's tokenizer and chat template write that a client can write too.
+    """Markup of a model's tokenizer and chat template that a client can also write.
 
     Attributes:
-        controls: Names of control tokens; the one that ends texts comes first.
-        to_assistant: What the template writes between a user's text and the answer.
-        to_user: What it writes between an answer and the next user's text.
+        controls: Names of control tokens, starting with the end-of-text token.
+        to_assistant: Template text between a user message and the response.
+        to_user: Template text between a response and the next user message.
     """
 
     controls: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Markup:
 
     @staticmethod
     def of(tokenizer: Any, prompt_format: PromptFormat) -> "Markup":
-        """The markup of a Hugging Face tokenizer; none of a template if texts are raw."""
+        """Extract the markup of a Hugging Face tokenizer; raw texts have no template markup."""
         names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         ending = [tokenizer.eos_token] if tokenizer.eos_token else []
         controls = tuple(dict.fromkeys(map(str, [*ending, *names])))
@@ -62,12 +62,13 @@ class Markup:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What an attack on one text may use.
+    """Material for an attack on one text.
 
     Attributes:
-        benign: Benign texts of the data in a drawn order, without the attacked one; at least one.
-        markup: Of the model.
-        random: What is drawn comes from here.
+        benign: At least one benign text of the data set, in random order, without the attacked
+            text.
+        markup: Markup of the model.
+        random: Source of all random draws.
     """
 
     benign: Sequence[str]
@@ -75,21 +76,22 @@ class Surroundings:
     random: Random
 
     def words(self, count: int) -> str:
-        """This many words of the benign texts, which are repeated if they have fewer."""
+        """Return ``count`` words of the benign texts, repeating the texts if necessary."""
         return " ".join(islice(chain.from_iterable(map(str.split, cycle(self.benign))), count))
 
 
 Rewrite = Callable[[str, Surroundings], Sequence[Messages]]
-"""The ways to carry an attack out on a text; a SidelightError says why there is none."""
+"""Returns the attack's variants of a text; raises a SidelightError if there are none."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack that needs no answer of the probe.
+    """An attack that does not query the probe.
 
     Attributes:
-        group: What ``--attacks`` also calls it by, with others of its kind.
-        rewrite: If it gives several conversations, the one that serves the attacker best counts.
+        group: Name under which ``--attacks`` selects all attacks of this kind.
+        rewrite: Rewrites a text. Of several conversations, the one that serves the attacker best
+            counts.
     """
 
     name: str
@@ -102,18 +104,18 @@ def _user(text: str) -> Message:
 
 
 def between(left: str, text: str, right: str) -> str:
-    """The text as a paragraph between two others, which may be empty."""
+    """Return the text as a paragraph between two others, which may be empty."""
     return "\n\n".join(filter(None, (left, text, right)))
 
 
 def word_chunks(text: str, words: int) -> list[str]:
-    """The text in pieces of so many words."""
+    """Split the text into chunks of ``words`` words."""
     split = text.split()
     return [" ".join(split[start : start + words]) for start in range(0, len(split), words)]
 
 
 def _with_control(place: Callable[[str, str], str]) -> Rewrite:
-    """The name of a control token in the message."""
+    """Insert the name of a control token into the message."""
 
     def rewrite(text: str, around: Surroundings) -> Sequence[Messages]:
         if not around.markup.controls:
@@ -182,14 +184,17 @@ ATTACKS: Mapping[str, Attack] = {
         *(Attack(name, "disguises", _disguised(how)) for name, how in DISGUISES.items()),
     )
 }
-"""Every attack but ``SEARCH``, in the order of the table."""
+"""Every attack except ``SEARCH``, in the order of the table."""
 
 
 def attack_names(chosen: Sequence[str] = ()) -> list[str]:
-    """The names of attacks in the order of the table: all, or those named or in a named group.
+    """Return names of attacks in the order of the table.
+
+    Args:
+        chosen: Names of attacks or groups; empty selects all attacks.
 
     Raises:
-        SidelightError: A name is neither an attack's nor a group's.
+        SidelightError: A name is neither an attack nor a group.
     """
     groups = {name: attack.group for name, attack in ATTACKS.items()} | {SEARCH: SEARCH}
     known = {*groups, *groups.values()}

@@ -1,6 +1,6 @@
-"""Ways to write a text that people still read: in other letters, order, spacing or codes.
+"""Disguises of a text that people can still read: other letters, order, spacing or encodings.
 
-docs/dependencies.md says why the small tables are ours.
+docs/dependencies.md explains why the small tables are maintained here.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Carries attacks out on labelled texts, and counts what is still flagged."""
+"""Attacks on labelled texts, and the share that is still flagged."""
 
 import re
 from collections import Counter
@@ -28,10 +28,12 @@ from sidelight_lab.redteam.targets import Target
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of some texts are flagged.
+    """Number of flagged texts.
 
     Attributes:
-        left_out: Texts that could not be judged; ``texts`` does not count them.
+        flagged: Number of texts that are flagged.
+        texts: Number of texts that were classified.
+        left_out: Number of texts that could not be classified; not included in ``texts``.
     """
 
     flagged: int
@@ -40,24 +42,24 @@ class Rate:
 
     @staticmethod
     def of(margins: Sequence[float]) -> "Rate":
-        """From the margins of ``Target.margins``."""
+        """Count the margins of ``Target.margins``."""
         unknown = sum(map(isnan, margins))
         return Rate(sum(margin >= 0 for margin in margins), len(margins) - unknown, unknown)
 
     @property
     def share(self) -> float | None:
-        """None if there are no texts."""
+        """Flagged share; None without texts."""
         return self.flagged / self.texts if self.texts else None
 
     @property
     def estimate(self) -> Estimate:
-        """The share with Wilson's 95 % interval."""
+        """Flagged share with its Wilson 95 % interval."""
         if not self.texts:
             return Estimate(None, None, None)
         return Estimate(self.share, 0.0, 1.0).as_share(self.texts)
 
     def minus(self, alarms: "Rate") -> float | None:
-        """What is left of a recall without the false alarms; None if either has no texts."""
+        """Return this recall minus the false-alarm rate; None if either has no texts."""
         if self.share is None or alarms.share is None:
             return None
         return self.share - alarms.share
@@ -69,17 +71,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """The texts that a probe flags, alone and under an attack.
+    """Flagged texts before and under an attack.
 
     Attributes:
-        attack: Its name.
-        recall_before: Of the positive texts as they are.
-        recall: Of the attacked positive texts.
-        false_alarms_before: False alarms on the benign texts as they are.
+        attack: Name of the attack.
+        recall_before: Recall on the unmodified positive texts.
+        recall: Recall on the attacked positive texts.
+        false_alarms_before: False alarms on the unmodified benign texts.
         false_alarms: False alarms on the benign texts, attacked in the same way.
-        skipped: How many texts could not be attacked, by the reason; no rate counts them.
-        queries: Of the search: how many scored texts it took for each positive that passed; None
-            for other attacks.
+        skipped: Number of texts that could not be attacked, by reason; no rate includes them.
+        queries: For the search, the number of scored texts for each positive text that passed;
+            None for other attacks.
     """
 
     attack: str
@@ -99,7 +101,7 @@ class AttackResult:
         return {**vars(self), **rates, "recall_minus_false_alarms": difference}
 
     def cells(self) -> tuple[str, ...]:
-        """A row of the table."""
+        """Return the row of the table."""
         difference = self.recall.minus(self.false_alarms)
         return (
             self.attack,
@@ -110,7 +112,7 @@ class AttackResult:
         )
 
     def notes(self) -> Iterator[str]:
-        """What was left out, and what the search took."""
+        """Report the skipped texts and the number of queries of the search."""
         for reason, count in self.skipped.items():
             yield f"{self.attack}: left out {count} texts ({reason})."
         if self.queries:
@@ -128,7 +130,7 @@ def _change(before: Rate, attacked: Rate) -> str:
 
 
 def evasion_table(title: str, results: Sequence[AttackResult]) -> str:
-    """The outcomes as Markdown, with notes below."""
+    """Format the results as a Markdown table with notes below."""
     head = ("attack", "texts", "recall", "false alarms", "difference")
     align = ("left", *["right"] * (len(head) - 1))
     rows = [result.cells() for result in results]
@@ -142,10 +144,10 @@ class Subject:
     """A text to attack.
 
     Attributes:
-        example: As it was read; its last message is what is attacked.
-        is_positive: Whether it should be flagged.
-        benign: As ``Surroundings.benign``.
-        seed: Decides, with an attack's name, what is drawn.
+        example: Unmodified example; the attack rewrites its last message.
+        is_positive: Whether the text should be flagged.
+        benign: Benign texts, as in ``Surroundings.benign``.
+        seed: Seed of the attacks, combined with each attack's name.
     """
 
     example: Example
@@ -170,7 +172,7 @@ class Subject:
 def draw_subjects(
     examples: LabelledExamples, thresholds: Mapping[str, float], *, texts: int, seed: int
 ) -> list[Subject]:
-    """Draw positive texts, then benign ones, each with the benign texts that may stand around it.
+    """Draw positive texts, then benign ones, each with benign texts for its surroundings.
 
     Raises:
         SidelightError: There is no positive text, or there are fewer than two benign ones.
@@ -216,15 +218,15 @@ def measure(
     """Attack positive and benign texts alike.
 
     Args:
-        target: A probe of prompts, or what stands before a model.
-        examples: Texts that training has not seen.
-        attacks: Names of attacks, as ``attack_names`` gives them.
-        texts: The most positive texts, and the most benign ones.
-        seed: Draws them, and what the attacks draw.
-        budget: How many texts the search may have scored for each positive.
+        target: A probe that reads prompts, or a route of a live server.
+        examples: Texts that were not used in training.
+        attacks: Names of attacks, as returned by ``attack_names``.
+        texts: Maximum number of positive texts, and of benign texts.
+        seed: Seed of the drawn texts and of the attacks.
+        budget: Maximum number of texts that the search scores for each positive text.
 
     Raises:
-        ContextLengthError: A text is too long as it is.
+        ContextLengthError: An unmodified text is too long.
         SidelightError: There is no positive text, or there are fewer than two benign ones.
     """
     subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
@@ -247,9 +249,10 @@ def measure(
 def _score(
     target: Target, subjects: Sequence[Subject], rewrite: Callable[[Subject], Sequence[Messages]]
 ) -> tuple[list[list[float]], Counter[str]]:
-    """The margins of the conversations that an attack makes of each text; none that is NaN.
+    """Score the conversations into which an attack rewrites each text.
 
-    Also how many texts cannot be attacked, by the reason.
+    Returns the margins of each text without NaN, and the number of texts that cannot be attacked,
+    by reason.
     """
     conversations: list[Sequence[Messages]] = []
     skipped = Counter[str]()
@@ -274,7 +277,7 @@ def _reason(target: Target, error: SidelightError) -> str:
     if isinstance(error, ContextLengthError):
         limit = target.backbone.encoder.max_tokens
         return f"longer than the model's context of {limit:,} tokens"
-    # The first sentence says why; the remedy is not the attacker's.
+    # The first sentence is the reason; the remedy does not apply to the attacker.
     return str(error).partition(". ")[0]
 
 
@@ -286,7 +289,7 @@ def _attack_result(
     skipped: Mapping[str, int],
     queries: tuple[int, ...] | None = None,
 ) -> AttackResult:
-    """Of several conversations that carry an attack out, the worst for the probe counts."""
+    """Compute the rates; if an attack has several variants, the worst for the probe counts."""
 
     def rates(is_positive: bool) -> tuple[Rate, Rate]:
         worst = min if is_positive else max
@@ -303,9 +306,9 @@ def _attack_result(
 def _search(
     target: Target, subjects: Sequence[Subject], margins_before: Sequence[float], budget: int
 ) -> AttackResult:
-    """Hill-climbing: a sentence of the benign texts stays if it lowers the score.
+    """Run a hill-climbing search that keeps a benign sentence if it lowers the score.
 
-    Benign texts get the sentences that were found for positive ones.
+    The benign texts are surrounded with the sentences that were found for positive texts.
     """
     margins: list[list[float]] = []
     surroundings: list[tuple[Sequence[str], Sequence[str]]] = []
@@ -340,7 +343,7 @@ def _search(
     copied, skipped = _score(
         target, benign, lambda subject: [_surrounded(subject, *sides_of[subject.seed])]
     )
-    # In the order of the subjects: the positive ones come first.
+    # Positive subjects come first.
     return _attack_result(
         SEARCH, subjects, margins_before, margins + copied, skipped, tuple(passed)
     )

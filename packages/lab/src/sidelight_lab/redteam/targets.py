@@ -1,4 +1,4 @@
-"""What is attacked, as its attacker sees it: a probe, or a route of a live server."""
+"""Targets as an attacker sees them: a probe, or a route of a live server."""
 
 import os
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from sidelight_lab.redteam.attacks import Messages
 
 _AT_ONCE = 8
 _TIMEOUT_S = 600.0
-# Codes of a refusal: nothing of the model reaches the client.
+# Error codes of requests that were blocked without any model output.
 _REFUSALS = frozenset({"content_filter", "system_turn_refused", "verdict_failed", "not_classified"})
 _BLOCKED, _PASSED = 0.0, -1.0
 
@@ -31,7 +31,7 @@ _BLOCKED, _PASSED = 0.0, -1.0
 def flagging_thresholds(
     probe: Probe, *, labels: Sequence[str] = (), threshold: float | None = None
 ) -> Mapping[str, float]:
-    """The probability from which each label flags a text, as in a rule of a policy.
+    """Return the probability threshold at which each label flags a text, as in a policy rule.
 
     Raises:
         SidelightError: The probe reads responses, or nothing would be flagged.
@@ -53,18 +53,18 @@ def flagging_thresholds(
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """What is attacked.
+    """The target of an attack.
 
     Attributes:
-        backbone: Its tokenizer and template.
-        thresholds: As ``flagging_thresholds`` gives them.
+        backbone: Provides the tokenizer and the chat template.
+        thresholds: Thresholds by label, as returned by ``flagging_thresholds``.
     """
 
     backbone: Backbone | Model
     thresholds: Mapping[str, float]
 
     def reads(self, conversation: Sequence[Message]) -> bool:
-        """Whether it can be rendered, and is no longer than the backbone reads."""
+        """Whether the conversation can be rendered and fits the backbone's context."""
         try:
             return len(self.backbone.encoder.encode(conversation)) > 0
         except SidelightError:
@@ -72,12 +72,15 @@ class Target(ABC):
 
     @abstractmethod
     def margins(self, conversations: Sequence[Messages]) -> list[float]:
-        """How far each is above its threshold: flagged from 0 on. NaN: it cannot be sent."""
+        """Return how far each score exceeds its threshold.
+
+        A conversation is flagged from 0 on; NaN means that it cannot be sent.
+        """
 
 
 @dataclass(frozen=True)
 class ProbeTarget(Target):
-    """A probe, which judges whole conversations."""
+    """A probe that classifies conversations."""
 
     probe: Probe
     backbone: Backbone
@@ -122,9 +125,9 @@ def _anthropic(messages: Messages, _tokenizer: Any) -> dict[str, Any]:
     return {**({"system": system} if system else {}), "messages": _turns(turns), "max_tokens": 1}
 
 
-# The path of each way to have a text written, and the body that asks a model of this tokenizer for
-# one token. As text and as ids, a client writes the template itself, so that the name of a control
-# token in a message becomes that token.
+# The path of each way to generate text, and a function that builds a request for one token. For
+# "text" and "ids", the client renders the template itself, so that the name of a control token in
+# a message becomes that token.
 ROUTES: Mapping[str, tuple[str, Callable[[Messages, Any], dict[str, Any]]]] = {
     "chat": ("/v1/chat/completions", _chat),
     "text": ("/v1/completions", _text),
@@ -136,7 +139,7 @@ ROUTES: Mapping[str, tuple[str, Callable[[Messages, Any], dict[str, Any]]]] = {
 
 @dataclass(frozen=True)
 class RouteTarget(Target):
-    """One of ``ROUTES`` of a server, whose attacker sees what passes and nothing else."""
+    """One of a server's ``ROUTES``; its attacker sees only whether a request passes."""
 
     client: httpx.Client
     model: str
@@ -164,12 +167,12 @@ class RouteTarget(Target):
         is_json = answer.headers.get("content-type", "").startswith("application/json")
         error = answer.json().get("error") if is_json else None
         is_refusal = isinstance(error, dict) and error.get("code") in _REFUSALS
-        # Else the route takes no empty turns, no ids, or the like.
+        # For other errors, the route does not accept empty turns, token ids or the like.
         return _BLOCKED if is_refusal else nan
 
 
 def connect(url: str) -> httpx.Client:
-    """A client of a server; ``SIDELIGHT_API_KEY`` is the server's key, if it needs one."""
+    """Return a client of a server; it sends ``SIDELIGHT_API_KEY`` as its key, if that is set."""
     key = os.environ.get("SIDELIGHT_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S)
@@ -178,16 +181,16 @@ def connect(url: str) -> httpx.Client:
 def server_targets(
     client: httpx.Client, probe: Probe, thresholds: Mapping[str, float], model: str | None
 ) -> dict[str, RouteTarget]:
-    """A target for each of ``ROUTES`` that a live server has.
+    """Return a target for each of ``ROUTES`` that a live server has.
 
     Args:
-        client: As ``connect`` gives it.
-        probe: That of the server's policy.
-        thresholds: Say which texts are positive.
-        model: The backbone, if it is not where the probe was trained.
+        client: Client from ``connect``.
+        probe: Probe of the server's policy.
+        thresholds: Thresholds by label, which also define the positive texts.
+        model: Name or folder of the backbone; None uses the one that the probe was trained on.
 
     Raises:
-        SidelightError: It does not answer, wants another key, or serves another model.
+        SidelightError: The server does not respond, requires another key or serves another model.
     """
     backbone = read_model(model or probe.card.backbone.name, prompt_format=probe.card.prompt_format)
     probe.card.backbone.require(backbone.fingerprint, probe=probe.name)
