@@ -1,7 +1,7 @@
-"""The layers and tokens that a trained probe uses, and its score without some of them.
+"""Layer and token attributions of a trained probe, and its score when some are ablated.
 
 ``examine`` runs the backbone over labelled texts and analyses the probe's projections, without
-training. ``write_anatomy`` writes a table, a picture and JSON.
+training. ``write_anatomy`` writes a table, a figure and JSON.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +32,9 @@ from sidelight_lab.search import score_name
 
 # A token belongs to the first of these groups that applies.
 GROUPS = ("first", "last", "template", "content")
-# Layers that the report names for each class.
+# Number of layers that the report names for each class.
 _NAMED_LAYERS = 3
-# Tolerated loss in score from reading only the deepest layers.
+# Tolerated loss of score when only the deepest layers are read.
 _NEGLIGIBLE = 0.01
 _DRAWN_CLASSES = 6
 _NO_LABEL = "(none)"
@@ -43,14 +43,15 @@ _ABLATIONS = {"drop": "all but this layer", "only": "this layer only", "from": "
 
 @dataclass(frozen=True)
 class Use:
-    """What a probe uses on the texts of a class, on average.
+    """Mean attributions of a probe on the texts of a class.
 
     Attributes:
         texts: Number of texts.
         layer_shares: Each layer's share of the absolute contributions to the logit.
         layer_effects: Each layer's contribution, in logits.
-        token_shares: Share of the absolute contributions, by ``GROUPS``.
-        tokens: Share of the tokens by group, as under uniform weights.
+        token_shares: Share of the absolute contributions by token group, in the order of
+            ``GROUPS``.
+        tokens: Share of the tokens by group, which uniform weights would give.
     """
 
     texts: int
@@ -62,15 +63,18 @@ class Use:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a probe uses, and its ablations, as in ``anatomy.json``.
+    """Attributions and ablations of a probe, as stored in ``anatomy.json``.
 
     Attributes:
-        metric: What every score here is: ``validation_score``.
+        probe: Name of the probe.
+        mechanism: Name of its mechanism.
+        options: Options of the mechanism.
+        metric: Name of the metric of every score, computed by ``validation_score``.
         score: Score on all texts.
-        token_groups: Names of ``GROUPS``.
-        use: Use by true class.
-        layer_ablation: For each of ``_ABLATIONS`` the score by layer.
-        token_ablation: The score without some tokens; see ``token_masks``.
+        token_groups: ``GROUPS``.
+        use: Attributions by true class.
+        layer_ablation: Scores by layer for each of ``_ABLATIONS``.
+        token_ablation: Scores without some of the tokens; see ``token_masks``.
     """
 
     probe: str
@@ -87,11 +91,11 @@ class Anatomy:
 def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
     """Examine a probe on texts that it was not trained on.
 
-    Contributions are ``Mechanism.shares``. An ablated layer is set to its training mean; an ablated
-    token is not read.
+    Contributions come from ``Mechanism.shares``. An ablated layer is set to its training mean, and
+    an ablated token is not read.
 
     Raises:
-        SidelightError: All texts are of one class, so that nothing can be scored.
+        SidelightError: All texts are of one class, so there is no score.
     """
     task, mechanism = examples.task, classifier.probe.mechanism
     members = _members(examples)
@@ -144,10 +148,11 @@ def examine(classifier: Classifier, examples: LabelledExamples) -> Anatomy:
 def read_projections(
     classifier: Classifier, prompts: Sequence[EncodedPrompt]
 ) -> Iterator[tuple[list[int], Ragged]]:
-    """The probe's projections of the tokens that it reads, ``[token, layer, column]``, by batches.
+    """Yield batches of the probe's projections of the tokens that it reads.
 
-    Projections have no constant term, so zeros represent a layer at its training mean (at zero for
-    a probe that reads raw states).
+    A batch is the row numbers of its texts and their projections ``[token, layer, projection]``.
+    Projections have no constant term, so zeros represent a layer at its training mean (or at zero
+    for a probe that reads raw states).
     """
     backbone, reads = classifier.backbone, classifier.probe.reads
     bank = Bank([classifier.probe], device=backbone.device)
@@ -163,7 +168,7 @@ def read_projections(
 
 
 def token_groups(prompt: EncodedPrompt, reads: Reads) -> Bool[Tensor, "token group"]:
-    """The group in ``GROUPS`` of each token that a probe reads."""
+    """Return the one-hot group of each token that a probe reads, in the order of ``GROUPS``."""
     places = prompt.mask(reads).nonzero()[:, 0].tolist()
     outside = Reads().token_roles - {TokenRole.PROMPT}
     names = [
@@ -180,7 +185,7 @@ def token_groups(prompt: EncodedPrompt, reads: Reads) -> Bool[Tensor, "token gro
 
 
 def token_masks(groups: Bool[Tensor, "token group"]) -> dict[str, Bool[Tensor, " token"]]:
-    """The tokens that are kept in each ablation."""
+    """Return a mask of the remaining tokens for each ablation."""
     first, last, template, content = groups.unbind(1)
     return {
         "without template tokens": ~template,
@@ -192,9 +197,9 @@ def token_masks(groups: Bool[Tensor, "token group"]) -> dict[str, Bool[Tensor, "
 
 
 def ablated(tokens: Ragged, groups: Bool[Tensor, "token group"]) -> dict[str, Ragged]:
-    """The projections with and without some layers or tokens.
+    """Return the full projections and those of each layer and token ablation.
 
-    A text without any remaining token gets one mean token.
+    A text without remaining tokens gets one mean token.
     """
     layers = tokens.values.shape[1]
     one = torch.eye(layers, dtype=torch.bool, device=tokens.values.device)
@@ -221,11 +226,11 @@ def _only(tokens: Ragged, is_included: Bool[Tensor, " token"]) -> Ragged:
 
 
 def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tensor, "text output"]:
-    """For each text, the weights of its logits in the sum to attribute to tokens and layers.
+    """Return each text's weights of the logits whose sum is attributed to tokens and layers.
 
-    Binary: the logit. Multi-class: the logit of the true class less the mean of all, because a
-    common shift changes no verdict. Multi-label: the mean over the labels of the text, or over all
-    labels if it has none.
+    For a binary task, this is the logit. For a multi-class task, it is the logit of the true class
+    minus the mean of all logits, because a common shift changes no verdict. For a multi-label task,
+    it is the mean logit of the text's labels, or of all labels if the text has none.
     """
     if task.kind == "binary":
         return torch.ones(len(labels), 1)
@@ -237,7 +242,7 @@ def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tenso
 
 
 def _members(examples: LabelledExamples) -> dict[str, list[int]]:
-    """The texts of each true class that has any; a multi-label text may be in several."""
+    """Return the rows of each non-empty true class; a multi-label text may be in several."""
     names = [labels or [_NO_LABEL] for labels in examples.label_names()]
     members = {
         name: [row for row, labels in enumerate(names) if name in labels]
@@ -247,7 +252,7 @@ def _members(examples: LabelledExamples) -> dict[str, list[int]]:
 
 
 def _use(shares: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Use:
-    """The mean over texts, of shares ``[token, layer]`` and groups ``[token, group]``."""
+    """Average shares ``[token, layer]`` and groups ``[token, group]`` over texts."""
     by_layer = np.stack([share.sum(0) for share in shares])
     by_group = np.stack(
         [abs(share).sum(1) @ is_member for share, is_member in zip(shares, groups, strict=True)]
@@ -320,7 +325,7 @@ def _ablations(anatomy: Anatomy) -> dict[str, float]:
 
 
 def _draw(anatomy: Anatomy) -> Figure:
-    """Plot the use of each layer for the six largest classes, and the cost of ablations."""
+    """Plot the layer shares of the six largest classes, and the scores of the layer ablations."""
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
     shares, scores = figure.subplots(1, 2)
     largest = sorted(anatomy.use, key=lambda name: -anatomy.use[name].texts)[:_DRAWN_CLASSES]

@@ -1,4 +1,4 @@
-"""What figures depend on beside data and settings: versions, machine and commit."""
+"""Software versions, machine and commit on which measured results depend."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """As JSON values."""
+    """Return the environment as JSON values."""
     return {
         "packages": package_versions(),
         "python": platform.python_version(),
@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that figures depend on."""
+    """Return the versions of the installed packages on which results depend."""
     versions: dict[str, str] = {}
     for package in _PACKAGES:
         try:
@@ -50,7 +50,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the running source tree, with ``-dirty`` if it was changed since."""
+    """Return the commit of the source tree, with ``-dirty`` if there are uncommitted changes."""
     source = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -58,7 +58,7 @@ def _commit() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    # An installed package may lie inside another repository.
+    # An installed package may be located inside another repository.
     if shutil.which("git") is None or not git("ls-files", source.name):
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None

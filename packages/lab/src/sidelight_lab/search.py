@@ -1,9 +1,9 @@
-"""Search of a mechanism's options and training settings on validation data, from cached states.
+"""Search for a mechanism's options and training settings on validation data, from cached states.
 
-Optuna proposes a generation of configurations, which are trained in one call, so that each read of
-a shard updates all of them; their scores are written to a journal on disk. Each proposal is drawn
-with its own seed given the earlier trials, so an interrupted search resumes with the same
-proposals.
+Optuna proposes a generation of configurations. They are trained in one call, so that each read of
+a shard updates all of them, and their scores are written to a journal on disk. Each proposal is
+drawn with its own seed given the earlier trials. An interrupted search therefore resumes with the
+same proposals.
 """
 
 import json
@@ -38,7 +38,7 @@ from sidelight.types import MechanismSpec, OptionValue, Task
 
 # Random trials before the estimator has enough scores to learn from.
 _RANDOM_TRIALS = 12
-# A diverged training run has no score; as pruned, it ranks below all others.
+# A diverged training run has no score; a pruned trial ranks below all others.
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _KNOWN = (*_FINISHED, TrialState.RUNNING)
 # Attributes of a search in the storage, in addition to parameters and scores.
@@ -48,7 +48,7 @@ _MOST_EPOCHS = 12
 
 
 def score_name(task: Task) -> str:
-    """The name of the ``validation_score`` of a task."""
+    """Return the name of the metric that ``validation_score`` computes for a task."""
     return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
 
 
@@ -56,14 +56,14 @@ def score_name(task: Task) -> str:
 class Space:
     """The search space of one mechanism.
 
-    The paper searches learning rates of 1e-5 to 1e-3, decays of 0 to .05, batches of 8 to 64 and
-    at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states bear more decay, and a readout
-    learns until its twelfth epoch.
+    The paper searches learning rates of 1e-5 to 1e-3, weight decays of 0 to 0.05, batch sizes of 8
+    to 64 and at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states tolerate more weight
+    decay, and a readout improves until its twelfth epoch.
 
     Attributes:
-        learning_rate: From and to; drawn uniformly on a logarithmic scale.
-        weight_decay: From and to; drawn uniformly on a linear scale.
-        options: Values of the mechanism's options; a missing option keeps its default.
+        learning_rate: Range of the learning rate; drawn uniformly on a logarithmic scale.
+        weight_decay: Range of the weight decay; drawn uniformly on a linear scale.
+        options: Values to try for each option; a missing option keeps its default.
     """
 
     learning_rate: tuple[float, float] = (1e-5, 5e-2)
@@ -71,7 +71,7 @@ class Space:
     options: Mapping[str, tuple[OptionValue, ...]] = field(default_factory=dict)
 
     def distributions(self, specs: Sequence[MechanismSpec]) -> dict[str, BaseDistribution]:
-        """What a trial draws; of epochs, early stopping may train fewer."""
+        """Return the distributions of a trial; early stopping may end before the drawn epochs."""
         return {
             "options": CategoricalDistribution([*map(_options_name, specs)]),
             "learning rate": FloatDistribution(*self.learning_rate, log=True),
@@ -81,7 +81,7 @@ class Space:
         }
 
     def default_parameters(self, specs: Sequence[MechanismSpec]) -> dict[str, Any]:
-        """The mechanism's default options and settings, or the nearest ones."""
+        """Return the mechanism's default options and settings, clipped to the space."""
         mechanism = specs[0].name
         default, settings = mechanism_spec(mechanism), suggested_settings(mechanism)
         return {
@@ -94,7 +94,7 @@ class Space:
 
 
 # Heads of a single layer learn best above the paper's rates.
-# A mechanism without an entry has the default space.
+# A mechanism without an entry uses the default space.
 SPACES: Mapping[str, Space] = {
     "pooling": Space(options={"kind": ("mean", "max")}),
     "gate": Space(options={"activation": ("tanh", "identity")}),
@@ -111,13 +111,13 @@ SPACES: Mapping[str, Space] = {
 def possible_specs(
     mechanism: str, geometry: Geometry, options: Mapping[str, tuple[OptionValue, ...]]
 ) -> list[MechanismSpec]:
-    """All combinations of the options that the mechanism can be built with for these sizes."""
+    """Return the combinations of options with which the mechanism can be built for a geometry."""
     possible: list[MechanismSpec] = []
     refusal = ""
     for values in product(*options.values()):
         spec = mechanism_spec(mechanism, dict(zip(options, values, strict=True)))
         try:
-            # The meta device allocates nothing: for a large backbone the parameters take gigabytes.
+            # The meta device allocates nothing; parameters for a large backbone take gigabytes.
             with torch.device("meta"):
                 build_mechanism(spec, geometry)
         except SidelightError as error:
@@ -138,12 +138,12 @@ def _options_name(spec: MechanismSpec) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration."""
+    """One trained configuration."""
 
-    number: int  # in the search, from 0
+    number: int  # position in the search, from 0
     spec: MechanismSpec
     settings: TrainingSettings
-    score: float | None  # average precision, or accuracy of several classes; None: it diverged
+    score: float | None  # average precision, or multi-class accuracy; None if training diverged
 
 
 def search_settings(
@@ -157,25 +157,26 @@ def search_settings(
     generation: int = 8,
     on_generation: Callable[[tuple[Trial, ...]], None] = lambda _trials: None,
 ) -> tuple[Trial, ...]:
-    """All trials of a mechanism, in order; ``best_of`` says which does best on validation data.
+    """Return all trials of a mechanism in order; ``best_of`` selects the best of them.
 
-    The first trial uses the mechanism's defaults, the next are random, and then a tree-structured
-    Parzen estimator proposes (Bergstra et al. 2011). An interrupted search resumes where it stopped
-    and ends with the same result.
+    The first trial uses the mechanism's defaults and the next ones are random. After that, a
+    tree-structured Parzen estimator proposes trials (Bergstra et al. 2011). An interrupted search
+    resumes where it stopped and ends with the same result.
 
     Args:
-        dataset: Data set whose training texts parameters are fitted to, and whose validation texts
-            are scored.
+        dataset: Training texts, to which parameters are fitted, and validation texts, which are
+            scored.
         mechanism: Name of the mechanism.
         trials: Total number of trials, including those already in the storage.
-        seed: Seed of the proposals, initial parameters and the order of the data.
-        storage: File of the trials, which several mechanisms may share.
-        folds: Folds from ``choose_folds``, for a data set with the same texts on both sides: each
-            fold is scored by a training on the others, as in ``fit`` for few texts. Empty scores on
-            the validation texts.
-        generation: Trials that are proposed and trained together. A larger one shares each read
-            among more trials, but they do not know each other's scores, and need more memory.
-        on_generation: Called after each generation with all trials so far.
+        seed: Seed of the proposals, the initial parameters and the order of the data.
+        storage: Journal file of the trials; several mechanisms may share it.
+        folds: Folds from ``choose_folds``, for a data set whose training and validation texts are
+            the same. Each fold is scored by a training run on the others, as in ``fit`` for few
+            texts. Without folds, the validation texts are scored.
+        generation: Number of trials that are proposed and trained together. A larger generation
+            shares each read among more trials, but these are proposed without each other's scores
+            and need more memory.
+        on_generation: Called with all trials so far after each generation.
 
     Raises:
         SidelightError: The mechanism is unknown, no options fit this backbone, the storage belongs
@@ -186,7 +187,7 @@ def search_settings(
     space = SPACES.get(mechanism_spec(mechanism).name, Space())
     specs = possible_specs(mechanism, geometry, space.options)
     sides = {"training set": dataset.training, "validation set": dataset.validation}
-    # A cache's folder name covers backbone, reads and token ids.
+    # The folder name of a cache covers the backbone, the reads and the token ids.
     subject = {
         name: f"{split.states.key} {split.examples.content_hash}" for name, split in sides.items()
     }
@@ -197,7 +198,7 @@ def search_settings(
     distributions = space.distributions(specs)
     while (missing := trials - len(_trials(study, _FINISHED))) > 0:
         count = min(generation, missing)
-        # The untrained trials of a killed search come first.
+        # Untrained trials of an interrupted search come first.
         while len(asked := _trials(study, (TrialState.RUNNING,))[:count]) < count:
             _propose(study, distributions, seed)
         candidates = [(trial.spec, trial.settings) for trial in asked]
@@ -214,14 +215,14 @@ def search_settings(
 
 
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:
-    """Open the mechanism's study in the journal, without unfinished trials of an interrupted run.
+    """Open the mechanism's study in the journal, and drop incompletely drawn trials.
 
-    The subject identifies what scores depend on; a study of another subject is an error.
+    The subject identifies the inputs of the scores; a study of another subject is an error.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage.parent.mkdir(parents=True, exist_ok=True)
     if storage.exists():
-        # An interrupted write lacks the line end, and optuna would continue on the same line.
+        # An interrupted write has no final newline, and optuna would append to the same line.
         complete_bytes = storage.read_bytes().rfind(b"\n") + 1
         if complete_bytes < storage.stat().st_size:
             os.truncate(storage, complete_bytes)
@@ -241,7 +242,7 @@ def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.
             "folder, or delete this file."
         )
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # The parameter that is drawn last.
+        # The batch size is drawn last.
         if "batch size" not in trial.params:
             study.tell(trial.number, state=TrialState.FAIL)
     return study
@@ -262,7 +263,7 @@ def _propose(study: optuna.Study, distributions: dict[str, BaseDistribution], se
 def _evaluate(
     candidates: Sequence[Candidate], dataset: ProbeDataset, folds: Folds
 ) -> list[np.ndarray | None]:
-    """The logits of the validation texts after each training; None where it diverged."""
+    """Return the validation logits of each candidate; None for a diverged training run."""
     device = dataset.reader.device
     trained = train_mechanisms(
         candidates,
@@ -275,9 +276,9 @@ def _evaluate(
 
 
 def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
-    """The study's trials in these states, by their numbers in the storage.
+    """Return the study's trials in these states, with their numbers in the storage.
 
-    Settings that are not searched are the suggested ones of the mechanism.
+    Settings that are not searched have the mechanism's suggested values.
     """
     seed = int(study.user_attrs[_SUBJECT]["seed"])
     found: list[Trial] = []
@@ -294,13 +295,13 @@ def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
 
 
 def _tried(study: optuna.Study) -> tuple[Trial, ...]:
-    """The trained trials, numbered without those left incomplete by an interruption."""
+    """Return the trained trials, renumbered without those that an interruption left incomplete."""
     trials = _trials(study, _FINISHED)
     return tuple(replace(trial, number=place) for place, trial in enumerate(trials))
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The first trial with the highest score, which overestimates what other data would give.
+    """Return the first trial with the highest score, which is an optimistic estimate.
 
     Raises:
         SidelightError: Every training run diverged.

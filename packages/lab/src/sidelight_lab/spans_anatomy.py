@@ -1,4 +1,4 @@
-"""Where a probe of spans errs: a plot over thresholds, and a page of the worst texts."""
+"""Error analysis of a span probe: a plot over thresholds and a page of the worst texts."""
 
 from collections.abc import Sequence
 from html import escape
@@ -18,7 +18,7 @@ from sidelight.scoring import score_characters
 from sidelight.storage import write_text
 from sidelight.types import Flags, Span, Values
 
-# The first labels are drawn.
+# Only the first labels are plotted.
 _DRAWN_LABELS = 24
 _NAME_LENGTH = 24
 _WORST_TEXTS = 50
@@ -32,9 +32,9 @@ def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Pat
     """Write ``thresholds.png`` and ``worst.html``, and return their paths.
 
     Args:
-        classifier: A probe of spans on its backbone.
-        examples: Texts that it was not trained on.
-        directory: Where to write; made if absent.
+        classifier: A span probe on its backbone.
+        examples: Texts that the probe was not trained on.
+        directory: Output folder; created if absent.
     """
     probe = classifier.probe
     assert probe.spans is not None
@@ -45,7 +45,7 @@ def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Pat
     ]
     picture = plot_thresholds(
         np.concatenate([labelled_characters(*row, labels) for row in examples.text_spans]),
-        # As spans are read: the margins leave some characters out.
+        # As in the decoding of spans, the margins exclude some characters.
         np.concatenate([probe.spans.within_margins(text_scores) for text_scores in scores]),
         labels,
         directory,
@@ -67,15 +67,15 @@ def plot_thresholds(
     thresholds: tuple[float, ...],
     title: str,
 ) -> Path:
-    """Draw precision, recall and F1 of the characters of spans over all thresholds.
+    """Plot character-level precision, recall and F1 of spans over all thresholds.
 
     Args:
-        actual: Which labels each character of all texts has.
-        scores: The probabilities of characters.
-        labels: One plot for each of the first labels that a character has.
-        directory: Where ``thresholds.png`` goes; made if absent.
-        thresholds: Those that the probe has, which are marked.
-        title: What was measured on what.
+        actual: True labels of the characters of all texts.
+        scores: Probabilities of the same characters.
+        labels: Names of the labels; labels that occur on no character are not plotted.
+        directory: Folder of ``thresholds.png``; created if absent.
+        thresholds: The probe's thresholds, drawn as vertical lines.
+        title: Title of the figure.
     """
     drawn = [label for label in range(len(labels)) if actual[:, label].any()][:_DRAWN_LABELS]
     columns = min(len(drawn), 4)
@@ -105,7 +105,7 @@ def _plain(text: str) -> str:
 def worst_spans_page(
     examples: SpanExamples, predicted: Sequence[Sequence[Span]], *, title: str
 ) -> str:
-    """The texts with the lowest F1 of characters in HTML, with what is found, missed and wrong."""
+    """Return an HTML page of the texts with the lowest character F1, with annotated errors."""
     texts, labels = [text for text, _ in examples.text_spans], examples.task.output_labels
     rows = zip(examples.text_spans, predicted, strict=True)
     flags = [
@@ -119,7 +119,7 @@ def worst_spans_page(
         if (f1 := character_f1(holds, finds)) == 1:
             break
         html = ""
-        # Of each character and label; runs of equal rows are one part.
+        # The kind of each character and label; each run of equal rows becomes one element.
         kinds = (holds + 2 * finds).tolist()
         for kind, run in groupby(zip(texts[i], kinds, strict=True), key=lambda pair: pair[1]):
             text = escape("".join(character for character, _ in run))

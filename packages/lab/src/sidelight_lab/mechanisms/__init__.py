@@ -1,4 +1,4 @@
-"""Mechanisms that are compared with those of the product, which finds them as entry points."""
+"""Experimental mechanisms, registered as entry points and compared with the product's own."""
 
 from sidelight.training.settings import SUGGESTED, TrainingSettings
 

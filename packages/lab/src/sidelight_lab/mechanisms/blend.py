@@ -1,4 +1,4 @@
-"""A readout and layer fusions, each trained by a loss of its own, their logits averaged."""
+"""Average of the logits of a readout and of layer fusions, each trained with a separate loss."""
 
 import math
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ class Blend(Mechanism):
     """The mean of its members' logits.
 
     A linear readout and a non-linear fusion err on different texts, so their mean is better than
-    either. A single loss on their sum would undo that. A member's state has a
-    fixed size; a blend's state is the states of its members, laid end to end.
+    either. A single loss on their sum would undo that. The state of a blend is the concatenation of
+    its members' states.
 
     Args:
         members: Mechanisms whose states have a fixed size.
@@ -29,22 +29,22 @@ class Blend(Mechanism):
 
     def __init__(self, members: list[Mechanism]):
         super().__init__()
-        # The type of a ModuleList does not say what it holds.
+        # A ModuleList is not typed by its elements.
         self.members = cast(Iterable[Mechanism], nn.ModuleList(members))
         self._widths = [member.projections().shape[2] for member in members]
 
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
-        """The members' dense forms, averaged."""
+        """Average the dense forms of the members."""
         return torch.stack([member(hidden, mask) for member in self.members]).mean(0)
 
     def projections(self) -> Float[Tensor, "layer width projection"]:
-        """The members' columns, side by side."""
+        """Concatenate the members' projections."""
         return torch.cat([member.projections() for member in self.members], 2)
 
     def summarise(self, tokens: Ragged) -> Ragged:
-        """``[segment, number]``: the members' states, laid end to end."""
+        """Concatenate the members' states, ``[segment, number]``."""
         split_values = tokens.values.split(self._widths, -1)
         return _joined(
             [
@@ -54,21 +54,21 @@ class Blend(Mechanism):
         )
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """Each member's own merge."""
+        """Merge the states member by member."""
         sides = zip(self.members, self._parted(left), self._parted(right), strict=True)
         return _joined([member.merge(*states) for member, *states in sides])
 
     def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
-        """The members' logits."""
+        """Return the logits of each member."""
         pairs = zip(self.members, self._parted(state), strict=True)
         return torch.stack([member.finish(member_state) for member, member_state in pairs], 1)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
-        """The mean of the members' logits."""
+        """Average the logits of the members."""
         return self.votes(state).mean(1)
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-        """The mean of the members' shares."""
+        """Average the shares of the members."""
         split_values = tokens.values.split(self._widths, -1)
         shares = [
             member.shares(Ragged(member_values, tokens.lengths), targets)
@@ -90,7 +90,7 @@ class Blend(Mechanism):
 
     @cached_property
     def _shapes(self) -> list[torch.Size]:
-        """The shapes of the members' states; found late, since on "meta" there are no numbers."""
+        """Shapes of the members' states; computed lazily because the meta device has no values."""
         return [_state_shape(member) for member in self.members]
 
 
@@ -99,7 +99,7 @@ def _joined(states: list[Ragged]) -> Ragged:
 
 
 def _state_shape(member: Mechanism) -> torch.Size:
-    """The shape of one segment's state, which is the same without any token."""
+    """Return the shape of one segment's state, which is the same without tokens."""
     projections = member.projections()
     nothing = projections.new_zeros(0, projections.shape[0], projections.shape[2])
     lengths = torch.zeros(1, dtype=torch.long, device=projections.device)
@@ -113,13 +113,13 @@ def blend(
     fusions: int = 1,
     rank: int = 64,
 ) -> Blend:
-    """A readout, and fusions that differ by their initial parameters.
+    """Build a blend of a readout and of fusions with different initial parameters.
 
     Args:
-        geometry: Sizes.
+        geometry: Layers, width and outputs.
         heads: Gates per layer of the readout.
         fusions: Number of layer fusions.
-        rank: Features of a token in each fusion.
+        rank: Features per token in each fusion.
     """
     members = [Fusion(geometry, rank=rank) for _ in range(fusions)]
     return Blend([Readout(geometry, heads=heads), *members])

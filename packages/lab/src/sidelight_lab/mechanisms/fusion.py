@@ -1,4 +1,4 @@
-"""Layer fusion: each token's layers meet in a few non-linear features, read by attention heads."""
+"""Layer fusion: a few non-linear features of all layers of a token, read by attention heads."""
 
 import math
 
@@ -18,22 +18,22 @@ from sidelight.probes.mechanisms.stages import (
 )
 from sidelight.probes.ragged import Ragged
 
-# Dropout of the features in training; chosen on validation data.
+# Dropout rate of the features in training, chosen on validation data.
 DROPOUT = 0.3
 
 
 class Fusion(Mechanism):
-    """Reads a text by attention heads over features that a token's layers share.
+    """Attention heads over token features that combine all layers.
 
     z_t = gelu(norm((1 / sqrt(L + 1)) sum_l A_l x_lt)), norm: layer normalisation over the r numbers
     logits = b + u . z_last + sum_k sum_t softmax_t(g_k . z_t) (v_k . z_t)
 
-    A linear readout weighs each layer by itself. Here, a token's layers meet in a feature before
+    A linear readout weighs each layer separately. Here, a feature combines a token's layers before
     the softmax over tokens. A token costs r numbers per layer, which are summed over the layers.
 
     Args:
-        geometry: Sizes.
-        rank: Features of a token (r).
+        geometry: Layers, width and outputs.
+        rank: Features per token (r).
         heads: Attention heads over the tokens.
     """
 
@@ -50,7 +50,7 @@ class Fusion(Mechanism):
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
-        """The equations above, literally."""
+        """Compute the equations above in dense form."""
         inner = torch.einsum("bltd,ldr->btr", hide(hidden, mask), self.projections())
         features = functional.gelu(self.norm(inner))
         weights = masked_softmax(features @ self.gate, mask[..., None])  # (B, T, H)
@@ -59,11 +59,14 @@ class Fusion(Mechanism):
         return (weights[..., None] * values).sum((1, 2)) + ends + self.bias
 
     def projections(self) -> Float[Tensor, "layer width projection"]:
-        """What each layer adds to the features."""
+        """Return each layer's contribution to the features."""
         return self.features / math.sqrt(len(self.features))
 
     def summarise(self, tokens: Ragged) -> Ragged:
-        """``[segment, 1, head, (maximum, normaliser, *sums)]``, the last token as one more head."""
+        """Return ``[segment, 1, head, (maximum, normaliser, *sums)]``.
+
+        The last token is an additional head.
+        """
         features = functional.gelu(self.norm(tokens.values.float().sum(1)))
         features = functional.dropout(features, DROPOUT, self.training)
         values = torch.einsum("tr,rhc->thc", features, self.value)
@@ -74,9 +77,9 @@ class Fusion(Mechanism):
         return merge_with_last(left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
-        """The heads' logits, added."""
+        """Add the logits of the heads."""
         return finish_softmax(state).sum((1, 2)) + self.bias
 
     def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
-        """By integrated gradients: features are not linear."""
+        """Compute shares by integrated gradients, because the features are not linear."""
         return integrated(self.logits, tokens, targets, sums_layers=True)
