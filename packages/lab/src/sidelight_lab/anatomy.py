@@ -197,7 +197,7 @@ def token_masks(groups: Bool[Tensor, "token group"]) -> dict[str, Bool[Tensor, "
 
 
 def ablated(tokens: Ragged, groups: Bool[Tensor, "token group"]) -> dict[str, Ragged]:
-    """Return the full projections and those of each layer and token ablation.
+    """Return the projections by ablation, and unchanged as ``everything``.
 
     A text without remaining tokens gets one mean token.
     """

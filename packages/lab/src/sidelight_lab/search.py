@@ -1,9 +1,9 @@
 """Search for a mechanism's options and training settings on validation data, from cached states.
 
-Optuna proposes a generation of configurations. They are trained in one call, so that each read of
-a shard updates all of them, and their scores are written to a journal on disk. Each proposal is
-drawn with its own seed given the earlier trials. An interrupted search therefore resumes with the
-same proposals.
+Optuna proposes configurations in generations. The probes of one generation are trained together, so
+that a shard is read once for all of them, and their scores are written to a journal on disk. Each
+proposal has its own seed and depends on the earlier trials. An interrupted search therefore resumes
+with the same proposals.
 """
 
 import json
@@ -217,7 +217,7 @@ def search_settings(
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:
     """Open the mechanism's study in the journal, and drop incompletely drawn trials.
 
-    The subject identifies the inputs of the scores; a study of another subject is an error.
+    The subject identifies what was scored. Opening a study with another subject raises an error.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Attacks on labelled texts, and the share that is still flagged."""
+"""Attack labelled texts, and measure how many a probe still flags."""
 
 import re
 from collections import Counter
@@ -221,7 +221,7 @@ def measure(
         target: A probe that reads prompts, or a route of a live server.
         examples: Texts that were not used in training.
         attacks: Names of attacks, as returned by ``attack_names``.
-        texts: Maximum number of positive texts, and of benign texts.
+        texts: Maximum number of texts to attack from each class (positive and benign).
         seed: Seed of the drawn texts and of the attacks.
         budget: Maximum number of texts that the search scores for each positive text.
 
