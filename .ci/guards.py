@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from itertools import chain
@@ -252,8 +252,9 @@ def left_out(
     probabilities = probe.calibration.apply(logits)
     flags = probabilities[:, 0] >= probe.thresholds[0]
     is_background = sources == ""
+    sources_found = measure_sources(examples, probabilities[without_context], probe.thresholds)
     metrics: dict[str, Any] = {
-        "sources": measure_sources(examples, probabilities[without_context], probe.thresholds),
+        "sources": {source: asdict(counts) for source, counts in sources_found.items()},
         "auroc": _auroc(logits[without_context, 0], examples.labels),
         "conversations": int(is_background.sum()),
         "flagged": int(flags[is_background].sum()),
