@@ -138,7 +138,7 @@ def test_verdicts_precede_streamed_text_and_running_score(page, tiny):
     answer = page.get_by_role("article", name=MODEL).locator(".text")
     with gated(tiny) as passes:
         say(page)
-        page.get_by_text("Judging…").wait_for()
+        page.get_by_text("Classifying…").wait_for()
         passes.release()
         names = [chip.locator("b").inner_text() for chip in prompts_chips(page).all()]
         assert names == [*PROMPT_PROBES]
