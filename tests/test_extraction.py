@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 import wordings
 from sidelight import storage
+from sidelight.engines.transformers import backbone as engine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads, shared_unread
-from sidelight.probes.ragged import by_length
+from sidelight.probes.ragged import by_length, padded_length
 from sidelight.states.cache import ActivationCache, Memory, random_shards
 from sidelight.states.extraction import extract
 from worlds.data import encoded
-from worlds.models import tiny_backbone
+from worlds.models import family_backbone, tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
 # bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.
@@ -199,7 +200,35 @@ def test_shards_and_batches_cover_texts_once_within_budget(lengths, room):
     batches = by_length(lengths, batch_tokens=room)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert max(lengths[i] for i in batch) * len(batch) <= room or len(batch) == 1
+        longest = padded_length(max(lengths[i] for i in batch))
+        assert longest * len(batch) <= room or len(batch) == 1
+
+
+def test_padded_lengths_are_few_and_at_most_an_eighth_longer():
+    lengths = range(1, 8193)
+    padded = [*map(padded_length, lengths)]
+    assert all(n <= longer <= n * 9 / 8 for n, longer in zip(lengths, padded, strict=True))
+    assert len({*padded}) < 100
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_passes_on_a_cpu_have_few_shapes_and_the_same_states(
+    family, tmp_path, monkeypatch
+):
+    backbone = family_backbone(family, dtype=torch.bfloat16)
+    lengths: list[int] = []
+    room = backbone.max_tokens - len(encoded(backbone, ["x"])[0])
+    prompts = encoded(backbone, ["x" * count for count in range(1, room + 1, 7)])
+    for prompt in prompts:
+        with backbone.tapped(lambda layer, hidden: lengths.append(hidden.shape[1])):
+            backbone.run([prompt], layers=1)
+    wanted = [min(backbone.max_tokens, padded_length(len(prompt))) for prompt in prompts]
+    assert lengths == wanted
+    assert len({*lengths}) < len(prompts)
+    padded = states_by_row(extracted(backbone, tmp_path / "padded", prompts))
+    monkeypatch.setattr(engine, "keeps_shapes", lambda *_: False)
+    for row, states in states_by_row(extracted(backbone, tmp_path / "exact", prompts)).items():
+        torch.testing.assert_close(padded[row], states, rtol=0.05, atol=0.05)
 
 
 def test_shards_are_random_samples():
