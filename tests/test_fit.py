@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from sidelight.training.dataset import make_split
 from sidelight.training.fit import fit, warn_of_none
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources
-from sidelight.training.preparing import ProbeDataset
+from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import (
     ABANDONED_S,
     Background,
@@ -382,3 +383,37 @@ def test_concurrent_equal_trainings_share_states_until_both_end(tmp_path):
             pass
         assert states.is_dir()
     assert not states.exists()
+
+
+ROWS = planted_rows("binary", 40)
+WITH_SYSTEM_PROMPT = [
+    {"text": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["text"]}]}
+    | {"label": row["label"]}
+    for row in ROWS
+]
+WITH_SPANS = [
+    {"text": f"Ada: {row['text']}", "spans": [{"start": 0, "end": 3, "label": "NAME"}] * (i % 2)}
+    for i, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(ROWS, {}), (WITH_SYSTEM_PROMPT, {}), (WITH_SPANS, {"spans": "spans"})],
+    ids=["texts", "system prompts", "spans"],
+)
+def test_preparing_encodes_each_text_once(tiny, tmp_path, monkeypatch, rows, columns):
+    encoded = Counter[tuple[str, ...]]()
+    encode = tiny.encoder.encode_any_length
+
+    def counted(messages, response=None, **keywords):
+        encoded[tuple(message.content for message in messages)] += 1
+        return encode(messages, response, **keywords)
+
+    monkeypatch.setattr(tiny.encoder, "encode_any_length", counted)
+    background = Background(((Message("user", "Tell me about the weather in Oslo."),),) * 8)
+    examples = load_examples(rows, **columns)
+    options = FitOptions(cache_root=tmp_path, background=background, context_tokens=300)
+    prepare(tiny, examples, None, options=options.resolved_for(examples))
+    texts = [tuple(message.content for message in item.messages) for item in examples.items]
+    assert {encoded[text] for text in texts} == {1}
