@@ -204,7 +204,7 @@ class DeferContract:
     """A test class that inherits it needs the fixtures ``server`` and ``subjects``."""
 
     @STREAMED
-    def test_a_prompt_that_the_judge_lets_pass_has_the_answer_of_one_that_no_rule_stops(
+    def test_prompt_cleared_by_the_judge_gets_the_unguarded_response(
         self, server, subjects, streamed
     ):
         server.defers(threshold=0.0)
@@ -219,7 +219,7 @@ class DeferContract:
             assert usage(cleared) == usage(plain)
 
     @STREAMED
-    def test_a_prompt_that_the_judge_flags_is_blocked(self, server, subjects, streamed):
+    def test_prompt_flagged_by_the_judge_is_blocked(self, server, subjects, streamed):
         server.defers()
         server.judge.says(0.9)
         answer = server.post(chat(subjects.injected, stream=streamed))
@@ -231,7 +231,7 @@ class DeferContract:
         assert not server.judge.asked
 
     @STREAMED
-    def test_nothing_passes_while_the_judge_is_silent(self, server, subjects, streamed):
+    def test_silent_judge_blocks_prompts_and_cuts_responses(self, server, subjects, streamed):
         server.defers(timeout_s=0.3)
         server.judge.says(0.0, after_s=1)
         answer = server.post(chat(subjects.injected, stream=streamed))
@@ -244,7 +244,7 @@ class DeferContract:
         assert is_cut(subjects, answer)
         assert "error" in verdicts(answer)["leak"]
 
-    def test_text_waits_for_the_judge_and_other_requests_do_not(self, server, subjects):
+    def test_text_waits_for_the_judge_without_blocking_other_requests(self, server, subjects):
         server.defers(timeout_s=20)
         is_silent = threading.Event()
 
@@ -280,7 +280,7 @@ class DeferContract:
         assert len(arrived) > before
 
     @STREAMED
-    def test_a_cut_waits_for_the_judge(self, server, subjects, streamed):
+    def test_judge_decides_whether_a_response_is_cut(self, server, subjects, streamed):
         asked = chat(subjects.leaking, stream=streamed)
         for probability, wanted in (
             (0.1, uncut(subjects, subjects.leaking)),
@@ -297,7 +297,7 @@ class DeferContract:
             # At the first streak, at most every 8 tokens after it, and at the end.
             assert 1 <= len(server.judge.asked) <= 2 + TOKENS // 8
 
-    def test_with_a_fit_the_probe_and_the_judge_decide_together(self, server, subjects):
+    def test_judge_fit_combines_probe_and_judge_scores(self, server, subjects):
         """At log-odds of 0.4, which the judge alone would let pass."""
         odds = math.log(0.4 / 0.6)
         asked = [chat(subjects.injected), chat(subjects.leaking)]
@@ -316,7 +316,7 @@ class DeferContract:
             assert is_cut(subjects, response) == is_stopped
             assert server.judge.asked
 
-    def test_a_policy_with_another_judge_than_that_of_the_fit_is_refused(self, server, subjects):
+    def test_policy_with_an_unfitted_judge_is_rejected(self, server, subjects):
         server.defers()
         server.fits(weight=0.5, threshold=0.0)
         judge, policy = server.judge, server.home / "deferring.toml"
@@ -327,7 +327,7 @@ class DeferContract:
         # The old policy serves on.
         assert refusal(server.post(chat(subjects.injected))) == (500, "verdict_failed")
 
-    def test_a_failure_follows_the_rule(self, server, subjects):
+    def test_judge_failure_follows_the_on_failure_rule(self, server, subjects):
         for on_failure, wanted in (("pass", 200), ("probe", 400), ("block", 500)):
             server.defers(on_failure=on_failure)
             server.judge.answers(JSONResponse({}, status_code=500))
@@ -337,7 +337,7 @@ class DeferContract:
         answer = server.post(chat(subjects.leaking))
         assert is_cut(subjects, answer)
 
-    def test_an_exhausted_budget_is_a_failure(self, server, subjects):
+    def test_exhausted_judge_budget_counts_as_failure(self, server, subjects):
         server.defers(options="budget_per_minute = 1")
         server.judge.says(0.1)
         assert server.post(chat(subjects.injected, max_tokens=1)).status_code == 200
@@ -351,7 +351,7 @@ class DeferContract:
         failed = 'sidelight_judge_questions_total{judge="guardian",outcome="budget"'
         assert server.counted(failed, "injection") >= 1
 
-    def test_texts_of_one_prompt_share_a_question(self, server, subjects):
+    def test_choices_of_one_prompt_share_a_judge_question(self, server, subjects):
         server.defers()
         server.judge.says(0.1, after_s=0.05)
         answer = server.post(chat(subjects.injected, n=2, temperature=0.01, max_tokens=1))
@@ -359,7 +359,7 @@ class DeferContract:
         asked = [text for text in server.judge.texts if "assistant" not in text.split("turns")[-1]]
         assert len(asked) == 1
 
-    def test_routes_that_only_classify_ask_too(self, server, subjects):
+    def test_classification_routes_ask_the_judge_too(self, server, subjects):
         flagged = {
             CHECKS: lambda r: r.json()["results"][0]["flagged"],
             CLASSIFY: lambda r: r.json()["data"][0]["label"] == "toxic",
@@ -399,7 +399,7 @@ class DeferContract:
             assert answer.status_code == 500, path
 
     @STREAMED
-    def test_only_an_admin_gets_what_decided(self, server, subjects, streamed):
+    def test_only_admins_see_the_judge_decision(self, server, subjects, streamed):
         server.defers()
         server.judge.says(0.1)
         for key in (None, ADMIN):
@@ -412,7 +412,7 @@ class DeferContract:
         assert (judge["name"], judge["changed"]) == ("guardian", True)
         assert judge["probability"] == pytest.approx(0.1)
 
-    def test_a_flag_follows_the_judge_and_a_shadow_delays_nothing(self, server, subjects):
+    def test_flag_mode_follows_the_judge_and_shadow_adds_no_delay(self, server, subjects):
         for probability in (0.1, 0.9):
             server.defers(mode="flag")
             server.judge.says(probability)
@@ -433,7 +433,7 @@ class DeferContract:
             assert time.perf_counter() < deadline
             time.sleep(0.02)
 
-    def test_a_server_with_judges_is_no_judge(self, server, subjects):
+    def test_server_with_judges_rejects_judge_requests(self, server, subjects):
         server.defers()
         asked = chat(subjects.benign, max_tokens=1)
         answer = server.http.post(
@@ -441,7 +441,7 @@ class DeferContract:
         )
         assert refusal(answer) == (400, "judge_loop")
 
-    def test_questions_and_changes_are_counted(self, server, subjects):
+    def test_judge_questions_and_changes_are_counted(self, server, subjects):
         answered = 'sidelight_judge_questions_total{judge="guardian",outcome="answered"'
         changed = 'sidelight_judge_changes_total{judge="guardian",outcome="passed"'
         before = server.counted(answered), server.counted(changed)

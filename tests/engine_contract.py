@@ -97,7 +97,7 @@ def require_verdicts(found, wanted, names) -> None:
 class EngineContract:
     """The laws of every engine; one that writes nothing refuses to."""
 
-    def test_verdicts_are_those_of_one_pass_over_each_text_in_the_order_of_the_list(self, subject):
+    def test_verdicts_match_single_pass_results_in_input_order(self, subject):
         turns = [user(text) for text in TEXTS]
         turns += [[*user(text), Message("assistant", text[::-1])] for text in TEXTS[::4]]
         events = subject.classify(turns)
@@ -108,7 +108,7 @@ class EngineContract:
         assert subject.classify(turns[-1:])[0].verdicts.failed == events[-1].verdicts.failed
         subject.require(subject.classify(turns[-1:]), turns[-1:])
 
-    def test_a_list_may_be_longer_than_the_queue_if_the_queue_is_empty(self, subject):
+    def test_list_may_exceed_the_queue_limit_when_queue_is_empty(self, subject):
         turns = [user(TEXTS[i % 3]) for i in range(subject.many)]
         events = subject.classify(turns)
         wanted = expected(subject.model, [subject.encode(each) for each in turns[:3]])
@@ -117,7 +117,7 @@ class EngineContract:
             require_verdicts(event.verdicts, wanted[i % 3], names)
         assert (subject.engine.load.running, subject.engine.load.waiting) == (0, 0)
 
-    def test_a_probe_without_a_token_to_read_fails_by_itself(self, subject):
+    def test_probe_without_tokens_to_read_fails_individually(self, subject):
         turns = [*user("hello"), Message("assistant", "")]
         (event,) = subject.classify([turns])
         response_probes = [p.name for p in subject.model.probes if p.reads.side == "response"]
@@ -125,7 +125,7 @@ class EngineContract:
         assert event.verdicts.verdicts
         subject.require([event], [turns])
 
-    def test_no_content_becomes_a_control_token(self, subject):
+    def test_content_never_becomes_a_control_token(self, subject):
         texts = [f"go {name}now" for name in subject.control_tokens]
         turns = [[*user(text), Message("assistant", text)] for text in texts]
         for text, event in zip(texts, subject.classify(turns), strict=True):
@@ -137,7 +137,7 @@ class EngineContract:
             require_verdicts(event.verdicts, letters, names)
             assert any(np.abs(letters[n] - control[n]).max() > 10 * ROUNDING for n in names)
 
-    def test_the_longest_text_is_classified_and_a_longer_one_is_refused_never_cut(self, subject):
+    def test_longest_text_is_classified_and_longer_ones_are_rejected(self, subject):
         engine = subject.engine
         room = engine.max_tokens - len(subject.encode(user("")))
         longest = user(subject.letter * room)
@@ -150,11 +150,11 @@ class EngineContract:
             with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
                 subject.run(work(text if work == engine.tokenize else [text]))
 
-    def test_what_tokenize_returns_is_what_is_read(self, subject):
+    def test_tokenize_returns_the_tokens_that_are_classified(self, subject):
         for turns in (user("hello <|end|>"), [*user("hello"), Message("assistant", "no")]):
             assert subject.run(subject.engine.tokenize(turns)) == subject.encode(turns).token_ids
 
-    def test_new_probes_classify_at_once_and_read_no_state_of_the_old_ones(self, subject):
+    def test_replacement_probes_classify_immediately_without_old_state(self, subject):
         replacements = replacement_probes(subject.model)
         turns = [user("the same long text " * 8), [*user("hi"), Message("assistant", "so " * 20)]]
         subject.require(subject.classify(turns), turns)
@@ -166,7 +166,7 @@ class EngineContract:
             assert all(not event.verdicts.verdicts for event in subject.classify(turns))
             subject.replace(probes)
 
-    def test_under_load_each_request_is_classified_by_one_set_of_probes(self, subject):
+    def test_each_request_under_load_uses_one_set_of_probes(self, subject):
         engine = subject.engine
         sets = [tuple(subject.model.probes), tuple(replacement_probes(subject.model))]
         answers = []
@@ -197,7 +197,7 @@ class EngineContract:
             turns, events = zip(*of_probes[:40], strict=True)
             subject.require(events, turns, probes)
 
-    def test_probes_that_cannot_serve_are_refused_and_nothing_changes(self, subject):
+    def test_invalid_probes_are_rejected_without_any_change(self, subject):
         backbone = subject.model.backbone
         foreign = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
         good = untrained_probe(backbone, "good")
@@ -213,7 +213,7 @@ class EngineContract:
         turns = [user(TEXTS[0])]
         subject.require(subject.classify(turns), turns)
 
-    def test_who_gives_up_leaves_nothing_behind(self, subject):
+    def test_cancelled_requests_leave_no_load_behind(self, subject):
         engine = subject.engine
 
         async def give_up():
@@ -229,7 +229,7 @@ class EngineContract:
         subject.run(give_up())
         subject.require(subject.classify([user("after")]), [user("after")])
 
-    def test_an_engine_that_does_not_run_refuses(self, subject):
+    def test_unstarted_engine_rejects_requests(self, subject):
         engine = subject.unstarted
         assert (engine.is_ready, subject.engine.is_ready) == (False, True)
         for work in (
@@ -239,7 +239,7 @@ class EngineContract:
             with pytest.raises(EngineUnavailableError):
                 subject.run(work)
 
-    def test_texts_written_together_are_those_that_the_model_writes_singly(self, subject):
+    def test_concurrent_responses_match_individual_generation(self, subject):
         texts = [f"{'word ' * (5 * i % 17)}number {i}" for i in range(9)]
         if subject.write_single is None:
             with pytest.raises(SidelightError, match=wordings.ONLY_CLASSIFIES):

@@ -153,7 +153,7 @@ class MechanismContract:
         extra=st.integers(0, 3),
     )
     @example(lengths=[1, 90, 2, 37, 90, 5], seed=0, padding=0.0, extra=0)
-    def test_padding_cutting_and_merging_give_the_dense_form(
+    def test_padded_and_chunked_forms_match_dense_form(
         self, mechanism, lengths, seed, padding, extra
     ):
         """Of each text alone, and NaN for a text without tokens, which disturbs no neighbour."""
@@ -176,7 +176,7 @@ class MechanismContract:
     @pytest.mark.slow
     @settings(max_examples=4, deadline=None)
     @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=seeds)
-    def test_gradients_of_both_forms_are_equal(self, mechanism, lengths, seed):
+    def test_dense_and_streaming_gradients_are_equal(self, mechanism, lengths, seed):
         texts = drawn(lengths, seed)
         weights = torch.randn(3, generator=torch.Generator().manual_seed(seed))
 
@@ -197,7 +197,7 @@ class MechanismContract:
         # A score of 1e5 is rounded to 1e-2, and with it the ratio of two weights.
         torch.testing.assert_close(actual, dense(mechanism, texts), rtol=0.02, atol=1)
 
-    def test_each_mechanism_equals_its_equation_in_numpy(self, variant, mechanism, equations):
+    def test_mechanism_matches_numpy_equation(self, variant, mechanism, equations):
         (states,) = drawn([7], 3)
         weights = {key: value.double().numpy() for key, value in mechanism.state_dict().items()}
         options = mechanism_spec(*variant).options
@@ -206,7 +206,7 @@ class MechanismContract:
             actual = streamed(mechanism, [states])[0].numpy()
         np.testing.assert_allclose(actual, expected, **ROUNDING)
 
-    def test_training_on_short_texts_is_exact_but_for_dropout(self, mechanism):
+    def test_training_mode_is_exact_on_short_texts(self, mechanism):
         texts = drawn([3, attention.TRAINING_QUERIES], 0)
         with torch.no_grad():
             exact, trained_on = (
@@ -216,9 +216,7 @@ class MechanismContract:
         assert torch.equal(trained_on, exact)
 
     @pytest.mark.parametrize("scale", [0.02, 1.0, 2.0])
-    def test_shares_of_tokens_and_layers_sum_to_the_logit(
-        self, variant, mechanism, integrated, scale
-    ):
+    def test_token_and_layer_shares_sum_to_logit(self, variant, mechanism, integrated, scale):
         """Read off without a gradient's steps, unless features are not linear."""
         texts = [states * scale for states in drawn([1, 2, 9, 60], seed=int(scale))]
         with torch.inference_mode():
@@ -239,7 +237,7 @@ class MechanismContract:
 
     @torch.no_grad()
     @pytest.mark.parametrize("token", [0, 4, 19])
-    def test_a_token_that_was_not_read_leaves_no_logit(self, mechanism, token):
+    def test_unread_token_makes_logits_nan(self, mechanism, token):
         """Its columns are NaN; a logit without it would be a verdict on part of a text."""
         projections = projected(mechanism, drawn([20], 2)[0])
         projections[token, 1] = math.nan

@@ -407,7 +407,7 @@ class PolicyContract:
     """A test class that inherits it needs the fixtures ``server`` and ``subjects``."""
 
     @STREAMED
-    def test_what_no_rule_stops_passes_unchanged_with_the_verdicts_of_a_plain_pass(
+    def test_allowed_answers_are_unchanged_and_match_plain_pass_verdicts(
         self, server, subjects, streamed
     ):
         ids, scores, _ = subjects.answers[subjects.passing]
@@ -425,7 +425,7 @@ class PolicyContract:
         assert (choices(again), verdicts(again)) == (choices(answer), entries)
 
     @STREAMED
-    def test_a_flagged_prompt_is_not_answered_on_any_way(self, server, subjects, streamed):
+    def test_flagged_prompts_are_blocked_on_every_route(self, server, subjects, streamed):
         asked = [chat(subjects.injected), chat(subjects.injected, n=2, temperature=1)]
         for path, body in [*asked, *server.ways(subjects.injected)]:
             answer = server.post((path, {**body, "stream": streamed}))
@@ -438,7 +438,7 @@ class PolicyContract:
             assert in_header(answer)["injection"]["flagged"]
 
     @STREAMED
-    def test_invisible_characters_hide_nothing(self, server, subjects, streamed):
+    def test_invisible_characters_do_not_affect_verdicts(self, server, subjects, streamed):
         hidden, harmless = map("\u200b".join, (subjects.injected, subjects.benign))
         asked = [chat(hidden), ("/v1/completions", {"prompt": hidden}), *server.ways(hidden)]
         for path, body in asked:
@@ -456,14 +456,14 @@ class PolicyContract:
         assert scores[1] == pytest.approx(scores[0], abs=ROUNDING)
 
     @STREAMED
-    def test_an_answer_is_cut_before_what_a_probe_flags(self, server, subjects, streamed):
+    def test_answers_are_truncated_before_flagged_tokens(self, server, subjects, streamed):
         ids, reason = subjects.sent(subjects.leaking)
         answer = server.post(chat(subjects.leaking, stream=streamed))
         assert choices(answer) == {0: (subjects.decoded(ids), reason)}
         assert verdicts(answer)["leak"]["flagged"]
         assert '"length"' not in answer.text
 
-    def test_the_last_token_is_classified_with_the_full_text(self, server, subjects):
+    def test_last_token_is_classified_with_full_text(self, server, subjects):
         ids, scores, _ = subjects.answers[subjects.passing]
         over = int(np.flatnonzero(scores[3:] >= LEAK)[0]) + 4
         cut = server.post(chat(subjects.passing, max_tokens=over))
@@ -475,14 +475,14 @@ class PolicyContract:
         assert choices(full) == {0: (subjects.decoded(ids[: over - 1]), "length")}
 
     @STREAMED
-    def test_without_a_verdict_nothing_passes(self, server, subjects, streamed):
+    def test_requests_fail_closed_without_verdicts(self, server, subjects, streamed):
         with server.unjudged():
             for path, body in [chat(subjects.benign), *server.ways(subjects.benign)]:
                 answer = server.post((path, {**body, "stream": streamed}))
                 assert refusal(answer) == (500, "verdict_failed"), (path, body)
         assert choices(server.post(chat(subjects.passing, stream=streamed)))
 
-    def test_routes_that_only_classify_report_what_the_others_block(self, server, subjects):
+    def test_classification_routes_agree_with_blocking_routes(self, server, subjects):
         texts = subjects.texts[::3]
         body = {"input": texts, "probes": ["injection"]}
         results = server.post((CHECKS, body), ADMIN).json()["results"]
@@ -505,7 +505,7 @@ class PolicyContract:
 
     @STREAMED
     @pytest.mark.parametrize("several", [{}, {"n": 2, "temperature": 0.01}])
-    def test_an_order_is_blocked_in_a_tools_turn_and_not_in_the_users(
+    def test_injections_are_blocked_in_tool_turns_but_not_user_turns(
         self, server, subjects, streamed, several
     ):
         options = {"stream": streamed, "max_tokens": 4, **several}
@@ -526,12 +526,12 @@ class PolicyContract:
         assert server.counted(passed) == before + 1
         assert choices(server.post(agent(ORDER, "", **options)))
 
-    def test_a_text_without_a_role_counts_as_a_tools(self, server, subjects):
+    def test_text_without_role_counts_as_tool_turn(self, server, subjects):
         body = {"input": [subjects.injected, subjects.benign], "probes": ["relayed"]}
         results = server.post((CHECKS, body)).json()["results"]
         assert [one["flagged"] for one in results] == [True, False]
 
-    def test_a_turn_that_no_probe_reads_is_refused(self, server, subjects):
+    def test_unread_system_turns_are_refused(self, server, subjects):
         turns = chat(subjects.benign)[1]["messages"]
         for role in ("system", "developer"):
             body = {"messages": [{"role": role, "content": "Obey."}, *turns]}
@@ -549,7 +549,7 @@ class PolicyContract:
             {"probes": ["newer"]},
         ],
     )
-    def test_a_request_cannot_ask_for_less_nor_see_a_shadow(self, server, subjects, loose):
+    def test_requests_cannot_weaken_policy_or_select_shadow_probes(self, server, subjects, loose):
         """Also if nothing would be blocked."""
         for text in (subjects.benign, subjects.injected):
             answer = server.post(chat(text, **loose))
@@ -557,14 +557,14 @@ class PolicyContract:
             assert "choices" not in answer.json()
             assert "newer" not in answer.text.partition("Known")[2]
 
-    def test_a_probe_that_blocks_does_so_whichever_are_chosen(self, server, subjects):
+    def test_blocking_probes_run_even_when_not_selected(self, server, subjects):
         answer = server.post(chat(subjects.leaking, probes=["told"]))
         assert verdicts(answer).keys() == {"told", "injection", "relayed", "leak"}
         assert choices(answer)[0][1] == "content_filter"
         blocked = server.post(chat(subjects.injected, probes=["told"]))
         assert refusal(blocked) == (400, "content_filter")
 
-    def test_a_route_follows_the_label_and_says_when_there_is_none(self, server, subjects):
+    def test_route_header_follows_label_or_reports_failure(self, server, subjects):
         answer = server.post(chat(subjects.benign, max_tokens=2))
         label = verdicts(answer)["intent"]["label"]
         assert answer.headers["x-sidelight-route"] == f"desk of {label}"
@@ -574,7 +574,7 @@ class PolicyContract:
         failed = {"probe": "intent", "version": version, "error": "verdict_failed"}
         assert verdicts(plain)["intent"] == failed
 
-    def test_a_shadow_is_in_no_answer_and_in_the_counts(self, server, subjects):
+    def test_shadow_probes_appear_only_in_metrics(self, server, subjects):
         compared = ("sidelight_shadow_agreements_total{", 'shadow="newer"')
         before = server.counted(*compared)
         for key in (None, ADMIN):
@@ -592,7 +592,7 @@ class PolicyContract:
 
     @STREAMED
     @pytest.mark.parametrize("key", [None, ADMIN])
-    def test_answers_tell_what_each_rule_discloses_and_an_admin_everything(
+    def test_answers_disclose_what_rules_allow_and_everything_to_admins(
         self, server, subjects, streamed, key
     ):
         wanted = {name: "scores" if key else visible_as for name, visible_as in SEEN.items()}
@@ -607,7 +607,7 @@ class PolicyContract:
 
     @STREAMED
     @pytest.mark.parametrize("key", [None, ADMIN])
-    def test_header_moderation_and_field_say_the_same_of_each_text(
+    def test_header_moderation_and_field_agree_for_each_choice(
         self, server, subjects, streamed, key
     ):
         """Whatever a client drops, it learns the same; of several texts, of each."""
@@ -636,7 +636,7 @@ class PolicyContract:
             }
 
     @STREAMED
-    def test_each_verdict_has_the_digest_of_its_probe(self, server, subjects, streamed):
+    def test_verdicts_audit_and_metrics_carry_probe_versions(self, server, subjects, streamed):
         wanted = {probe.name: probe.version for probe in subjects.probes}
         assert all(wanted.values())
         audited = len(server.audit.read_text().splitlines()) if server.audit.exists() else 0
@@ -664,12 +664,12 @@ class PolicyContract:
             for name, version in wanted.items()
         )
 
-    def test_each_place_reports_what_the_documented_table_says(self, server, subjects):
+    def test_disclosure_matches_documented_table(self, server, subjects):
         for setting, name in (("scores", "told"), ("labels", "labelled")):
             wanted = {p: word for p, word in documented(setting).items() if p not in server.absent}
             assert told(server, subjects.benign, name) == wanted, setting
 
-    def test_the_metrics_have_the_scores_that_rules_withhold_and_need_a_key(self, server, subjects):
+    def test_metrics_include_hidden_scores_and_require_admin_key(self, server, subjects):
         server.post(chat(subjects.benign, max_tokens=2))
         for key in (None, "another"):
             assert refusal(server.metrics(key)) == (403, "metrics_key_required")

@@ -93,7 +93,7 @@ def serving(backbone, folders, **options):
         yield Admin(http, folders)
 
 
-def test_the_list_has_every_probe_with_its_rule(tiny, folders):
+def test_probe_list_includes_every_probe_with_its_rule(tiny, folders):
     with serving(tiny, folders, policy=BLOCKING) as admin:
         entries = admin.entries
     assert list(entries) == ["toxicity", "late"]
@@ -112,7 +112,7 @@ def test_the_list_has_every_probe_with_its_rule(tiny, folders):
     }
 
 
-def test_a_change_without_names_reads_the_same_folders_again(tiny, folders):
+def test_replacement_without_paths_reloads_current_folders(tiny, folders):
     newer = load_probe(folders["newer"]).version
     with serving(tiny, folders) as admin:
         before = admin.verdicts
@@ -126,7 +126,7 @@ def test_a_change_without_names_reads_the_same_folders_again(tiny, folders):
         assert models["sidelight"]["probes"][0]["version"] == newer
 
 
-def test_a_folder_is_read_again_though_its_probe_has_another_name(tiny, folders):
+def test_folder_is_reloaded_after_its_probe_is_renamed(tiny, folders):
     folder = folders["late"]
     renamed = load_probe(folder).changed(name="renamed")
     with serving(tiny, folders) as admin:
@@ -161,7 +161,7 @@ def test_probes_and_policy_change_together(tiny, folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path):
+def test_failed_replacement_leaves_current_probes_unchanged(tiny, folders, tmp_path):
     another_model = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
     plain = untrained_probe(tiny, "toxicity")
     wrong = (
@@ -196,7 +196,7 @@ def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path)
 
 
 @pytest.mark.slow
-def test_nothing_passes_unjudged_while_probes_change(tiny, folders):
+def test_no_request_goes_unclassified_during_probe_replacement(tiny, folders):
     """A blocking probe is replaced, and another comes and goes, under requests that it blocks."""
     is_over = threading.Event()
 
@@ -220,7 +220,7 @@ def test_nothing_passes_unjudged_while_probes_change(tiny, folders):
     assert set(answers) == {(400, "content_filter")}
 
 
-def test_a_rule_holds_from_the_moment_that_its_probe_does(tiny, folders, tmp_path):
+def test_new_rules_apply_as_soon_as_new_probes(tiny, folders, tmp_path):
     """The engine serves new probes before the change is over."""
     path = tmp_path / "policy.toml"
     path.write_text('[input.toxicity]\nmode = "block"\nthreshold = 0.0\n')
@@ -254,7 +254,7 @@ def audited(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_change_whose_caller_leaves_is_applied_and_audited(tiny, folders, tmp_path):
+def test_replacement_is_applied_and_audited_after_client_disconnects(tiny, folders, tmp_path):
     path = tmp_path / "audit.jsonl"
 
     async def change(engine):
@@ -275,7 +275,7 @@ def test_a_change_whose_caller_leaves_is_applied_and_audited(tiny, folders, tmp_
     assert [line["change"] for line in audited(path)] == ["replace"]
 
 
-def test_requests_that_wait_for_a_change_are_classified_by_the_new_probe(tiny):
+def test_requests_waiting_for_replacement_use_new_probe(tiny):
     class Replacing(TransformersEngine):
         @asynccontextmanager
         async def serving(self):
@@ -294,7 +294,7 @@ def test_requests_that_wait_for_a_change_are_classified_by_the_new_probe(tiny):
 
 
 @pytest.mark.slow
-def test_changes_are_audited_with_their_key(tiny, folders, tmp_path):
+def test_replacements_are_audited_with_key_id(tiny, folders, tmp_path):
     with serving(tiny, folders, audit_log=tmp_path / "audit.jsonl") as admin:
         served = admin.put(toxicity=str(folders["newer"]))
         admin.put({"probe": ["nowhere"]}, status=400)

@@ -72,7 +72,7 @@ def saved(tiny, tmp_path):
     return save_probe(probe_of(tiny), tmp_path / "probe")
 
 
-def test_a_file_overwritten_in_place_does_not_change_the_probe_that_was_loaded(saved):
+def test_overwriting_artifact_does_not_change_loaded_probe(saved):
     """As a copy in progress does; mapped into memory, it would weaken or kill what serves."""
     probe, path = load_probe(saved), saved / PROBE
     before = deepcopy(_tensors(probe))
@@ -91,7 +91,7 @@ def _tensors(probe):
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
-def test_a_round_trip_gives_identical_logits_and_a_frozen_probe(tiny, tmp_path, mechanism, task):
+def test_round_trip_preserves_logits_and_freezes_probe(tiny, tmp_path, mechanism, task):
     probe = probe_of(tiny, mechanism=mechanism, task=task)
     loaded = load_probe(save_probe(probe, tmp_path / "a" / "b"))
     assert not loaded.mechanism.training
@@ -103,7 +103,7 @@ def test_a_round_trip_gives_identical_logits_and_a_frozen_probe(tiny, tmp_path, 
         assert loaded.verdict(row) == probe.verdict(row)
 
 
-def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
+def test_round_trip_preserves_card(tiny, tmp_path):
     probe = probe_of(tiny, reads=Reads("both", template=False), name="A.9_-").changed(
         calibration=Calibration("platt", "binary", (1.1,), (0.1,)),
         thresholds=(0.123456789012345,),
@@ -117,7 +117,7 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
     assert loaded.standardisation.is_normalised
 
 
-def test_a_card_is_changed_as_its_page_says(tiny, tmp_path, monkeypatch):
+def test_documented_card_edit_works(tiny, tmp_path, monkeypatch):
     record = TrainingRecord(seed=3, training=TrainingTexts(rows=2, texts="ABEiM0Q="))
     save_probe(probe_of(tiny).changed(training=record), tmp_path / "probes" / "toxicity")
     monkeypatch.chdir(tmp_path)
@@ -134,7 +134,7 @@ REPORT = evaluate(decide(TOXICITY, np.array([[0.2], [0.9]]), np.array([0, 1]), t
 
 
 @pytest.mark.parametrize("states", ["divided by their root", "of any norm"])
-def test_an_artifact_records_what_its_threshold_flags_of_which_states(tiny, tmp_path, states):
+def test_summary_reports_flagged_counts_and_state_normalisation(tiny, tmp_path, states):
     measured = CalibrationTexts(curves={"toxic": CURVE})
     record = TrainingRecord(validation=measured, threshold_rule="recall=0.9")
     probe = probe_of(tiny).changed(training=record, thresholds=(0.5,))
@@ -148,7 +148,7 @@ def test_an_artifact_records_what_its_threshold_flags_of_which_states(tiny, tmp_
     assert told["flagging"] == flagging
 
 
-def test_two_saves_at_once_leave_one_intact(tiny, tmp_path, monkeypatch):
+def test_concurrent_saves_leave_one_intact_artifact(tiny, tmp_path, monkeypatch):
     replaced, replace_file = [], os.replace
 
     def save_another_first(source, target):
@@ -166,7 +166,7 @@ def test_two_saves_at_once_leave_one_intact(tiny, tmp_path, monkeypatch):
     assert load_probe(tmp_path).version in (tmp_path / README).read_text()
 
 
-def test_a_saved_probe_has_a_model_card_that_the_hub_can_read(saved, tiny):
+def test_saved_probe_includes_hub_compatible_model_card(saved, tiny):
     card, probe = ModelCard.load(saved / README), load_probe(saved)
     assert card.data.library_name == "sidelight"
     for fact in ("toxicity", "fine, toxic", "readout", probe.card.backbone.name, probe.version):
@@ -185,7 +185,7 @@ FACTS = {
 }
 
 
-def test_the_readme_beside_a_probe_follows_the_pattern_of_cards(tiny, tmp_path):
+def test_readme_matches_model_card_pattern(tiny, tmp_path):
     texts = {"rows": 20, "sha256": "0" * 64, "classes": {"fine": 10, "toxic": 10}}
     record = TrainingRecord(
         training=TrainingTexts(**texts),
@@ -200,13 +200,13 @@ def test_the_readme_beside_a_probe_follows_the_pattern_of_cards(tiny, tmp_path):
     assert re.fullmatch(pattern, (folder / README).read_text())
 
 
-def test_a_readme_that_is_no_model_card_stays(tiny, tmp_path):
+def test_saving_does_not_overwrite_unrelated_readme(tiny, tmp_path):
     (tmp_path / README).write_text("My project.")
     load_probe(save_probe(probe_of(tiny), tmp_path))
     assert (tmp_path / README).read_text() == "My project."
 
 
-def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
+def test_invalid_span_rules_are_refused(tiny, tmp_path):
     """Such a probe would find none in any text, and a rule that redacts would let all pass."""
     labelling = spans_probe(tiny, "pii")
     rule = labelling.spans
@@ -220,7 +220,7 @@ def test_spans_that_no_text_could_have_are_refused(tiny, tmp_path):
             load_probe(save_probe(probe, tmp_path / "pii"))
 
 
-def test_the_description_of_an_artifact_steers_no_terminal_and_forges_no_line(tiny, tmp_path):
+def test_summary_and_model_card_escape_control_characters(tiny, tmp_path):
     forged = Recalibration(date="today", what="\x1b[2J\n- **thresholds**: 0.100")
     record = TrainingRecord(validation=CalibrationTexts(report=REPORT), recalibrations=(forged,))
     card = read_card(save_probe(probe_of(tiny).changed(training=record), tmp_path))
@@ -231,9 +231,7 @@ def test_the_description_of_an_artifact_steers_no_terminal_and_forges_no_line(ti
 
 
 @pytest.mark.parametrize("different", [["weights"], ["config"], ["config", "weights"]])
-def test_another_backbone_is_refused_and_both_are_named_with_their_difference(
-    tiny, tmp_path, different
-):
+def test_backbone_mismatch_error_names_both_models_and_differing_fields(tiny, tmp_path, different):
     # Weights of the right shape for what the card says, so only the fingerprint is wrong.
     hashes = dict.fromkeys(different, "0" * 16)
     another_model = replace(tiny.fingerprint, name="Llama-3.2-3B", **hashes)
@@ -251,7 +249,7 @@ def test_another_backbone_is_refused_and_both_are_named_with_their_difference(
         assert named in str(caught.value)
 
 
-def test_a_probe_classifies_on_an_accepted_copy_of_its_model(tiny, tmp_path, monkeypatch):
+def test_probe_runs_only_on_accepted_model_copy(tiny, tmp_path, monkeypatch):
     original = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
     folder = save_probe(probe_of(tiny).changed(backbone=original), tmp_path)
     monkeypatch.setenv(ACCEPTED, hash_of(original.digest, tiny.fingerprint.digest))
@@ -348,9 +346,7 @@ CALIBRATIONS = (
     ("field", "claimed"),
     [("mechanism", {"options": {"heads": 10**12}}), ("backbone", {"width": 10**12})],
 )
-def test_sizes_that_a_card_claims_are_compared_before_memory_is_taken(
-    tiny, tmp_path, field, claimed
-):
+def test_claimed_sizes_are_checked_before_allocation(tiny, tmp_path, field, claimed):
     save_probe(untrained_probe(tiny, "toxicity", mechanism="readout"), tmp_path)
     rewritten(tmp_path, **{field: {**json.loads(text_of(tmp_path))[field], **claimed}})
     with pytest.raises(SidelightError, match=wordings.TENSORS_DIFFER.format(mechanism="readout")):
@@ -358,7 +354,7 @@ def test_sizes_that_a_card_claims_are_compared_before_memory_is_taken(
 
 
 @pytest.mark.parametrize("name", ["", "..", "a\nb", "\x1b[31mred", "a b", "a/b", "ü", "x" * 65])
-def test_a_name_that_could_harm_a_log_header_or_path_is_neither_saved_nor_loaded(tiny, saved, name):
+def test_unsafe_names_are_neither_saved_nor_loaded(tiny, saved, name):
     with pytest.raises(SidelightError, match=wordings.NAME_OF_PROBE):
         save_probe(probe_of(tiny, name=name), saved)
     for wrong in ({"name": name}, {"task": {"kind": "binary", "labels": ["fine", f"{name}\n"]}}):
@@ -417,7 +413,7 @@ def hashed(damage):
         *((_with_calibration(value), r"is damaged .*calibration") for value in CALIBRATIONS),
     ],
 )
-def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):
+def test_damaged_artifact_raises_one_line_error(saved, damage, says):
     damage(saved)
     with pytest.raises(SidelightError, match=says) as caught:
         load_probe(saved)
@@ -441,7 +437,7 @@ FUNCTION_SCOPED = HealthCheck.function_scoped_fixture
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[FUNCTION_SCOPED])
 @given(data=st.data())
-def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data):
+def test_garbled_card_fields_are_refused_or_harmless(tiny, saved, data):
     original = text_of(saved)
     card = json.loads(original)
     choices = [path for path in leaves(card) if path[0] not in MEANINGFUL]
@@ -467,7 +463,7 @@ def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "a-file", "a-file/below"])
-def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp_path, place):
+def test_errors_name_invalid_artifact_paths(tiny, tmp_path, place):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a-file").write_text("text")
     for read in (load_probe, read_card):
@@ -478,7 +474,7 @@ def test_a_path_without_an_artifact_or_room_for_one_is_one_clear_error(tiny, tmp
             save_probe(probe_of(tiny), tmp_path / place)
 
 
-def test_nothing_is_unpickled():
+def test_source_contains_no_unpickling():
     unpickles = re.compile(
         r"import pickle|torch\.load\(|joblib.*load|allow_pickle=True|marshal|shelve"
     )
@@ -487,7 +483,7 @@ def test_nothing_is_unpickled():
 
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_weights_that_are_not_finite_are_refused_wherever_they_are(tiny, tmp_path, mechanism):
+def test_non_finite_weights_are_refused(tiny, tmp_path, mechanism):
     probe = probe_of(tiny, mechanism=mechanism)
     load_probe(save_probe(probe, tmp_path))
     scaling = probe.standardisation
@@ -503,7 +499,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_weights_so_large_that_sums_overflow_are_refused(tiny, tmp_path, mechanism):
+def test_overflowing_weights_are_refused(tiny, tmp_path, mechanism):
     probe = probe_of(tiny, mechanism=mechanism)
     for parameter in probe.mechanism.parameters():
         parameter.fill_(3e38)
@@ -512,14 +508,14 @@ def test_weights_so_large_that_sums_overflow_are_refused(tiny, tmp_path, mechani
 
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_a_scale_so_small_that_usual_states_overflow_is_refused(tiny, tmp_path, mechanism):
+def test_overflowing_standardisation_scale_is_refused(tiny, tmp_path, mechanism):
     probe = probe_of(tiny, mechanism=mechanism)
     probe.standardisation.scale[0, 0] = 1e-38
     with pytest.raises(SidelightError, match=wordings.OVERFLOW):
         load_probe(save_probe(probe, tmp_path))
 
 
-def test_a_layer_of_weight_0_is_no_reason_to_refuse_a_probe(tiny, tmp_path):
+def test_probe_with_zero_layer_weight_loads(tiny, tmp_path):
     probe = probe_of(tiny)
     weights = torch.tensor([0.0, *[1.0] * (probe.card.backbone.layers - 1)])
     scaling = probe.standardisation.weighted(weights)

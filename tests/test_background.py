@@ -37,7 +37,7 @@ def asked(turns: tuple[Message, ...]) -> tuple[str, ...]:
     return tuple(turn.content for turn in turns if turn.role != "assistant")
 
 
-def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
+def test_load_background_accepts_none_packaged_and_files(tmp_path: Path):
     assert load_background("none") == Background()
     packaged = load_background("packaged")
     assert len(packaged.conversations) == len(PACKAGED_ROWS)
@@ -55,7 +55,7 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tmp_path: Path):
         load_background(path)
 
 
-def test_a_conversation_ends_by_what_the_assistant_would_answer(tmp_path: Path):
+def test_trailing_assistant_turns_are_dropped(tmp_path: Path):
     path = tmp_path / "traffic.jsonl"
     path.write_text(
         '{"text": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}\n'
@@ -66,7 +66,7 @@ def test_a_conversation_ends_by_what_the_assistant_would_answer(tmp_path: Path):
     assert {turn.role for turns in packaged for turn in turns} > {"system", "assistant"}
 
 
-def test_every_row_has_its_source_and_licence_in_the_notice():
+def test_notice_lists_source_and_licence_of_every_row():
     lines = [line.split(" | ") for line in NOTICE.splitlines() if " | " in line][1:]
     listed = {(licence, source): int(rows) for licence, source, rows, _ in lines}
     assert listed == Counter((row["license"], row["source"]) for row in PACKAGED_ROWS)
@@ -82,14 +82,14 @@ def test_every_row_has_its_source_and_licence_in_the_notice():
     assert {*PROJECT["project"]["license"].split(" AND ")} == names
 
 
-def test_the_wheel_has_the_notice_and_the_packaged_set():
+def test_wheel_includes_notice_and_packaged_background():
     assert "NOTICE" in PROJECT["project"]["license-files"]
     (package,) = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert PACKAGED.is_relative_to(ROOT / package)
     assert "!NOTICE" in (ROOT / "deploy" / "Dockerfile.dockerignore").read_text().splitlines()
 
 
-def test_the_packaged_set_holds_no_text_that_a_demonstration_is_tested_on():
+def test_packaged_background_contains_no_demo_test_texts():
     folder = Path(sidelight.__file__).parent / "demo" / "data"
     tested = {
         example.text_key
@@ -102,7 +102,7 @@ def test_the_packaged_set_holds_no_text_that_a_demonstration_is_tested_on():
 
 
 @pytest.mark.parametrize("count", [30, 100, 300])
-def test_each_prefix_is_a_third_to_a_half_of_the_users_conversations(count: int, tmp_path: Path):
+def test_every_prefix_mixes_user_and_packaged_conversations(count: int, tmp_path: Path):
     path = tmp_path / "traffic.csv"
     path.write_text("text\n" + "".join(f"Where is my order number {i}?\n" for i in range(400)))
     loaded = load_background(path)
@@ -113,7 +113,7 @@ def test_each_prefix_is_a_third_to_a_half_of_the_users_conversations(count: int,
     assert 0.3 < share < 0.6
 
 
-def test_the_next_conversation_is_of_what_came_least_often():
+def test_next_conversation_comes_from_least_represented_strata():
     """By tokens, about: one of over 1024 characters counts as three, over 4096 as eight."""
     conversations = load_background("packaged").conversations
     cells = {
@@ -141,7 +141,7 @@ def test_the_next_conversation_is_of_what_came_least_often():
         taken.update(dict.fromkeys(values, (1, 1, 1, 3, 8)[length]))
 
 
-def test_a_seed_decides_the_order_and_no_row_is_lost():
+def test_balanced_order_is_deterministic_and_loses_no_row():
     strata = [(i % 2, i % 3, i) for i in range(60)]
     order = balanced_order(strata)
     assert sorted(order) == [*range(60)]
@@ -153,7 +153,7 @@ def test_a_seed_decides_the_order_and_no_row_is_lost():
             assert max(taken) - min(taken) <= 1 + (values == 3)
 
 
-def test_a_text_with_another_name_or_number_is_like_the_text():
+def test_texts_differing_only_in_numbers_are_alike():
     texts = ["Please send order 17 to my new address.", "An entirely different thing to say."]
     references = ["Please send order 99 to my new address!"]
     assert are_alike(texts, references, cosine=0.85).tolist() == [True, False]
@@ -161,7 +161,7 @@ def test_a_text_with_another_name_or_number_is_like_the_text():
 
 
 @pytest.mark.parametrize("count", [1, 5, 7])
-def test_no_source_is_in_two_folds_of_the_background(count):
+def test_background_folds_share_no_source(count):
     background = load_background("packaged")
     folds = background.split_into(count)
     assert sum(map(len, folds)) == len(background)
@@ -174,7 +174,7 @@ def test_no_source_is_in_two_folds_of_the_background(count):
         assert all(turns in rest for turns in fold.conversations)
 
 
-def test_a_cell_that_names_no_source_is_none(tmp_path):
+def test_missing_source_cells_load_as_empty(tmp_path):
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,nan\nWhere is my order?,\nBye,chat\n")
     loaded = load_background(path)
@@ -186,7 +186,7 @@ def test_a_cell_that_names_no_source_is_none(tmp_path):
     ]
 
 
-def test_conversations_of_no_known_source_are_parted_one_by_one():
+def test_conversations_without_source_are_split_individually():
     turns = tuple((Message("user", f"Hello {i}."),) for i in range(10))
     for background in (Background(turns), Background(turns, ("",) * 10)):
         assert [len(fold) for fold in background.split_into(3)] == [4, 3, 3]

@@ -84,7 +84,7 @@ def summarise(bank, projections, token_roles):
 
 
 @pytest.mark.slow
-def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, probes, prompts):
+def test_bank_logits_match_dense_form_for_any_chunking(tiny, probes, prompts):
     bank = Bank(probes)
     projections = projected(tiny, bank.tap(), prompts)
     masks, token_roles = read_masks(prompts, bank.reads), padded_roles(prompts)
@@ -117,7 +117,7 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut(tiny, prob
 
 
 @pytest.mark.parametrize("at_once", [NUMBERS_AT_ONCE, 1])
-def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatch, at_once):
+def test_probes_with_same_summary_kind_are_batched(tiny, prompts, monkeypatch, at_once):
     """In any order and in parts that fit a cache, and each gets its own logits."""
     monkeypatch.setattr("sidelight.probes.bank.NUMBERS_AT_ONCE", at_once)
     mixed = [
@@ -133,7 +133,7 @@ def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatc
 
 
 @pytest.mark.parametrize("task", [TOXICITY, INTENT], ids=lambda task: task.kind)
-def test_every_mechanism_gives_the_same_logits_beside_others_of_its_kind(tiny, prompts, task):
+def test_batched_mechanisms_match_single_probe_logits(tiny, prompts, task):
     """With all of its options, twice: an equal ``summary_kind`` puts them into one call."""
     probes = [
         untrained_probe(tiny, f"{name}-{i}", task=task, mechanism=name, options=options)
@@ -165,14 +165,14 @@ def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
     assert matmuls(gates) == matmuls([]) + tiny.fingerprint.layers
 
 
-def test_a_logit_that_is_not_finite_is_an_error_not_a_verdict(tiny):
+def test_non_finite_logits_raise_verdict_errors(tiny):
     probe = untrained_probe(tiny, "topics", task=TOPICS)
     for logit in (np.nan, np.inf, -np.inf):
         with pytest.raises(VerdictError, match=wordings.NOT_FINITE.format(probe="topics")):
             probe.verdict(np.array([0.0, logit]))
 
 
-def test_hidden_states_that_overflowed_are_an_error(tiny):
+def test_overflowed_hidden_states_raise_verdict_errors(tiny):
     probe = untrained_probe(tiny, "p")
     bank = Bank([probe])
     tap = bank.tap()
@@ -186,7 +186,7 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
         probe.verdict(bank.logits(state)[0][0])
 
 
-def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
+def test_duplicate_names_and_empty_banks_are_refused(tiny):
     probe = untrained_probe(tiny, "twin")
     with pytest.raises(SidelightError, match=f"{wordings.DISTINCT_NAMES}, got: twin, twin"):
         Bank([probe, probe])
@@ -195,7 +195,7 @@ def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
 
 
 @pytest.mark.slow
-def test_banks_classify_with_each_probe_when_its_tokens_have_been_read(tiny, probes, prompts):
+def test_chunked_prompts_and_responses_match_full_text_verdicts(tiny, probes, prompts):
     """Prompts that end together, then their responses, each read in pieces of its own."""
     banks = ProbeBanks(probes)
     rows = projected(tiny, banks.prompt_tap(), prompts)
@@ -237,7 +237,7 @@ def conversation(turns):
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
 @pytest.mark.parametrize("task", [TOXICITY, TOPICS], ids=lambda task: task.kind)
-def test_the_highest_turn_decides_and_the_first_counts_without_context(tiny, mechanism, task):
+def test_highest_turn_decides_and_first_turn_counts_without_context(tiny, mechanism, task):
     """With the same states as the first turn by itself, since the model is causal."""
     reads = Reads(scope="each_turn")
     probe = untrained_probe(tiny, "p", task=task, mechanism=mechanism, reads=reads)
@@ -251,7 +251,7 @@ def test_the_highest_turn_decides_and_the_first_counts_without_context(tiny, mec
         assert (logits >= of_conversation - ROUNDING["atol"]).all()
 
 
-def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
+def test_non_finite_turn_logits_raise_verdict_errors(tiny):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
     logits, segments = (
         np.array([[5.0], [7.0]]),
@@ -265,7 +265,7 @@ def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
             probe.verdict(counted.logits)
 
 
-def test_a_short_turn_is_classified_with_its_neighbours(tiny):
+def test_short_turns_are_classified_with_their_neighbours(tiny):
     for contents, wanted in (
         (["a long enough text", "OK.", "another long text"], [(0,), (1, 2), (2,), (0, 2)]),
         (["a long enough text", "OK."], [(0,)]),
@@ -287,7 +287,7 @@ def test_a_short_turn_is_classified_with_its_neighbours(tiny):
         ]
 
 
-def test_a_short_first_turn_is_classified_whatever_stands_before_it(tiny):
+def test_short_first_turn_is_classified_regardless_of_system_turn(tiny):
     """Its piece begins with the system's turn, which is not read, and may be long."""
     for system in ("", "s" * 150):
         turns = [Message("system", system)] * bool(system)
@@ -302,7 +302,7 @@ def test_a_short_first_turn_is_classified_whatever_stands_before_it(tiny):
         assert all(short <= {*segment.tokens.tolist()} for segment in beside)
 
 
-def test_a_multi_class_probe_classifies_the_conversation(tiny):
+def test_multiclass_probes_ignore_each_turn_scope(tiny):
     prompts = [tiny.encoder.encode(conversation(CONVERSATION))]
     scores = [
         score(tiny, Bank([untrained_probe(tiny, "p", task=INTENT, reads=reads)]), prompts)[0]

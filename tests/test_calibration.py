@@ -54,7 +54,7 @@ def smoothed_loss(task: Task, calibration: Calibration, logits, labels) -> float
 
 @every_task
 @every_kind
-def test_a_calibration_gives_probabilities(task, kind):
+def test_calibrations_return_probabilities(task, kind):
     logits, labels = draw_rows(task)
     calibration = fit_calibration(kind, logits, labels, task)
     probabilities = calibration.apply(logits * 100)
@@ -72,7 +72,7 @@ def test_a_calibration_gives_probabilities(task, kind):
 @every_kind
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), rows=st.integers(4, 60))
-def test_a_higher_logit_never_gets_a_lower_probability(kind, seed, rows):
+def test_calibration_is_monotonic(kind, seed, rows):
     generator = np.random.default_rng(seed)
     logits, labels = generator.normal(size=(rows, 1)), np.arange(rows) % 2
     calibrated = fit_calibration(kind, logits, labels, BINARY).apply(np.sort(logits, axis=0))
@@ -91,7 +91,7 @@ def test_a_higher_logit_never_gets_a_lower_probability(kind, seed, rows):
         *(("temperature", MULTICLASS, 400, size) for size in (1e-6, 1.0, 1e6)),
     ],
 )
-def test_temperature_and_platt_agree_with_another_optimiser(kind, task, rows, size):
+def test_temperature_and_platt_match_independent_optimiser(kind, task, rows, size):
     logits, labels = draw_rows(task, rows=rows)
     logits = logits * size
     fitted = fit_calibration(kind, logits, labels, task)
@@ -111,7 +111,7 @@ def test_temperature_and_platt_agree_with_another_optimiser(kind, task, rows, si
 
 
 @every_task
-def test_few_rows_keep_the_scale_that_a_probe_had(task):
+def test_small_samples_shrink_towards_previous_scale(task):
     logits, labels = draw_rows(task, rows=60)
     had = (0.2,) * task.outputs
     found = [fit_calibration("platt", logits, labels, task, around=a).scale for a in ((), had)]
@@ -125,7 +125,7 @@ def test_few_rows_keep_the_scale_that_a_probe_had(task):
 
 @pytest.mark.parametrize("kind", ["temperature", "platt"])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_separable_rows_do_not_give_certainty(kind, size):
+def test_separable_rows_do_not_produce_certainty(kind, size):
     for rows in (2, 4, 50):
         labels = np.arange(rows) % 2
         logits = (2.0 * labels[:, None] - 1) * size
@@ -134,7 +134,7 @@ def test_separable_rows_do_not_give_certainty(kind, size):
         assert ((probabilities > 0) & (probabilities < 1)).all()
 
 
-def test_constant_logits_give_the_base_rate_and_an_unseen_class_becomes_unlikely():
+def test_constant_logits_give_base_rate_and_unseen_classes_become_unlikely():
     labels = np.repeat([0, 0, 0, 1], 100)
     calibration = fit_calibration("platt", np.full((400, 1), 7.0), labels, BINARY)
     # Platt's smoothing moves a rate of 100 in 400 by less than 0.01.
@@ -146,7 +146,7 @@ def test_constant_logits_give_the_base_rate_and_an_unseen_class_becomes_unlikely
 
 
 @pytest.mark.parametrize("kind", ["temperature", "platt"])
-def test_rows_that_cannot_calibrate_are_refused(kind):
+def test_single_class_rows_are_refused(kind):
     for task in (BINARY, MULTICLASS):
         with pytest.raises(SidelightError, match=wordings.ROWS_OF_BOTH):
             fit_calibration(kind, np.zeros((5, task.outputs)), np.zeros(5, int), task)
@@ -158,7 +158,7 @@ def test_rows_that_cannot_calibrate_are_refused(kind):
     assert calibration.scale[0] != 1
 
 
-def test_what_a_calibration_does_not_know_is_refused():
+def test_non_finite_logits_and_unknown_kinds_are_refused():
     calibration = fit_calibration("none", np.zeros((1, 1)), np.zeros(1, int), BINARY)
     for logits in (np.array([[np.nan]]), np.array([[np.inf]])):
         with pytest.raises(SidelightError, match=wordings.LOGITS_NOT_FINITE):

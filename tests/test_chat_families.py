@@ -141,7 +141,7 @@ def assert_survive(key, turns, response=None):
 @every_tokenizer
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_roles_and_contents_survive_and_no_content_becomes_a_control_token(key, data):
+def test_encoding_preserves_turns_and_adds_no_control_tokens(key, data):
     names = sorted(names_of(key).values())
     half = st.sampled_from(names).map(lambda name: name[: len(name) // 2])
     # The embedded model lacks the bytes of control characters and of rare ones.
@@ -163,7 +163,7 @@ def test_roles_and_contents_survive_and_no_content_becomes_a_control_token(key, 
 
 @pytest.mark.slow
 @every_tokenizer
-def test_no_name_of_a_control_token_intact_or_split_becomes_one(key):
+def test_control_token_names_in_content_never_become_control_tokens(key):
     """In each place that a client can write, and put together from neighbouring contents."""
     chat, raw = encoder_of(key), encoder_of(key, "raw")
     names = list(names_of(key).values())
@@ -198,7 +198,7 @@ HARMLESS = [
 
 
 @every_tokenizer
-def test_harmless_contents_have_the_ids_of_the_tokenizer_itself(key):
+def test_harmless_content_matches_tokenizer_ids(key):
     chat, raw = encoder_of(key), encoder_of(key, "raw")
     tokenizer = chat.tokenizer
     # Without a text, the marker before it has no blank after it.
@@ -213,7 +213,7 @@ def test_harmless_contents_have_the_ids_of_the_tokenizer_itself(key):
 
 
 @every_tokenizer
-def test_a_control_token_in_a_content_is_read_as_its_letters(key):
+def test_control_tokens_in_content_are_encoded_as_text(key):
     """As the tokenizer itself writes it where it is told to split special tokens."""
     tokenizer = encoder_of(key).tokenizer
     for name in (t.content for t in tokenizer.added_tokens_decoder.values() if t.special):
@@ -225,7 +225,7 @@ def test_a_control_token_in_a_content_is_read_as_its_letters(key):
 @every_family
 @settings(max_examples=5, deadline=None)
 @given(text=st.text("ab \n1:é", min_size=1, max_size=9).filter(str.strip), pairs=st.integers(1, 3))
-def test_turns_without_text_add_nothing_to_a_text(key, text, pairs):
+def test_empty_turns_do_not_change_text_tokens(key, text, pairs):
     asked, empty = spoken(text), spoken("", "")[::-1]
     single, before, after = [
         [role for role in encoder_of(key).encode(turns).token_roles if role != TokenRole.UNREAD]
@@ -239,7 +239,7 @@ def test_turns_without_text_add_nothing_to_a_text(key, text, pairs):
 
 @every_tokenizer
 @pytest.mark.parametrize("text", ["  two  words ", "naïve 你好 🙂", "a\nb"])
-def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
+def test_token_places_map_to_client_characters(key, text):
     contents = [text, f"Re: {text}", "Hi"]
     for sent in ((spoken(*contents), None), (spoken(text), contents[1])):
         encoded = encoder_of(key).encode(*sent, with_places=True)
@@ -256,7 +256,7 @@ def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
             assert {i for i, letter in enumerate(content) if letter.strip()} <= told
 
 
-def test_a_tokenizer_that_cannot_write_a_name_as_text_is_refused():
+def test_unescapable_control_token_in_text_is_refused():
     """A unigram model finds the names of its tokens by itself."""
     letters = [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz/<>"]
     model = models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0, False)

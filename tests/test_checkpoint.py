@@ -56,7 +56,7 @@ def require_differs(one, another, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *_CONVERTED])
-def test_a_model_is_the_same_loaded_or_not_in_one_file_and_in_shards_of_any_dtype(family, tmp_path):
+def test_fingerprint_does_not_depend_on_loading_sharding_or_dtype(family, tmp_path):
     full = backbone_of(family)
     for backbone, size in ((full, "1GB"), (backbone_of(family, torch.bfloat16), "30KB")):
         folder = tmp_path / size
@@ -74,7 +74,7 @@ def test_a_model_is_the_same_loaded_or_not_in_one_file_and_in_shards_of_any_dtyp
     assert converted.encoder.max_tokens == full.encoder.max_tokens
 
 
-def test_an_unloaded_backbone_reads_texts_as_the_loaded_one(tiny, tmp_path):
+def test_read_model_and_loaded_backbone_share_encoder_settings(tiny, tmp_path):
     folder = saved(tiny, tmp_path)
     loaded, read = load_backbone(folder), read_model(folder)
     assert read.path == folder
@@ -90,14 +90,14 @@ def before(tiny, tmp_path):
     return read_model(saved(tiny, tmp_path)).fingerprint
 
 
-def test_a_default_that_transformers_adds_does_not_change_a_model(before, tmp_path, monkeypatch):
+def test_new_transformers_default_does_not_change_fingerprint(before, tmp_path, monkeypatch):
     as_dict = LlamaConfig.to_dict
     monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**as_dict(self), "added": 1})
     for after in (load(tmp_path).fingerprint for load in (load_backbone, read_model)):
         assert after == before
 
 
-def test_a_configuration_excludes_what_wrote_it_and_includes_all_else(before, tmp_path):
+def test_config_hash_ignores_only_writer_metadata(before, tmp_path):
     config = tmp_path / "config.json"
     entries = json.loads(config.read_text())
     written = {"transformers_version": "9.9.9", "_name_or_path": "elsewhere", "use_cache": False}
@@ -109,14 +109,14 @@ def test_a_configuration_excludes_what_wrote_it_and_includes_all_else(before, tm
         require_differs(before, read_model(tmp_path).fingerprint, "config")
 
 
-def test_computed_buffers_of_older_files_make_no_difference(before, tmp_path):
+def test_computed_buffers_do_not_change_fingerprint(before, tmp_path):
     path = tmp_path / "model.safetensors"
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
     save_file({**load_file(path), **buffers}, path)
     assert read_model(tmp_path).fingerprint == before
 
 
-def test_a_quantised_copy_is_another_model(before, tmp_path):
+def test_quantised_copy_has_different_fingerprint(before, tmp_path):
     path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     weights = {
         name: weight.to(torch.float8_e4m3fn) if weight.ndim == 2 else weight
@@ -131,7 +131,7 @@ def test_a_quantised_copy_is_another_model(before, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
-def test_weights_of_another_form_are_refused_with_a_remedy(tiny, load, tmp_path):
+def test_non_safetensors_weights_are_refused(tiny, load, tmp_path):
     saved(tiny, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -139,7 +139,7 @@ def test_weights_of_another_form_are_refused_with_a_remedy(tiny, load, tmp_path)
         load(tmp_path)
 
 
-def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
+def test_duplicate_weights_in_folder_are_refused(before, tmp_path):
     weights = {"model.norm.weight": torch.full((SIZES["hidden_size"],), 2.0)}
     save_file(weights, tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
@@ -151,7 +151,7 @@ def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["absolute", "above", "number", "no map"])
-def test_an_index_names_only_files_of_its_folder(before, tmp_path, place):
+def test_invalid_weight_index_is_refused(before, tmp_path, place):
     folder = tmp_path / "other"
     weights = "model.safetensors"
     shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns(weights))
@@ -165,9 +165,7 @@ def test_an_index_names_only_files_of_its_folder(before, tmp_path, place):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_beside_the_weights_is_refused_and_once_it_is_merged_another_model(
-    tiny, tmp_path
-):
+def test_adapters_are_refused_and_merging_changes_fingerprint(tiny, tmp_path):
     folder = saved(tiny, tmp_path / "model")
     before = load_backbone(folder)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -210,7 +208,7 @@ def write_shards(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_model_of_the_hub_is_identified_in_little_memory(before, tmp_path, offline, monkeypatch):
+def test_fingerprinting_hub_model_uses_little_memory(before, tmp_path, offline, monkeypatch):
     cached = tmp_path / "hub" / "models--some--model"
     folder = cached / "snapshots" / ("0" * 40)
     folder.mkdir(parents=True)

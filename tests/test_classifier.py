@@ -62,7 +62,7 @@ def classifier(tiny, fits):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_rows_are_fitted_evaluated_classified_saved_and_loaded(tiny, fits, tmp_path, kind):
+def test_trained_classifier_evaluates_predicts_and_survives_round_trip(tiny, fits, tmp_path, kind):
     probe = fits[kind].probe
     classifier, labels = Classifier(tiny, probe), probe.task.labels
     testing = planted_rows(kind, TESTING, seed=1)
@@ -89,7 +89,7 @@ def test_rows_are_fitted_evaluated_classified_saved_and_loaded(tiny, fits, tmp_p
     assert classifier.predict([]) == []
 
 
-def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
+def test_fit_returns_probe_with_training_record_and_baseline(fits, tiny):
     fitted = fits["binary"]
     assert fitted.probe.card.mechanism == mechanism_spec("readout")
     assert fitted.baseline.to_dict()["rows"] > 0
@@ -101,7 +101,7 @@ def test_a_fit_is_one_probe_with_its_record_beside_a_baseline(fits, tiny):
 
 
 @pytest.mark.parametrize("with_validation", [True, False])
-def test_a_training_that_diverges_is_refused_with_its_remedy(tiny, with_validation):
+def test_diverging_training_is_refused(tiny, with_validation):
     rows = load_examples(planted_rows("binary", 40), positive="toxic")
     diverging = replace(BRIEF, weight_decay=1e38, epochs=1)
     options = FitOptions(settings=diverging)
@@ -111,7 +111,7 @@ def test_a_training_that_diverges_is_refused_with_its_remedy(tiny, with_validati
         fit(tiny, rows, rows if with_validation else None, name="p", options=options)
 
 
-def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_path):
+def test_uncalibratable_validation_set_is_refused_before_extraction(tiny, tmp_path):
     training = load_examples(planted_rows("multiclass", 60))
     left = [row for row in planted_rows("multiclass", 30, seed=1) if row["label"] == "x"]
     options = options_of("gate", cache_root=tmp_path)
@@ -120,7 +120,7 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_activations_are_removed_after_a_fit_unless_requested(tiny, tmp_path):
+def test_activations_are_removed_after_fit_unless_requested(tiny, tmp_path):
     rows = load_examples(planted_rows("binary", 30), positive="toxic")
     options = options_of("gate", cache_root=tmp_path)
     fit(tiny, rows, None, name="p", options=options)
@@ -129,7 +129,7 @@ def test_activations_are_removed_after_a_fit_unless_requested(tiny, tmp_path):
     assert list(tmp_path.rglob("*.safetensors"))
 
 
-def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_path, capsys):
+def test_activations_persist_until_probe_is_written(tiny, tmp_path, capsys):
     rows = load_examples(planted_rows("binary", 30), positive="toxic")
     cache, out = tmp_path / "cache", tmp_path / "probe"
     training = partial(
@@ -149,7 +149,7 @@ def test_activations_of_a_training_stay_until_its_probe_is_written(tiny, tmp_pat
     assert not list(cache.iterdir())
 
 
-def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
+def test_trained_classifier_loads_with_its_model_and_prompt_format(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
     options = {"prompt_format": "both", "positive": "toxic", "name": "mine", "context_tokens": 400}
     result = train(path, planted_rows("binary", 30), mechanism="gate", background="none", **options)
@@ -161,7 +161,7 @@ def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, 
         assert load(folder, model=backbone).predict(["hello"]) == verdicts
 
 
-def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
+def test_response_probe_trains_and_predicts_with_responses(tiny):
     # The split keeps equal texts together, so each question is its own.
     rows = [
         {"text": f"question {i}", "answer": row["text"], "label": row["label"]}
@@ -182,7 +182,7 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
 LONG = "tab " * 300
 
 
-def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
+def test_context_length_errors_name_text_or_line(tiny, classifier, tmp_path):
     with pytest.raises(
         ContextLengthError, match=wordings.TEXT_HAS.format(place="^Text 2", limit=256)
     ):
@@ -200,7 +200,7 @@ def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
             ask(data)
 
 
-def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
+def test_verdict_errors_name_text_or_line(tiny, tmp_path):
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
     with pytest.raises(
         VerdictError, match="^Text 2: Probe " + wordings.NOT_FINITE.format(probe="p")
@@ -228,7 +228,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
         assess(tiny, probe, examples)
 
 
-def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny, warned):
+def test_fit_warns_about_truncated_shared_or_few_texts(tiny, warned):
     rows = planted_rows("binary", 40)
     for row in rows[:7]:
         row["text"] += LONG
@@ -244,7 +244,7 @@ def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny, warned):
     )
 
 
-def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits):
+def test_evaluation_warns_about_training_texts(tiny, fits):
     classifier = Classifier(tiny, fits["binary"].probe)
     # Of the texts on which the probe was trained, and of others.
     seen = planted_rows("binary", TRAINING)[:12]
@@ -254,7 +254,7 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, kind, capsys):
+def test_evaluation_reports_thresholds_false_positives_and_worst_mistakes(tiny, fits, kind, capsys):
     probe = fits[kind].probe
     background = Conversations(np.zeros((150, probe.task.outputs)), np.zeros(150, dtype=int))
     record = probe.card.training.model_copy(update={"traffic": Traffic(background, 6)})
@@ -299,7 +299,7 @@ def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fit
         assert text.splitlines()[-1] == summary(recorded.report, background)
 
 
-def test_other_answers_to_a_shared_prompt_are_not_shared_texts(warned):
+def test_different_answers_to_same_prompt_are_not_shared_texts(warned):
     rows = [{**row, "answer": row["text"], "text": "same"} for row in planted_rows("binary", 90)]
     training, held_out = load_examples(rows, response="answer").split(0.3, 0)
     warned()
@@ -327,12 +327,12 @@ FINE = [{**row, "label": "fine"} for row in GOOD]
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_cannot_be_trained_on_is_one_clear_error(tiny, data, options, remedy):
+def test_invalid_training_data_raises_clear_error(tiny, data, options, remedy):
     with pytest.raises(SidelightError, match=remedy):
         train(tiny, data, **options)
 
 
-def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(tiny):
+def test_invalid_options_are_refused_before_loading_model(tiny):
     with pytest.raises(SidelightError, match="'gate'"):
         train("no-such-model", GOOD, mechanism="gat")
     options = options_of("gate", reads=Reads("response"))
@@ -342,7 +342,7 @@ def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(tiny)
         fit(tiny, load_examples(GOOD), None, name="p", options=options)
 
 
-def test_what_a_classifier_cannot_be_asked_is_one_clear_error(classifier):
+def test_invalid_classifier_input_raises_clear_error(classifier):
     with pytest.raises(SidelightError, match=wordings.NO_LABELS):
         classifier.evaluate(load_examples(GOOD, label=None))
     with pytest.raises(SidelightError, match="fine"):
@@ -352,7 +352,7 @@ def test_what_a_classifier_cannot_be_asked_is_one_clear_error(classifier):
 
 
 @pytest.mark.parametrize("side", ["response", "both"])
-def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, ran, side):
+def test_response_probe_is_not_evaluated_on_prompts(tiny, tmp_path, ran, side):
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads(side)))
     rows = [{**row, "answer": "an answer"} for row in GOOD]
     assert classifier.evaluate(rows, response="answer").rows == len(rows)
@@ -366,7 +366,7 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, ran, si
     assert not ran
 
 
-def test_the_documented_way_to_load_a_probe_runs(tiny, tmp_path, monkeypatch, capsys):
+def test_documented_loading_example_runs(tiny, tmp_path, monkeypatch, capsys):
     backbone = load_backbone(saved(tiny, tmp_path / "model"))
     save_probe(untrained_probe(backbone, "urgency"), tmp_path / "probes" / "urgency")
     monkeypatch.chdir(tmp_path)
@@ -375,5 +375,5 @@ def test_the_documented_way_to_load_a_probe_runs(tiny, tmp_path, monkeypatch, ca
     assert "fine" in capsys.readouterr().out
 
 
-def test_the_public_names_are_listed_before_they_are_loaded():
+def test_dir_lists_public_names_before_loading():
     assert {*sidelight.__all__, "__version__"} <= {*dir(sidelight)}

@@ -93,14 +93,14 @@ def thresholds_of(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_training_leaves_the_probe_and_no_activations(trained, cache):
+def test_training_leaves_probe_but_no_activations(trained, cache):
     assert {path.name for path in trained.iterdir()} == {PROBE, README}
     probe = load_probe(trained)
     assert (probe.card.mechanism.name, probe.card.training.seed) == ("readout", 2)
     assert not list((cache / "activations").rglob("*.safetensors"))
 
 
-def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path, capsys):
+def test_concurrent_training_into_same_folder_is_refused(model, tmp_path, capsys):
     data, out = write_rows(tmp_path / "train.jsonl", 40, seed=1), tmp_path / "probe"
     arguments = ["train", "--model", model, "--data", data, "--label", "toxic", *QUICKLY]
     with only_writer(out):
@@ -109,7 +109,7 @@ def test_of_two_trainings_into_one_folder_the_second_is_refused(model, tmp_path,
 
 
 @pytest.mark.slow
-def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
+def test_eval_reports_metrics_with_confidence_intervals(trained, tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", 80, seed=2, text="unlabelled", toxic=None)
     arguments = ["eval", str(trained), "--data", data, "--label", "toxic"]
     arguments += ["--missing-label", "skip", "--plots", str(tmp_path / "plots")]
@@ -130,7 +130,7 @@ def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_predict_gives_one_line_per_text_in_order_and_explains_it(trained, tmp_path, capsys):
+def test_predict_prints_one_line_per_text_and_explains_verdicts(trained, tmp_path, capsys):
     data = write_rows(tmp_path / "texts.jsonl", 30, seed=3)
     assert cli("predict", str(trained), "--data", data) == 0
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -146,7 +146,7 @@ def test_predict_gives_one_line_per_text_in_order_and_explains_it(trained, tmp_p
     assert single["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
-def test_a_terminal_shows_the_tokens_and_layers_that_count_most():
+def test_explanation_shows_most_influential_tokens_and_layers():
     explanation = Explanation(
         Verdict("p", "toxic", ("toxic",), {"fine": 0.2, "toxic": 0.8}, True),
         label="toxic",
@@ -164,9 +164,7 @@ def test_a_terminal_shows_the_tokens_and_layers_that_count_most():
 
 
 @pytest.mark.slow
-def test_predict_runs_the_backbone_in_the_requested_dtype_and_on_the_requested_device(
-    trained, capfd
-):
+def test_predict_uses_requested_dtype_and_device(trained, capfd):
     chances = {}
     for dtype in ("auto", "float32", "bfloat16"):
         assert cli("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
@@ -178,15 +176,13 @@ def test_predict_runs_the_backbone_in_the_requested_dtype_and_on_the_requested_d
     assert "nowhere" in capfd.readouterr().err
 
 
-def test_an_error_steers_no_terminal(tmp_path, capsys):
+def test_error_messages_contain_no_control_characters(tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"\x1b[2J": "text"}))
     assert cli("train", "--data", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "p")) == 2
     assert r"Known: \x1b[2J." in capsys.readouterr().err
 
 
-def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
-    tiny, model, tmp_path, untrained, capsys
-):
+def test_inspect_and_predict_report_what_probe_flags(tiny, model, tmp_path, untrained, capsys):
     binary = str(save_probe(untrained_probe(tiny, "toxicity"), tmp_path / "toxicity"))
     for folder, task, flags in (
         (binary, "binary: fine, toxic", "'toxic'"),
@@ -205,7 +201,7 @@ def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
 
 
 @pytest.mark.slow
-def test_a_probe_is_recalibrated_on_labelled_texts_or_by_a_rule(model, tmp_path, capsys):
+def test_probe_is_recalibrated_on_labelled_texts_or_by_rule(model, tmp_path, capsys):
     # It tells the classes apart in part, so that rules differ in their thresholds.
     hesitant = trained_probe(model, "pooling", tmp_path)
     before = (hesitant / PROBE).read_bytes()
@@ -235,7 +231,7 @@ def test_a_probe_is_recalibrated_on_labelled_texts_or_by_a_rule(model, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_probe_of_answers_replaces_one_by_force_and_the_suggested_command_evaluates_it(
+def test_force_overwrites_probe_and_suggested_eval_command_works(
     model, untrained, tmp_path, monkeypatch, capsys
 ):
     texts, labels = planted("binary", 60, seed=7)
@@ -268,7 +264,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_suggested_command_eval
 
 
 @pytest.mark.slow
-def test_each_warning_is_printed_once_in_every_run_and_stored_in_json(model, tmp_path, capsys):
+def test_warnings_are_printed_once_per_run_and_stored_in_json(model, tmp_path, capsys):
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 5)
     command = ["train", "--model", model, "--data", data, "--mechanism", "pooling", *QUICKLY]
     for run in ("first", "second"):
@@ -284,7 +280,7 @@ def test_each_warning_is_printed_once_in_every_run_and_stored_in_json(model, tmp
         assert any("--positive dog" in sentence for sentence in printed)
 
 
-def test_what_the_probe_will_flag_is_announced_before_the_model_is_loaded(tmp_path, capsys):
+def test_train_announces_flagged_label_before_loading_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text("")
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 5)
     command = ["train", "--data", data, "--out", str(tmp_path / "o"), "--model", str(tmp_path)]
@@ -321,7 +317,7 @@ for command in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_the_first_lines_come_before_torch_is_imported(untrained, tmp_path):
+def test_first_progress_lines_precede_torch_import(untrained, tmp_path):
     data = labelled_rows(tmp_path / "data.jsonl", [*INTENT.labels] * 20)
     commands = [f"train --data {data} --out {tmp_path}/o"]
     commands += [f"{name} {untrained} --data {data}" for name in ("eval", "predict", "recalibrate")]
@@ -339,7 +335,7 @@ def _use_nothing() -> None:
     """For a process that only starts."""
 
 
-def test_the_processes_of_a_command_run_no_code_from_the_working_directory(trap):
+def test_spawned_processes_run_no_code_from_working_directory(trap):
     assert cli("--version") == 0
     # vLLM starts its processes in this way.
     process = get_context("spawn").Process(target=_use_nothing)
@@ -349,13 +345,13 @@ def test_the_processes_of_a_command_run_no_code_from_the_working_directory(trap)
     assert not trap.exists()
 
 
-def test_the_module_runs_no_code_from_the_working_directory(trap):
+def test_module_runs_no_code_from_working_directory(trap):
     command = [sys.executable, "-m", "sidelight", "--version"]
     assert "version" in subprocess.check_output(command, text=True)
     assert not trap.exists()
 
 
-def test_python_is_started_without_the_working_directory_in_its_path():
+def test_python_subprocesses_exclude_working_directory_from_path():
     sources = [
         path for folder in ("src", "packages/*/src") for path in ROOT.glob(f"{folder}/**/*.py")
     ]
@@ -368,7 +364,7 @@ def test_python_is_started_without_the_working_directory_in_its_path():
     assert set(started) == {'"-P"'}
 
 
-def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):
+def test_training_data_options_apply_to_validation_data(tmp_path):
     data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no", None])
     validation_file = labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"])
     options = ["--data", data, "--out", "o", "--missing-label", "skip"]
@@ -385,7 +381,7 @@ def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "recalibrate"])
-def test_a_missing_label_names_an_option_of_the_command(command, untrained, tmp_path, capsys):
+def test_missing_label_error_names_valid_option(command, untrained, tmp_path, capsys):
     labels = [*["billing", "refund"] * 4, float("nan")]
     data = labelled_rows(tmp_path / "rows.jsonl", labels)
     arguments = [command, "--data", data, *([untrained] if command != "train" else [])]
@@ -398,21 +394,21 @@ def test_a_missing_label_names_an_option_of_the_command(command, untrained, tmp_
 
 
 @pytest.mark.parametrize("arguments", [["--data", "guard:refusal"], ["--response", "answer"]])
-def test_background_is_refused_for_a_probe_of_answers(arguments, tmp_path, capsys):
+def test_background_is_refused_for_response_probes(arguments, tmp_path, capsys):
     rows = labelled_rows(tmp_path / "rows.jsonl", ["yes", "no"] * 4)
     ours = ["train", "--data", rows, *arguments, "--background", rows, "--out", tmp_path / "out"]
     assert cli(*ours) == 2
     assert "--background contains only prompts" in capsys.readouterr().err
 
 
-def test_groups_are_refused_where_there_are_no_folds(tmp_path, capsys):
+def test_groups_are_refused_without_folds(tmp_path, capsys):
     rows = labelled_rows(tmp_path / "rows.jsonl", ["yes", "no"] * 4)
     data = ("--data", rows, "--validation", rows, "--out", tmp_path / "out")
     assert cli("train", *data, "--set", "groups=label") == 2
     assert "there are no folds" in capsys.readouterr().err
 
 
-def test_the_help_names_every_option_that_can_be_set():
+def test_help_names_every_setting():
     (option,) = (option for option in train.params if option.name == "assigned")
     for name in (*INPUT_SETTINGS, *_kinds()):
         assert re.search(rf"\b{name}\b", option.help), name
@@ -450,7 +446,7 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("eval nowhere --data {data} --out {data}/x.json", "Name another folder"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
+def test_user_errors_print_one_line_with_remedy_and_exit_2(
     command, remedy, model, untrained, tmp_path, capfd
 ):
     data = write_rows(tmp_path / "data.jsonl", 60, seed=4)
@@ -464,7 +460,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert not Path("o").exists()
 
 
-def test_without_a_command_the_help_is_printed_line_by_line(capfd):
+def test_missing_command_prints_help(capfd):
     assert cli() == 2
     output = capfd.readouterr().err
     assert "Error:" not in output
@@ -480,9 +476,7 @@ def test_without_a_command_the_help_is_printed_line_by_line(capfd):
         "serve --port 0 --probe {probe} --model nowhere",
     ],
 )
-def test_a_probe_without_verdicts_is_refused_by_every_command(
-    command, tiny, model, tmp_path, capsys
-):
+def test_every_command_refuses_probe_without_verdicts(command, tiny, model, tmp_path, capsys):
     probe = save_probe(with_curves(broken(untrained_probe(tiny, "toxicity"))), tmp_path / "probe")
     out = tmp_path / "out"
     assert cli(*command.format(probe=probe, model=model, out=out).split()) == 2
@@ -510,9 +504,7 @@ def test_a_probe_without_verdicts_is_refused_by_every_command(
         ("--data {folder}/classes.jsonl --threshold recall=0.9", "Leave --threshold out"),
     ],
 )
-def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
-    more, remedy, tmp_path, capfd
-):
+def test_invalid_options_and_texts_are_reported_before_model_loads(more, remedy, tmp_path, capfd):
     data = labelled_rows(tmp_path / "data.jsonl", ["yes", "no"] * 10)
     (tmp_path / "empty.jsonl").write_text("")
     labelled_rows(tmp_path / "few.jsonl", ["yes", "no"])
@@ -543,9 +535,7 @@ def test_what_is_wrong_with_options_or_texts_is_told_before_the_model_is_loaded(
         ("recalibrate {known} --data {data} --name a/b", "1 to 64 of the characters A-Z"),
     ],
 )
-def test_texts_that_a_probe_cannot_use_are_told_before_the_model_is_loaded(
-    command, remedy, tiny, tmp_path, capfd
-):
+def test_unusable_texts_are_reported_before_model_loads(command, remedy, tiny, tmp_path, capfd):
     few = labelled_rows(tmp_path / "few.jsonl", ["fine", "toxic"] * 8)
     data = labelled_rows(tmp_path / "data.jsonl", ["fine", "toxic"] * 20)
     known = untrained_probe(tiny, "known")
@@ -581,9 +571,7 @@ print(sorted({"fastapi", "matplotlib", "sklearn", "torch", "transformers"} & sys
 
 
 @pytest.mark.slow
-def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that_take_seconds(
-    untrained, tmp_path
-):
+def test_errors_and_help_avoid_slow_imports(untrained, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", 20, seed=9)
     (tmp_path / "torn.jsonl").write_text('{"text": ')
     readers = [
@@ -627,7 +615,7 @@ def test_a_wrong_file_column_probe_or_rule_and_help_are_told_before_imports_that
     assert output.endswith("\n[]\n")
 
 
-def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+def test_os_errors_are_printed_in_one_line(monkeypatch, capsys):
     refuse = Mock(side_effect=OSError(28, "No space left on device", "/full/disk"))
     monkeypatch.setattr("sidelight.probes.card.read_card", refuse)
     assert cli("inspect", "probe") == 2
@@ -637,7 +625,7 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "is_resumed"), [("train", True), ("demo", True), ("predict", False)]
 )
-def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
+def test_only_resumable_commands_suggest_rerun_when_interrupted(
     command, is_resumed, monkeypatch, capsys
 ):
     monkeypatch.setattr("sidelight.cli.app", Mock(side_effect=KeyboardInterrupt))
@@ -661,7 +649,7 @@ pkgutil.resolve_name(sys.argv[1])()
 """
 
 
-def test_a_command_that_is_stopped_during_its_first_imports_ends_without_a_traceback():
+def test_interrupt_during_first_imports_prints_no_traceback():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     program = [sys.executable, "-c", INTERRUPTED, project["scripts"]["sidelight"]]
     ran = subprocess.run(program, capture_output=True, text=True, check=False)
@@ -676,7 +664,7 @@ def test_help_names_every_mechanism(capsys):
     assert f"--spans), {', '.join(names)}, or {last}." in text
 
 
-def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, capsys):
+def test_commands_of_missing_packages_print_install_hint(monkeypatch, capsys):
     """In a bare environment `tests/matrix/packages` asks for what the server needs."""
     monkeypatch.setattr("sidelight.extensions.entry_points", lambda **_: EntryPoints())
     for command, package in (("reproduce", "lab"), ("redteam", "lab"), ("label", "label")):
@@ -709,7 +697,7 @@ main()
 
 
 @pytest.mark.slow
-def test_threads_sleep_while_they_wait_and_keep_to_the_quota_before_torch_is_imported():
+def test_openmp_settings_are_applied_before_torch_import():
     usual = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}
     for variables, expected in (({}, "PASSIVE 1"), (chosen, "ACTIVE 2")):

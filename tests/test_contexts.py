@@ -88,7 +88,7 @@ def read_text(backbone, prompt):
     return backbone.tokenizer.decode(ids)
 
 
-def test_what_is_read_of_a_labelled_text_in_a_context_contains_it_fully(tiny, examples):
+def test_read_tokens_of_context_contain_full_labelled_text(tiny, examples):
     contexts = drawn(tiny, examples)
     kinds = Counter(context.kind for context in contexts)
     assert {"inside", "turn"} == {*kinds}
@@ -105,7 +105,7 @@ def test_what_is_read_of_a_labelled_text_in_a_context_contains_it_fully(tiny, ex
     assert {*wholes} == {True, False}
 
 
-def test_several_classes_train_only_on_the_last_turn(tiny, examples):
+def test_multiclass_contexts_put_text_in_last_turn(tiny, examples):
     contexts = drawn(tiny, replace(examples, labels=np.arange(60) % 3, task=INTENT), by_turn=False)
     assert {context.kind for context in contexts} == {"turn"}
     assert all(c.example.messages[-1].content == TEXTS[c.text] for c in contexts)
@@ -113,7 +113,7 @@ def test_several_classes_train_only_on_the_last_turn(tiny, examples):
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 @pytest.mark.parametrize("by_turn", [True, False])
-def test_no_context_has_a_turn_that_no_probe_reads(tiny, examples, role, by_turn):
+def test_contexts_contain_no_system_or_developer_turns(tiny, examples, role, by_turn):
     traffic = tuple((Message(role, "Rules."), *turns) for turns in TRAFFIC)
     contexts = drawn(tiny, examples, by_turn=by_turn, traffic=traffic)
     turns = [context for context in contexts if context.kind == "turn"]
@@ -122,7 +122,7 @@ def test_no_context_has_a_turn_that_no_probe_reads(tiny, examples, role, by_turn
         assert role not in {message.role for message in context.example.messages}
 
 
-def test_contexts_are_bounded_by_tokens_and_drawn_by_seed(tiny, examples):
+def test_contexts_respect_token_budget_and_are_deterministic(tiny, examples):
     few, more = (drawn(tiny, examples, tokens=tokens) for tokens in (500, 2000))
     assert 500 <= sum(len(c.prompt) for c in few) < 500 + tiny.encoder.max_tokens
     assert [c.prompt for c in more[: len(few)]] == [c.prompt for c in few]
@@ -145,7 +145,7 @@ def assert_parted(split, count):
 
 
 @pytest.mark.slow
-def test_a_context_and_its_background_stay_in_the_fold_of_the_text(tiny, examples, options):
+def test_contexts_and_background_stay_in_fold_of_their_text(tiny, examples, options):
     dataset = prepare(tiny, examples, None, options=options)
     assert dataset.validation.examples.content_hash == examples.content_hash
     training = dataset.training
@@ -189,7 +189,7 @@ def with_long_system_prompts(examples, rows):
 
 
 @pytest.mark.slow
-def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
+def test_texts_crowded_out_by_system_prompt_are_dropped_and_counted(
     tiny, examples, options, warned
 ):
     held_out = with_long_system_prompts(examples.select(range(20)), [3])
@@ -212,7 +212,7 @@ def test_texts_that_a_system_prompt_leaves_no_room_for_are_left_out_and_counted(
 
 
 @pytest.mark.slow
-def test_contexts_are_counted_of_the_texts_that_train(tiny, examples, options, tmp_path):
+def test_card_counts_only_contexts_of_training_texts(tiny, examples, options, tmp_path):
     held_out, rest = examples.select(range(20)), examples.select(range(20, 60))
     options = replace(options, mechanism=mechanism_spec("pooling"))
     dataset = prepare(tiny, rest, held_out, options=options)
@@ -228,7 +228,7 @@ def test_contexts_are_counted_of_the_texts_that_train(tiny, examples, options, t
 
 
 @pytest.mark.slow
-def test_a_probe_of_responses_compares_no_background(tiny, examples, options, warned):
+def test_response_probes_are_not_compared_with_background(tiny, examples, options, warned):
     items = tuple(replace(item, response="Ordinary0 thing said.") for item in examples.items)
     # A text of the background, which a probe of prompts leaves out.
     items = (Example(TRAFFIC[0], response="Fine."), *items[1:])
@@ -241,7 +241,7 @@ def test_a_probe_of_responses_compares_no_background(tiny, examples, options, wa
 
 
 @pytest.mark.slow
-def test_without_background_texts_have_no_context(tiny, examples, tmp_path):
+def test_texts_have_no_contexts_without_background(tiny, examples, tmp_path):
     dataset = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
     assert (dataset.contexts, len(dataset.training), dataset.training.contexts) == ((), 60, ())
     # Plain text is a context without background, which says nothing of background traffic.
@@ -253,9 +253,7 @@ def test_without_background_texts_have_no_context(tiny, examples, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_probe_of_both_formats_learns_from_both_and_one_of_chats_says_nothing_of_plain_text(
-    tiny, examples, tmp_path
-):
+def test_only_dual_format_probes_train_on_and_classify_plain_text(tiny, examples, tmp_path):
     backbone = tiny_backbone(prompt_format="both")
     dataset = prepare(backbone, examples, None, options=FitOptions(cache_root=tmp_path))
     is_plain = [prompt.is_plain for prompt in dataset.training.states.prompts]
@@ -268,7 +266,7 @@ def test_a_probe_of_both_formats_learns_from_both_and_one_of_chats_says_nothing_
     assert np.isfinite(of_both).all()
 
 
-def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
+def test_command_line_and_python_options_reach_training(tmp_path, monkeypatch):
     asked = []
 
     def fit(backbone, *_, options, **_named):
@@ -307,7 +305,7 @@ def conversations(logits):
 
 
 @pytest.mark.parametrize(("rule", "most"), [("f1", 3), ("fpr=0.1", 10), ("recall=0.9", 100)])
-def test_thresholds_let_background_conversations_pass(tiny, rule, most):
+def test_thresholds_limit_background_false_positives(tiny, rule, most):
     rule, before = ThresholdRule.parse(rule), (0.3,)
     highest = np.random.default_rng(0).normal(0, 2, size=(100, 1))
     none = fit_calibration("none", highest, np.arange(100) % 2, TOXICITY)
@@ -331,7 +329,7 @@ def test_thresholds_let_background_conversations_pass(tiny, rule, most):
     assert of_few == before[0] if rule.kind != "fpr" else of_few > chance[:9].max()
 
 
-def test_a_conversation_is_counted_at_the_threshold_of_the_other_folds():
+def test_flagged_conversations_are_counted_at_out_of_fold_thresholds():
     """Of a part that is unlike all others, all are flagged, whatever the served threshold is."""
     logits, folds = np.zeros((100, 1)), np.arange(100) // 20
     logits[folds == 3] = 5.0
@@ -348,7 +346,7 @@ def test_a_conversation_is_counted_at_the_threshold_of_the_other_folds():
     assert (background.left_out_thresholds((0.3,), none, costs) == 0.3).all()
 
 
-def test_few_conversations_have_no_rate():
+def test_few_conversations_yield_no_false_positive_rate():
     sentence = rate_sentence(0, 99, abstains=False)
     assert "too few" in sentence
     assert "%" not in sentence
@@ -365,7 +363,7 @@ def test_few_conversations_have_no_rate():
 
 
 @pytest.mark.slow
-def test_texts_without_context_count_for_most_of_what_training_fits(tiny, examples, options):
+def test_texts_without_context_carry_most_training_weight(tiny, examples, options):
     dataset = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
     assert len(dataset.without_context) < 0.6 * len(dataset)
     assert dataset.weights.mean() == pytest.approx(1)
@@ -381,7 +379,7 @@ def test_texts_without_context_count_for_most_of_what_training_fits(tiny, exampl
 
 
 @pytest.mark.slow
-def test_contexts_count_by_the_weight_of_their_text_and_background_by_none(tiny, examples, options):
+def test_contexts_inherit_text_weight_but_background_is_unweighted(tiny, examples, options):
     options = replace(options, context_tokens=6_000)
     weights = np.random.default_rng(0).uniform(1, 10, len(examples))
     plain = prepare(tiny, examples, None, options=options)
@@ -394,7 +392,7 @@ def test_contexts_count_by_the_weight_of_their_text_and_background_by_none(tiny,
 
 
 @pytest.mark.slow
-def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkeypatch):
+def test_training_loss_uses_text_weights(tiny, examples, options, monkeypatch):
     dataset = prepare(tiny, examples, None, options=replace(options, context_tokens=6_000)).training
     heard: list[float] = []
     loss = TrainingRun.loss
@@ -410,7 +408,7 @@ def test_training_counts_each_text_by_its_weight(tiny, examples, options, monkey
 
 
 @pytest.mark.slow
-def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
+def test_contexts_match_requested_token_count(tiny, examples, options):
     few, more = (
         prepare(tiny, examples, None, options=replace(options, context_tokens=tokens)).contexts
         for tokens in (3_000, 6_000)
@@ -422,7 +420,7 @@ def test_contexts_have_as_many_tokens_as_are_asked_for(tiny, examples, options):
     assert {c.group for c in more if c.kind == "background"} == {0, 1, 2, 3, 4}
 
 
-def test_a_gpu_reads_more_background_traffic(examples, options, monkeypatch):
+def test_gpu_draws_more_context_tokens(examples, options, monkeypatch):
     monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 5_000)
     monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS_ON_GPU", 10_000)
     counts = []
@@ -437,7 +435,7 @@ def test_a_gpu_reads_more_background_traffic(examples, options, monkeypatch):
 
 
 @pytest.mark.slow
-def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options, warned):
+def test_background_containing_labelled_texts_is_excluded(tiny, examples, options, warned):
     copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])
     with_copies = replace(options, background=Background((*copies, *TRAFFIC)))
     dataset = prepare(tiny, examples, None, options=with_copies)
@@ -449,7 +447,7 @@ def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, optio
 
 
 @pytest.mark.slow
-def test_the_metrics_are_those_of_the_served_threshold(tiny, examples, options):
+def test_card_reports_metrics_at_served_threshold_without_background_texts(tiny, examples, options):
     positives = [text for text, label in zip(TEXTS, examples.labels, strict=True) if label]
     alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
     settings = TrainingSettings(epochs=2, batch_size=16, least_steps=0)
@@ -469,7 +467,7 @@ def test_the_metrics_are_those_of_the_served_threshold(tiny, examples, options):
     assert fitted.probe.card.training.validation.report.thresholds == fitted.probe.thresholds
 
 
-def test_traffic_is_counted_by_conversation_and_by_length():
+def test_traffic_is_measured_by_conversation_and_length():
     contexts = [single_context(words) for words in (20, 100, 30, 40)]
     contexts += [single_context(10, "inside", 0), single_context(120, "turn", 1)]
     contexts += [single_context(10, "plain", 0)]
@@ -489,7 +487,7 @@ def test_traffic_is_counted_by_conversation_and_by_length():
 
 
 @pytest.mark.slow
-def test_several_classes_say_none_to_background_traffic(tiny, options):
+def test_multiclass_probes_classify_background_as_none(tiny, options):
     kinds = ("pay pay", "give back", "late")
     texts = [f"{kinds[i % 3]} number {i:02d} {kinds[i % 3]}" for i in range(60)]
     labelled = LabelledExamples(
@@ -521,9 +519,7 @@ def test_several_classes_say_none_to_background_traffic(tiny, options):
     ("flagged", "threshold", "told"),
     [(2, 0.5, ""), (2, 0.8, "finds 10 of 20 'toxic' texts"), (30, 0.5, "flags 30.0%")],
 )
-def test_the_cost_of_background_traffic_is_reported_with_its_remedy(
-    flagged, threshold, told, warned
-):
+def test_costly_background_traffic_triggers_warning_with_remedy(flagged, threshold, told, warned):
     scores = np.r_[np.full(10, 0.9), np.full(10, 0.7), np.full(180, 0.2)]
     curves = operating_curves(TOXICITY, scores[:, None], np.arange(200) < 20)
     traffic = Traffic(conversations(np.zeros((100, 1))), flagged)
@@ -535,7 +531,7 @@ def test_the_cost_of_background_traffic_is_reported_with_its_remedy(
 
 
 @pytest.mark.slow
-def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
+def test_training_scores_match_served_scores(tiny, options, monkeypatch):
     # A probe that learns that parts are harmless gives the whole the highest logit here.
     monkeypatch.setattr(loop, "_SEGMENT_SHARE", 0.0)
     items = [turns_of("one", "two two two two", f"number {i} three") for i in range(20)]
@@ -554,7 +550,7 @@ def test_texts_are_scored_as_they_are_served(tiny, options, monkeypatch):
 
 
 @pytest.mark.slow
-def test_segments_of_texts_without_a_label_train_in_their_place(tiny, options, monkeypatch):
+def test_segments_of_negative_texts_replace_them_in_training(tiny, options, monkeypatch):
     items = [turns_of("one", "two two two two", f"number {i} three") for i in range(20)]
     labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
     split = make_split(tiny, labelled, options)

@@ -14,7 +14,7 @@ from sidelight.types import Task
 from worlds.data import ROWS, labelled
 
 
-def test_content_hash_depends_on_what_training_reads_and_on_order_only():
+def test_content_hash_covers_only_training_content_and_order():
     base = load_examples(ROWS)
     text_changed = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
     label_changed = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
@@ -30,7 +30,7 @@ def test_content_hash_depends_on_what_training_reads_and_on_order_only():
     assert with_spans[0].content_hash != with_spans[1].content_hash
 
 
-def test_a_plain_text_is_a_chat_of_one_user_message():
+def test_plain_text_loads_as_single_user_message():
     chat = [{"role": "user", "content": "Why?"}]
     for cell in ("Why?", chat, np.array(chat)):
         examples = load_examples([{"text": cell}], label=None)
@@ -38,7 +38,7 @@ def test_a_plain_text_is_a_chat_of_one_user_message():
         assert examples.items[0].messages == (Message("user", "Why?"),)
 
 
-def test_empty_texts_and_responses_are_left_out_and_conflicting_labels_are_told(warned):
+def test_empty_rows_are_dropped_and_conflicting_labels_trigger_warning(warned):
     rows = [{**row, "answer": "ok"} for row in ROWS]
     rows += [{"text": " \n", "label": "fault", "answer": "ok"}, {"label": "fault", "answer": "ok"}]
     rows += [{"text": "hello", "label": "fault", "answer": ""}]
@@ -50,7 +50,7 @@ def test_empty_texts_and_responses_are_left_out_and_conflicting_labels_are_told(
     assert "1 texts appear more than once" in warned()[-1]
 
 
-def test_rows_without_any_text_are_an_error():
+def test_rows_without_text_are_refused():
     halves = [{"text": "a", "label": 0}, {"answer": "b", "label": 1}]
     empty_answer = [{"text": "a", "answer": " ", "label": 1}]
     cases = [
@@ -80,7 +80,7 @@ def test_select_keeps_texts_labels_and_columns_together():
     fraction=st.floats(0.05, 0.95),
     seed=st.integers(0, 9),
 )
-def test_a_split_separates_no_duplicates_and_loses_no_row(picks, fraction, seed):
+def test_split_does_not_separate_duplicates_or_lose_rows(picks, fraction, seed):
     picks += [0, 1, 2, 3, 4, 5]  # two texts of each of three labels
     rows = [
         {"text": ("text ", "Text  ")[i % 2] + str(pick), "label": "abc"[pick % 3], "id": i}
@@ -97,7 +97,7 @@ def test_a_split_separates_no_duplicates_and_loses_no_row(picks, fraction, seed)
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99))
-def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(fraction, seed):
+def test_split_preserves_label_proportions(fraction, seed):
     examples = load_examples(labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 3))
     _, held_out = examples.split(fraction, seed)
     for label, count in enumerate([40, 9, 3]):
@@ -105,7 +105,7 @@ def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(fraction, seed)
         assert abs(share - fraction * count) <= 1, "one row is the finest step"
 
 
-def test_a_multilabel_split_gives_every_label_to_both_sides():
+def test_multilabel_split_puts_every_label_on_both_sides():
     rng = np.random.default_rng(0)
     rows = [
         {"text": str(number), "often": int(rng.random() < 0.5), "rare": int(number % 50 == 0)}
@@ -116,7 +116,7 @@ def test_a_multilabel_split_gives_every_label_to_both_sides():
         assert subset.labels[:, 1].sum() in (1, 3)
 
 
-def test_answers_to_one_prompt_are_split_by_answer():
+def test_answers_to_same_prompt_are_split_by_answer():
     rows = [
         {"text": "Reply." if number % 3 else "reply. ", "answer": answer, "label": number % 2}
         for number in range(40)
@@ -133,12 +133,12 @@ def test_answers_to_one_prompt_are_split_by_answer():
     assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
 
 
-def test_the_key_of_a_text_leaves_out_case_and_spacing_only():
+def test_text_key_ignores_only_case_and_spacing():
     keys = [item.text_key for item in load_examples([("A  b", 0), ("a b\n", 1), ("ab", 1)]).items]
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_the_seed_decides_a_split_of_labelled_and_of_other_examples():
+def test_splits_are_reproducible_by_seed():
     rows = labelled(["a", "b"] * 20)
     for examples in (load_examples(rows), load_examples(rows, label=None)):
         first, again, reseeded = (examples.split(0.3, seed)[1] for seed in (0, 0, 1))
@@ -146,7 +146,7 @@ def test_the_seed_decides_a_split_of_labelled_and_of_other_examples():
         assert first.items == again.items != reseeded.items
 
 
-def test_folds_have_each_row_once_and_separate_no_duplicates():
+def test_folds_cover_each_row_once_without_separating_duplicates():
     rows = labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 5)
     examples = load_examples([*rows, *[(f"{text} ", label) for text, label in rows[:20]]])
     folds = examples.folds(5, seed=0)
@@ -159,7 +159,7 @@ def test_folds_have_each_row_once_and_separate_no_duplicates():
         assert found.count(2) == 1
 
 
-def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
+def test_draw_preserves_label_proportions_and_includes_every_label():
     examples = load_examples(labelled(["a"] * 70 + ["b"] * 28 + ["c"] * 2))
     drawn = examples.draw(20, seed=0)
     assert len(set(drawn.tolist())) == 20
@@ -178,7 +178,7 @@ def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
     assert several.select(several.draw(6, seed=0)).labels.any(0).all()
 
 
-def test_an_impossible_split_is_an_error():
+def test_impossible_splits_are_refused():
     with pytest.raises(SidelightError, match=wordings.CANNOT_SPLIT.format(folds=5)):
         load_examples(ROWS[:2]).folds(5, 0)
     with pytest.raises(SidelightError, match=wordings.SAME_TEXT):
@@ -206,7 +206,7 @@ def versions(count, seed=0):
 
 
 @pytest.mark.parametrize("count", [40, 700])
-def test_versions_of_a_text_stay_together(count, warned):
+def test_near_duplicates_stay_together(count, warned):
     examples = load_examples(versions(count))
     origin = np.arange(3 * count) // 3
     training, held_out = examples.split(0.2, seed=0)
@@ -233,7 +233,7 @@ def test_versions_of_a_text_stay_together(count, warned):
     assert warned() == []
 
 
-def test_rows_with_one_value_in_a_column_stay_together(warned):
+def test_rows_of_same_group_stay_together(warned):
     """Rows that share a document or an attack."""
     words = [text for text, _ in versions(60)[::3]]
     rows = [
@@ -266,7 +266,7 @@ def test_rows_with_one_value_in_a_column_stay_together(warned):
     assert grouped.select(range(30)).distinct == 5
 
 
-def test_a_column_that_would_join_most_texts_gives_way_before_the_one_named_first():
+def test_broad_group_column_is_dropped_before_first_named_column():
     words = [text for text, _ in versions(60)[::3]]
     rows = [
         {"text": word, "label": n % 2, "document": "the same", "attack": n // 2}
@@ -275,7 +275,7 @@ def test_a_column_that_would_join_most_texts_gives_way_before_the_one_named_firs
     assert load_examples(rows, groups="attack,document").distinct == 30
 
 
-def test_near_duplicates_stay_together_where_a_column_gives_way(warned):
+def test_near_duplicates_stay_together_when_group_column_is_dropped(warned):
     rows = [
         {"text": text, "label": n // 3 % 2, "site": "a" if n < 60 else None}
         for n, (text, _) in enumerate(versions(30))
@@ -287,7 +287,7 @@ def test_near_duplicates_stay_together_where_a_column_gives_way(warned):
     assert any("are near-duplicates of too many others" in each for each in warned())
 
 
-def test_all_rows_of_a_parted_group_are_counted(warned):
+def test_warning_counts_all_rows_of_split_group(warned):
     """Also those whose own label would not have asked for it."""
     words = [text for text, _ in versions(40)[::3]]
     rows = [
@@ -299,7 +299,7 @@ def test_all_rows_of_a_parted_group_are_counted(warned):
     assert warning.startswith("20 texts are near-duplicates of too many others")
 
 
-def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():
+def test_long_text_with_inserted_paragraph_is_near_duplicate():
     random = np.random.default_rng(0)
     words = ["".join(random.choice([*"abcdefghijklmnopqrstuvwxyz"], 6)) for _ in range(3000)]
     rows = []
@@ -314,7 +314,7 @@ def test_a_long_text_with_a_paragraph_more_is_a_version_of_it():
         assert len({*(fold // 2).tolist()}) == len(fold) / 2
 
 
-def test_texts_that_differ_only_in_numbers_stay_together_however_many_they_are():
+def test_texts_differing_only_in_numbers_stay_together():
     rows = [(f"Please cancel order number {7919 * n} at once", n % 2) for n in range(60)]
     examples = load_examples([*rows, *versions(100)])
     assert examples.distinct == 101
@@ -322,7 +322,7 @@ def test_texts_that_differ_only_in_numbers_stay_together_however_many_they_are()
         assert (fold < 60).sum() in (0, 60)
 
 
-def test_two_versions_of_which_each_has_many_versions_stay_together():
+def test_similar_groups_of_near_duplicates_are_merged():
     """More than are looked for beside each text: they are found by one of each group."""
     random = np.random.default_rng(0)
     words = ["".join(random.choice([*"abcdefghijklmnopqrstuvwxyz"], 6)) for _ in range(500)]
@@ -339,7 +339,7 @@ def test_two_versions_of_which_each_has_many_versions_stay_together():
     assert examples.distinct == 6
 
 
-def test_different_texts_are_not_joined(warned):
+def test_distinct_texts_are_not_grouped(warned):
     texts = [
         "Where is my parcel? It should have been here on Monday.",
         "My parcel has not arrived, who can tell me when it will?",
@@ -358,7 +358,7 @@ def test_different_texts_are_not_joined(warned):
     assert warned() == []
 
 
-def test_texts_of_one_template_are_parted_where_folds_would_be_impossible(warned):
+def test_template_groups_are_split_when_folds_would_be_impossible(warned):
     """Each label has its template, so that a group would be all texts of a label."""
     rows = [(f"Please cancel order number {n} at once", "cancel") for n in range(20)]
     rows += [(f"Where is my parcel with the number {n}?", "parcel") for n in range(20)]
@@ -378,7 +378,7 @@ def test_texts_of_one_template_are_parted_where_folds_would_be_impossible(warned
         assert held_out.isdisjoint((templated[~np.isin(templated, fold)] - 20) // 3)
 
 
-def test_a_cell_without_a_source_names_none():
+def test_sources_omit_suffixes_and_default_to_empty():
     cells = ("mail: 3", "mail", None, "", float("nan"), 7)
     rows = [{"text": f"text {row}", "source": cell} for row, cell in enumerate(cells)]
     examples = load_examples(rows, label=None)

@@ -23,7 +23,7 @@ from worlds.data import ROWS, labelled
         ([-1], [1, "1", 1.0], ("-1", "1")),
     ],
 )
-def test_truth_values_are_one_task_however_they_are_spelled(negative, positive, names, warned):
+def test_boolean_spellings_load_as_one_binary_task(negative, positive, names, warned):
     examples = load_examples(labelled([*positive, *negative]))
     assert examples.task == Task("binary", names)
     assert examples.labels.tolist() == [1] * len(positive) + [0] * len(negative)
@@ -31,14 +31,14 @@ def test_truth_values_are_one_task_however_they_are_spelled(negative, positive, 
 
 
 @pytest.mark.parametrize("trained", [("0", "1"), ("false", "true"), ("no", "yes")])
-def test_a_task_of_truth_values_accepts_every_spelling(trained):
+def test_boolean_task_accepts_every_spelling(trained):
     values = [1, "1", True, 1.0, "TRUE", "Yes", 0, "0", False, 0.0, "no"]
     for labels, expected in ((trained, [1] * 6 + [0] * 5), (trained[::-1], [0] * 6 + [1] * 5)):
         examples = load_examples(labelled(values), task=Task("binary", labels))
         assert examples.labels.tolist() == expected
 
 
-def test_a_label_that_is_named_or_rarer_or_last_is_positive(warned):
+def test_named_rarer_or_last_label_is_positive(warned):
     rarer = load_examples(labelled(["spam", "ham", "ham"]))
     assert rarer.task == Task("binary", ("ham", "spam"))
     assert "'spam' is used" in warned()[0]
@@ -61,7 +61,7 @@ def test_numeric_classes_are_in_numeric_order():
     assert load_examples(labelled([-1, 0, 1] * 2)).task == Task("multiclass", ("-1", "0", "1"))
 
 
-def test_lists_of_any_type_and_flag_columns_make_the_same_multilabel_task():
+def test_lists_and_flag_columns_load_as_same_multilabel_task():
     lists = [["rude", "spam"], [], ["spam"], ["rude"]]
     flags = [
         {"text": text, "rude": int("rude" in names), "spam": "spam" in names}
@@ -81,25 +81,25 @@ def test_lists_of_any_type_and_flag_columns_make_the_same_multilabel_task():
     ]
 
 
-def test_numbers_of_any_type_are_the_same_labels():
+def test_numeric_types_load_as_same_labels():
     ones = [1, 1.0, np.int8(1), np.float64(1), np.bool_(True), Decimal("1"), Decimal("1.0")]
     assert load_examples(labelled([*ones, 0])).labels.tolist() == [1] * len(ones) + [0]
 
 
-def test_a_multilabel_column_that_never_varies_is_a_warning(warned):
+def test_constant_multilabel_column_triggers_warning(warned):
     rows = [{"text": str(number), "a": number % 2, "b": 0} for number in range(4)]
     load_examples(rows, label="a,b")
     assert "0 of 4 rows have the label 'b'" in warned()[0]
 
 
-def test_a_task_allows_one_class_only_and_keeps_its_numbers():
+def test_explicit_task_accepts_single_class_and_keeps_label_indices():
     task = Task("multiclass", ("late", "fault", "delivery"))
     assert load_examples(ROWS, task=task).labels.tolist() == [2, 1, 2, 1]
     assert load_examples(ROWS[:1], task=task).labels.tolist() == [2]
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan"), " ", "NaN", "null"])
-def test_missing_labels_are_an_error_or_are_left_out(nothing):
+def test_missing_labels_are_refused_or_skipped(nothing):
     rows = [*ROWS, {"text": "hello", "label": nothing}]
     with pytest.raises(
         SidelightError,
@@ -150,14 +150,14 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("values", "options", "message"), UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_labels_are_an_error_with_the_remedy(values, options, message):
+def test_unusable_labels_raise_errors_with_remedy(values, options, message):
     columns = {"label": "label", **options}
     rows = [{"text": text, "label": value} for text, value in labelled(values)]
     with pytest.raises(SidelightError, match=message):
         load_examples(rows, **columns)
 
 
-def test_flag_columns_must_be_flags_of_the_task():
+def test_flag_columns_must_hold_flags_and_match_task():
     rows = [{"text": "a", "x": 2, "y": 0}]
     with pytest.raises(
         SidelightError, match=wordings.ROW_HOLDS.format(row=1, name="x", cell="'2'")
@@ -170,14 +170,14 @@ def test_flag_columns_must_be_flags_of_the_task():
 
 
 @pytest.mark.parametrize("pair", [("Spam", "spam"), ("caf\u00e9", "cafe\u0301")])
-def test_labels_that_read_alike_are_a_warning(pair, warned):
+def test_labels_differing_only_in_case_or_normalisation_trigger_warning(pair, warned):
     load_examples(labelled([*pair, "other"] * 2))
     assert ["use one spelling" in warning for warning in warned()] == [True]
     load_examples(labelled(["spam", "spams", "other"] * 2))
     assert warned() == []
 
 
-def test_a_rare_label_that_resembles_a_frequent_one_is_a_warning(warned):
+def test_rare_label_resembling_frequent_one_triggers_warning(warned):
     load_examples(labelled([*["benign", "injection"] * 10, "injecton"]))
     (warning,) = warned()
     assert "'injecton' (1 of 21 rows, first Given rows, row 21) resembles 'injection'" in warning

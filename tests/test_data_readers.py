@@ -24,7 +24,7 @@ SHARED = [HealthCheck.function_scoped_fixture]
     texts=st.lists(st.text(min_size=1, max_size=40), min_size=6, max_size=12),
     names=st.sampled_from([("no", "yes"), ("0", "1", "2"), ("billing", "élan", 'a "b", c')]),
 )
-def test_every_format_gives_the_same_examples(tmp_path, texts, names):
+def test_every_format_loads_same_examples(tmp_path, texts, names):
     rows = [
         {"text": "x" + text, "label": names[number % len(names)], "source": str(number)}
         for number, text in enumerate(texts)
@@ -43,7 +43,7 @@ def test_every_format_gives_the_same_examples(tmp_path, texts, names):
         assert len({*map(tuple, sources)}) == 1
 
 
-def test_a_chat_keeps_its_turns_and_its_response(tmp_path):
+def test_chat_rows_preserve_turns_and_response(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     row = {"chat": turns, "answer": "Because.", "label": None}
     files = [write(tmp_path / f"chats{ending}", [row]) for ending in (".jsonl", ".parquet")]
@@ -54,14 +54,14 @@ def test_a_chat_keeps_its_turns_and_its_response(tmp_path):
         assert item.text == "Be brief.\nWhy?"
 
 
-def test_arguments_of_a_tool_call_may_be_an_object():
+def test_tool_call_arguments_may_be_objects():
     call = {"function": {"name": "forecast", "arguments": {"city": "Köln"}}}
     turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [call]}]
     item = load_examples([{"text": turns}], label=None).items[0]
     assert item.messages[1].content == '{"name": "forecast", "arguments": {"city": "Köln"}}'
 
 
-def test_an_example_knows_where_it_stood(tmp_path):
+def test_examples_record_file_and_line(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text,label\n"two\nlines",a\n,a\nc,b\n')
     examples = load_examples(path)
@@ -72,7 +72,7 @@ def test_an_example_knows_where_it_stood(tmp_path):
     assert answered.items[0].place == "Given rows, row 1"
 
 
-def test_a_text_of_any_length_is_read_from_csv_with_or_without_a_bom(tmp_path):
+def test_csv_reader_accepts_long_texts_and_bom(tmp_path):
     path = tmp_path / "rows.csv"
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_text(f"text,label\n{'word ' * 60_000},x\nb,y\n", encoding=encoding)
@@ -139,7 +139,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("name", "content", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_file_is_an_error_that_names_the_place(tmp_path, name, content, message):
+def test_malformed_file_error_names_location(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(SidelightError, match=message):
@@ -156,7 +156,7 @@ def test_a_malformed_file_is_an_error_that_names_the_place(tmp_path, name, conte
         ("empty/train.jsonl", r"^No file .*: /.*empty contains no data files. Check the path.$"),
     ],
 )
-def test_an_absent_file_names_its_neighbours(tmp_path, place, says):
+def test_missing_file_error_suggests_alternatives(tmp_path, place, says):
     write(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
@@ -164,14 +164,14 @@ def test_an_absent_file_names_its_neighbours(tmp_path, place, says):
         load_examples(tmp_path / place)
 
 
-def test_a_name_of_the_hub_names_the_package_that_reads_it(monkeypatch):
+def test_hub_name_error_names_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     remedy = r"No file 'owner/.*pip install '\.\[datasets\]'"
     with pytest.raises(SidelightError, match=remedy):
         load_examples("owner/name:config")
 
 
-def test_the_hub_gives_class_names_for_three_classes_and_numbers_for_two(monkeypatch):
+def test_hub_labels_use_names_for_multiclass_and_numbers_for_binary(monkeypatch):
     asked, values = [], [0, 1, 2, 0, 1, 2, -1]
     table = HubTable(
         [{"text": str(i), "label": v, "flag": (i + 1) % 3 - 1} for i, v in enumerate(values)],
@@ -202,7 +202,7 @@ def test_the_hub_gives_class_names_for_three_classes_and_numbers_for_two(monkeyp
         DatasetsError("An error occurred while generating the dataset"),
     ],
 )
-def test_a_hub_that_fails_is_an_error_of_the_user(monkeypatch, error):
+def test_hub_failures_raise_sidelight_errors(monkeypatch, error):
     def load_dataset(*_, **__):
         raise error
 

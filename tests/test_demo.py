@@ -33,9 +33,7 @@ def five_grams(examples: LabelledExamples) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("name", DEMONSTRATIONS)
-def test_demonstration_data_are_balanced_of_the_documented_task_and_share_no_text(
-    name: str, warned
-):
+def test_demo_data_are_balanced_and_share_no_text(name: str, warned):
     task, *sizes = DEMONSTRATIONS[name]
     folder = Path(sidelight.__file__).parent / "demo" / "data"
     files = [folder / f"{name}_{split}.jsonl" for split in ("train", "test")]
@@ -51,7 +49,7 @@ def test_demonstration_data_are_balanced_of_the_documented_task_and_share_no_tex
     assert len(runs & five_grams(training)) <= SHARED_FIVE_GRAMS * len(runs)
 
 
-def test_the_demonstrations_policy_has_a_rule_for_every_guard_and_blocks_injections():
+def test_demo_policy_covers_every_guard_and_blocks_injections():
     policy = read_policy(demo.POLICY)
     for side, reads in (("input", "prompt"), ("output", "response")):
         guards = [name for name in guard_names() if find_guard(name).card.reads == reads]
@@ -59,9 +57,7 @@ def test_the_demonstrations_policy_has_a_rule_for_every_guard_and_blocks_injecti
     assert policy.input["injection"].mode == "block"
 
 
-def test_the_demonstration_without_the_guards_package_says_first_what_to_install(
-    tmp_path, monkeypatch, capsys
-):
+def test_demo_without_guards_package_prints_install_hint(tmp_path, monkeypatch, capsys):
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert cli("demo") == 2
@@ -78,7 +74,7 @@ def boxes(text: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_demonstration_guards_five_chats_and_trains_a_probe(tmp_path, monkeypatch, capfd):
+def test_demo_guards_five_chats_and_trains_probe(tmp_path, monkeypatch, capfd):
     """With the embedded model and the packaged probes, as `make demo`."""
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "a cache"))
     assert cli("demo", "--port", "0") == 0

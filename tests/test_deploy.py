@@ -45,7 +45,7 @@ SERVICE = UNIT["Service"]
 LEEWAY_S = 3
 
 
-def test_every_command_is_one_of_the_command_line():
+def test_deployment_commands_parse_and_ports_agree():
     image = json.loads(LAST["ENTRYPOINT"]) + json.loads(LAST["CMD"])
     service = shlex.split(SERVICE["ExecStart"])
     for program, name, *words in (image, service, ["sidelight", *CONTAINER["args"]]):
@@ -59,7 +59,7 @@ def test_every_command_is_one_of_the_command_line():
     assert f"{config.port}:{config.port}" in COMPOSE["ports"]
 
 
-def test_every_stop_leaves_the_time_to_drain():
+def test_stop_timeouts_leave_time_to_drain():
     config = read_config(config=CONFIG)
     least = config.drain_s + LEEWAY_S
     # The server is asked on until Kubernetes has taken it out of the service.
@@ -69,7 +69,7 @@ def test_every_stop_leaves_the_time_to_drain():
     assert int(SERVICE["TimeoutStopSec"]) >= least
 
 
-def test_every_path_of_the_configuration_is_mounted():
+def test_every_configured_path_is_mounted():
     config = read_config(config=CONFIG)
     used = [config.policy, config.api_keys_file, config.admin_keys_file, config.audit_log]
     used.append(Path("/var/cache/sidelight"))
@@ -88,7 +88,7 @@ def test_every_path_of_the_configuration_is_mounted():
     assert files == {"server.toml", *(path.name for path in used[:3])}
 
 
-def test_the_image_is_pinned_and_runs_without_root():
+def test_image_is_pinned_and_runs_as_non_root():
     bases = [text for name, text in INSTRUCTIONS if name == "FROM"]
     assert all("@${BASE_DIGEST}" in base for base in bases)
     user = POD["securityContext"]
@@ -104,7 +104,7 @@ def test_the_image_is_pinned_and_runs_without_root():
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Path):
+def test_documented_commands_create_mounted_files(tmp_path: Path):
     page = (ROOT / "docs" / "operate.md").read_text()
     commands = page.split("```console\n")[1].split("```")[0].replace("$ ", "")
     shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("etc", ".env"))
@@ -119,7 +119,7 @@ def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_systemd_accepts_the_service_and_calls_it_hardened(tmp_path: Path):
+def test_systemd_accepts_service_as_hardened(tmp_path: Path):
     text = (DEPLOY / "sidelight.service").read_text()
     copy = tmp_path / "sidelight.service"
     copy.write_text(text.replace("/opt/sidelight/bin/sidelight", sys.executable))
@@ -129,7 +129,7 @@ def test_systemd_accepts_the_service_and_calls_it_hardened(tmp_path: Path):
         assert "sidelight.service:" not in checked.stderr
 
 
-def test_a_wrong_configuration_is_not_started_again(tmp_path: Path):
+def test_systemd_does_not_restart_on_invalid_configuration(tmp_path: Path):
     settings = CONFIG.read_text().replace("/etc/sidelight/", f"{tmp_path}/")
     (tmp_path / "server.toml").write_text(settings)
     (tmp_path / "policy.toml").write_text("nonsense = 1\n")

@@ -58,7 +58,7 @@ def encoded(tiny, texts=TEXTS):
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("mechanism", ["readout", "gate"])
-def test_a_check_runs_the_blocks_that_its_deepest_probe_reads(tiny, passes, layers, mechanism):
+def test_classification_runs_only_blocks_that_deepest_probe_reads(tiny, passes, layers, mechanism):
     probes = [
         shallow(untrained_probe(tiny, "deep", mechanism=mechanism), layers),
         shallow(untrained_probe(tiny, "other"), 1),
@@ -79,7 +79,7 @@ def test_a_check_runs_the_blocks_that_its_deepest_probe_reads(tiny, passes, laye
     assert set(passes) == {1, 2, 3}
 
 
-def test_every_family_stops_after_the_states_that_are_needed(family):
+def test_every_family_stops_after_requested_layers(family):
     prompts = [family.encoder.encode([Message("user", text)]) for text in TEXTS]
 
     def seen(layers, after=0):
@@ -100,7 +100,7 @@ def test_every_family_stops_after_the_states_that_are_needed(family):
 
 
 @pytest.mark.parametrize("is_fitted", [False, True])
-def test_a_layer_that_should_have_been_read_and_was_not_is_no_verdict(tiny, is_fitted):
+def test_missing_layer_prevents_verdict(tiny, is_fitted):
     probe = shallow(untrained_probe(tiny, "a"), 3)
     bank, prompt = Bank([probe]), encoded(tiny)[0]
     tap = bank.tap()
@@ -130,7 +130,7 @@ def asked(engine, conversations, *, writes):
     return asyncio.run(events())
 
 
-def test_an_engine_stops_where_nothing_is_written(tiny, passes):
+def test_engine_stops_at_deepest_probe_unless_it_generates(tiny, passes):
     probes = [
         shallow(untrained_probe(tiny, "prompts"), 3),
         shallow(untrained_probe(tiny, "answers", reads=Reads("response")), 2),
@@ -169,7 +169,7 @@ def fitted(tiny, root, texts=None, *, settings=QUICK, **options):
     return fit(tiny, load_examples(texts), None, name="a", options=options, out=root / "probe")
 
 
-def test_depths_are_tried_from_the_deepest_down():
+def test_candidate_depths_descend_from_deepest():
     for deepest in range(1, 100):
         depths = candidate_depths(deepest)
         assert depths[0] == deepest
@@ -178,7 +178,7 @@ def test_depths_are_tried_from_the_deepest_down():
     assert candidate_depths(31) == [31, 26, 21, 16]
 
 
-def test_training_reads_and_keeps_only_the_layers_of_the_probe(tiny, tmp_path, passes):
+def test_training_reads_and_stores_only_probe_layers(tiny, tmp_path, passes):
     settings = replace(QUICK, layers=2)
     options = {"settings": settings}
     short = fitted(tiny, tmp_path / "short", **options)
@@ -197,7 +197,7 @@ def test_training_reads_and_keeps_only_the_layers_of_the_probe(tiny, tmp_path, p
 
 
 @pytest.mark.parametrize("states", ["disk", "stream"])
-def test_compressed_states_are_of_the_layers_of_the_probe(tiny, tmp_path, monkeypatch, states):
+def test_compressed_states_cover_only_probe_layers(tiny, tmp_path, monkeypatch, states):
     monkeypatch.setattr("sidelight.training.keeping.directions_of_width", lambda width: width)
     result = [
         fitted(
@@ -214,13 +214,13 @@ def test_compressed_states_are_of_the_layers_of_the_probe(tiny, tmp_path, monkey
     assert np.corrcoef(*(each.losses for each in result))[0, 1] > 0.99
 
 
-def test_more_layers_than_the_model_has_are_refused_before_it_reads(tiny, tmp_path, passes):
+def test_excess_layers_are_refused_before_model_runs(tiny, tmp_path, passes):
     with pytest.raises(SidelightError, match=wordings.FEWER_LAYERS.format(most=4)):
         fitted(tiny, tmp_path, settings=replace(QUICK, layers=5))
     assert not passes
 
 
-def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
+def test_smallest_lossless_depth_is_chosen(tiny, tmp_path):
     options = FitOptions(background=Background(), cache_root=tmp_path)
     readout = mechanism_spec("readout")
     candidates = [(readout, replace(QUICK, layers=layers)) for layers in (4, 3, 2)]
@@ -253,7 +253,7 @@ def test_the_smallest_depth_that_loses_nothing_is_chosen(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("of_spans", [False, True])
-def test_a_trained_probe_reads_to_the_depth_that_its_record_names(tiny, tmp_path, of_spans):
+def test_trained_probe_reads_to_recorded_depth(tiny, tmp_path, of_spans):
     result = fitted(tiny, tmp_path, early_exit=True) if not of_spans else spanned(tiny, tmp_path)
     trials = load_probe(tmp_path / "probe").card.training.depths
     assert trials == result.probe.card.training.depths

@@ -76,7 +76,7 @@ def loaded(backbone, name, folder, **options):
 # The device itself.
 
 
-def test_the_pretended_device_has_a_gpus_rules(pretending):
+def test_pretended_device_enforces_gpu_rules(pretending):
     there, here = torch.ones(3, 2, device=FIRST), torch.ones(3, 2)
     rows = torch.tensor([0, 2])
     assert {there.device, (there + 1).device, (there @ here.T.to(FIRST)).device} == {FIRST}
@@ -110,7 +110,7 @@ def test_the_pretended_device_has_a_gpus_rules(pretending):
 
 
 @every_mechanism
-def test_a_bank_of_any_mechanism_works_on_meta(tiny, tmp_path, mechanism):
+def test_bank_of_any_mechanism_runs_on_meta_device(tiny, tmp_path, mechanism):
     """Shapes without numbers: enough to see a tensor that was left on the CPU."""
     probe = loaded(tiny, mechanism, tmp_path)
     for bank in (Bank([probe], device="meta"), ProbeBanks([probe], device="meta").prompt_probes):
@@ -126,7 +126,7 @@ def test_a_bank_of_any_mechanism_works_on_meta(tiny, tmp_path, mechanism):
 
 @every_mechanism
 @pytest.mark.parametrize("device", [FIRST, SECOND], ids=str)
-def test_any_mechanism_classifies_and_explains_as_on_the_cpu(
+def test_every_mechanism_matches_cpu_verdicts_and_explanations(
     pretending, tiny, tmp_path, mechanism, device
 ):
     """The second device has no float64."""
@@ -148,7 +148,7 @@ def test_any_mechanism_classifies_and_explains_as_on_the_cpu(
 
 
 @pytest.mark.slow
-def test_every_mechanism_trains_as_on_the_cpu(there, tiny, tmp_path):
+def test_every_trained_mechanism_matches_cpu(there, tiny, tmp_path):
     settings = TrainingSettings(learning_rate=1e-2, epochs=2, batch_size=20, least_steps=0)
     candidates = [(mechanism_spec(name), settings) for name in mechanism_names()]
     results = []
@@ -184,7 +184,7 @@ def command(home, *arguments, device="pretend"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["texts", "responses", "spans"])
-def test_the_command_line_trains_and_classifies_as_on_the_cpu(there, files, tmp_path, capsys, kind):
+def test_command_line_training_and_predictions_match_cpu(there, files, tmp_path, capsys, kind):
     """Few texts: cross-fitted, in contexts of background traffic, and calibrated."""
     quickly = {"epochs": 2, "batch_size": 16, "learning_rate": 0.03, "context_tokens": 4000}
     settings = [word for pair in quickly.items() for word in ("--set", "{}={}".format(*pair))]
@@ -243,7 +243,7 @@ def without_chance(answer):
 
 
 @pytest.mark.slow
-def test_a_server_answers_as_on_the_cpu(there, tiny, folders):
+def test_server_answers_match_cpu(there, tiny, folders):
     """Chats, among them one that is blocked and one that is redacted; checks; other probes."""
     probes = [load_probe(folder) for folder in folders.values()]
     policy = Policy(
@@ -305,7 +305,7 @@ def worker_verdicts(backbone, *named):
     return answers
 
 
-def test_a_worker_of_vllm_classifies_as_on_the_cpu(there, tiny, folders, no_receiver):
+def test_vllm_worker_verdicts_match_cpu(there, tiny, folders, no_receiver):
     """Its streams and events are those of the device."""
     named = [folders["toxicity"], folders["early"], folders["toxicity"]]
     results = [worker_verdicts(backbone, *named) for backbone in (tiny, there)]
@@ -330,7 +330,7 @@ def test_a_worker_of_vllm_classifies_as_on_the_cpu(there, tiny, folders, no_rece
     ],
     ids=["a buffer left behind", "an array too early", "a tensor made without a device"],
 )
-def test_a_planted_fault_of_devices_is_seen(
+def test_planted_device_fault_is_detected(
     there, folders, no_receiver, monkeypatch, owner, name, faulty
 ):
     assert worker_verdicts(there, folders["toxicity"])[0].verdicts

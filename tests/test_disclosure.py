@@ -128,14 +128,14 @@ def all_heard(backbone, policy, *, with_new_scores=False, attempts=ATTEMPTS, key
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 @pytest.mark.parametrize("rule", [Rule("block"), Rule("flag", disclose="labels")])
-def test_no_answer_depends_on_scores_that_a_policy_hides(tiny, rule, threshold):
+def test_answers_do_not_depend_on_hidden_scores(tiny, rule, threshold):
     """Two servers whose probes differ in their scores alone cannot be told apart."""
     policy = policy_of(replace(rule, threshold=threshold))
     assert all_heard(tiny, policy) == all_heard(tiny, policy, with_new_scores=True)
 
 
 @pytest.mark.slow
-def test_the_attempts_would_reveal_scores_that_are_not_hidden(tiny):
+def test_attempts_reveal_scores_that_are_not_hidden(tiny):
     policy = policy_of(Rule("flag", threshold=0.0))
     first, second = (
         all_heard(tiny, policy, with_new_scores=with_new_scores)
@@ -156,7 +156,7 @@ def test_the_attempts_would_reveal_scores_that_are_not_hidden(tiny):
 
 
 @pytest.mark.slow
-def test_an_admin_key_gets_everything(tiny):
+def test_admin_key_reveals_everything(tiny):
     """As where the rules of the prompt's probes disclose their scores."""
     # One text at a time: texts that are read side by side share batches, which round otherwise.
     attempts = [(p, body) for p, body in ATTEMPTS if not {"n", "explain"} & (body or {}).keys()]
@@ -167,12 +167,12 @@ def test_an_admin_key_gets_everything(tiny):
     assert any(name.startswith("sidelight_probe_score") for name, _ in usual[-1])
 
 
-def test_every_route_that_takes_a_body_is_attempted(tiny):
+def test_attempts_cover_every_post_route(tiny):
     with asking(tiny, [], Policy()) as http:
         assert post_paths(http) == {path for path, body in ATTEMPTS if body is not None}
 
 
-def test_no_route_discloses_a_hidden_threshold_or_shadow(tiny):
+def test_get_routes_disclose_no_hidden_threshold_or_shadow_probe(tiny):
     """Over all that the server has, so that a new route is asked too."""
     probes = [*three_probes(tiny)[:1], *(untrained_probe(tiny, n) for n in ("second", "newer"))]
     threshold = 0.7654321
@@ -207,7 +207,7 @@ def change_rule(http, path, rule):
         ('mode = "flag"\ndisclose = "labels"', False),
     ],
 )
-def test_the_metrics_need_a_key_as_soon_as_a_rule_hides_scores(tiny, tmp_path, rule, is_open):
+def test_metrics_require_key_once_rule_hides_scores(tiny, tmp_path, rule, is_open):
     with asking(tiny, probes_of(tiny), Policy()) as http:
         ask(http, "/v1/moderations", {"input": TEXT})
         assert ask(http, "/metrics").status_code == 200
@@ -221,7 +221,7 @@ def test_the_metrics_need_a_key_as_soon_as_a_rule_hides_scores(tiny, tmp_path, r
     assert 'sidelight_probe_score_count{label="toxic",probe="toxicity"} 1.0' in allowed.text
 
 
-def test_the_metrics_stay_closed_when_a_rule_that_hid_scores_is_replaced(tiny, tmp_path):
+def test_metrics_stay_protected_after_hiding_rule_is_replaced(tiny, tmp_path):
     """They still have what was counted under it, also of probes that are gone."""
     with asking(tiny, probes_of(tiny), Policy()) as http:
         for rule, status in (("", 200), ('mode = "block"', 403), ("", 403)):
@@ -240,7 +240,7 @@ def test_the_metrics_stay_closed_when_a_rule_that_hid_scores_is_replaced(tiny, t
         (TOPICS, (), ""),
     ],
 )
-def test_the_label_ranks_no_scores_of_labels_that_hold(task, labels, label):
+def test_labels_only_verdict_does_not_reveal_score_ranking(task, labels, label):
     """Of a multi-class probe that flags, the most probable class would be a second threshold."""
     scores = {name: [0.3, 0.6, 0.1][index] for index, name in enumerate(task.labels)}
     thresholds = {name: 0.0 if name in labels else 1.0 for name in task.labels[-2:]}
@@ -252,7 +252,7 @@ def test_the_label_ranks_no_scores_of_labels_that_hold(task, labels, label):
     assert visible_verdict.probabilities == {name: float(name in expected) for name in task.labels}
 
 
-def test_the_turn_with_the_highest_score_is_sent_only_with_scores(tiny):
+def test_highest_scoring_turn_is_sent_only_with_scores(tiny):
     """It would say which of many turns the probe finds worst, although it flags none."""
     probe = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
     later = [{"role": "assistant", "content": "OK."}, {"role": "user", "content": "Go ahead."}]

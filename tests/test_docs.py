@@ -39,14 +39,14 @@ SOURCE = ROOT / "src" / "sidelight"
 FOLDERS = (SOURCE, *(ROOT / f"packages/{name}/src" for name in ("llama", "vllm")))
 
 
-def test_the_map_of_the_readme_names_paths_that_exist():
+def test_paths_in_readme_map_exist():
     table = (ROOT / "README.md").read_text().split("| path | what it is |")[1].split("\n\n")[0]
     paths = [path for row in table.splitlines() for path in re.findall(r"`([^`]+/)`", row)]
     assert len(paths) > 5
     assert [p for p in paths if not (ROOT / p).exists() and not (SOURCE / p).exists()] == []
 
 
-def test_every_target_of_make_that_a_page_names_is_one():
+def test_documented_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):.* ##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
         target
@@ -56,7 +56,7 @@ def test_every_target_of_make_that_a_page_names_is_one():
     assert {"demo", "test"} <= named <= targets
 
 
-def test_architecture_names_every_folder_of_the_product():
+def test_architecture_page_names_every_top_level_module():
     folders = {
         path.stem
         for path in SOURCE.iterdir()
@@ -74,7 +74,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page: Path):
+def test_links_and_anchors_resolve(page: Path):
     for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text()):
         there = page.parent / path if path else page
         assert there.exists(), path
@@ -98,7 +98,7 @@ def found(path: str) -> Path:
     return file
 
 
-def test_every_stop_of_the_walks_is_where_the_page_says():
+def test_architecture_walk_steps_exist_in_named_files():
     page = (ROOT / "docs" / "architecture.md").read_text()
     stops = re.findall(r"^ +\d+  (\S+\.py)  ([\w.]+(?:, [\w.]+)*)  \S", page, flags=re.MULTILINE)
     numbered = re.findall(r"^ +\d+  ", page, flags=re.MULTILINE)
@@ -107,7 +107,7 @@ def test_every_stop_of_the_walks_is_where_the_page_says():
     assert [(p, n) for p, n in places if n not in defined(found(p))] == []
 
 
-def test_architecture_names_files_and_functions_that_exist():
+def test_architecture_page_names_existing_files_and_functions():
     page = (ROOT / "docs" / "architecture.md").read_text()
     files = [f for f in re.findall(r"`([\w/]+\.py)`", page) if not f.endswith("x.py")]
     folders = (ROOT, *FOLDERS, ROOT / "packages/lab/src/sidelight_lab")
@@ -143,7 +143,7 @@ def replaced_methods(path: Path) -> set[str]:
     return names
 
 
-def test_architecture_names_every_method_of_vllm_that_is_replaced():
+def test_architecture_page_lists_every_replaced_vllm_method():
     page = (ROOT / "docs" / "architecture.md").read_text()
     table = page.split("| file | replaces in vLLM |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(sidelight_vllm/\w+\.py)` \| (.+) \|$", table, flags=re.MULTILINE)
@@ -189,7 +189,7 @@ def device_places(path: Path, folder: Path) -> Iterator[tuple[str, str]]:
         yield str(path.relative_to(folder)), name
 
 
-def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
+def test_gpu_only_code_is_listed_with_its_test():
     page = (ROOT / "packages/lab/docs/gpus.md").read_text()
     rows = re.findall(r"^\| `(\S+\.py)` `(\S+)` \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
     has = {
@@ -203,7 +203,7 @@ def test_every_line_that_only_a_gpu_runs_is_listed_with_the_test_that_runs_it():
     assert [run for run in runs if not (ROOT / run.strip("`")).exists()] == []
 
 
-def test_architecture_names_every_mechanism():
+def test_architecture_page_names_every_mechanism():
     rows = documented_table("architecture.md", "mechanism", "projections per token and layer")
     told = [name for row in rows for name in re.findall(r"`([a-z]\w+)`", row["mechanism"])]
     assert sorted(told) == sorted(base.mechanism_names())
@@ -217,7 +217,7 @@ BROUGHT = {
 }  # fmt: skip
 
 
-def test_the_product_imports_only_what_it_declares():
+def test_package_imports_only_declared_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     kinds = (extras[name] for name in ("serve", "plots", "datasets"))
@@ -246,7 +246,7 @@ def dependencies() -> set[str]:
 
 
 @pytest.mark.slow
-def test_the_tables_of_routes_hold_what_the_server_has():
+def test_route_tables_match_server_routes():
     paths = create_app(TransformersEngine(tiny_backbone(), [])).openapi()["paths"]
     has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     # Pages are not in the document.
@@ -299,19 +299,19 @@ REFERENCE = {
 
 
 @pytest.mark.parametrize("page", REFERENCE)
-def test_a_page_of_reference_names_all_there_is(page: str):
+def test_reference_page_is_complete(page: str):
     told = (ROOT / page).read_text()
     names = sorted(REFERENCE[page]())
     assert names
     assert [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", told)] == []
 
 
-def test_the_pages_name_every_command():
+def test_docs_name_every_command():
     told = "\n".join(page.read_text() for page in PAGES)
     assert [name for name in commands() if f"{name} " not in told and f"{name}`" not in told] == []
 
 
-def test_the_tables_of_options_are_those_of_the_commands():
+def test_option_tables_match_commands():
     """If not, `.ci/reference.py` writes them."""
     page = (ROOT / "docs" / "reference.md").read_text()
     assert run_path(str(ROOT / ".ci" / "reference.py"))["with_tables"](page) == page
@@ -331,13 +331,13 @@ def documented_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_documented_command_has_the_options_it_uses(page: Path):
+def test_documented_commands_use_existing_options(page: Path):
     for command, flags in documented_commands(page):
         known = {name for o in command.params for name in (*o.opts, *o.secondary_opts)}
         assert set(flags) - known == set(), command.name
 
 
-def test_every_documented_policy_and_configuration_is_valid(tmp_path: Path):
+def test_documented_policies_and_configurations_are_valid(tmp_path: Path):
     path = tmp_path / "shown.toml"
     readers = dict.fromkeys(("tutorial.md", "policies.md"), read_policy)
     for page, read in {**readers, "reference.md": lambda p: read_config(config=p)}.items():
@@ -350,7 +350,7 @@ def test_every_documented_policy_and_configuration_is_valid(tmp_path: Path):
             read(path)
 
 
-def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest.MonkeyPatch):
+def test_documented_mechanism_streaming_matches_dense_form(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))
     page = (ROOT / "docs" / "own-mechanism.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "linear_mean"})
@@ -365,7 +365,7 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     torch.testing.assert_close(mechanism.finish(mechanism.merge(*states)), dense)
 
 
-def test_every_mode_action_and_header_is_documented_and_modes_can_be_chosen():
+def test_modes_actions_and_headers_are_documented_and_playground_offers_modes():
     pages = {
         name: (ROOT / "docs" / name).read_text()
         for name in ("policies.md", "operate.md", "routes.md")

@@ -57,7 +57,7 @@ def finished(score, tokens):
     ),
     text_of=st.lists(st.booleans(), min_size=30, max_size=30),
 )
-def test_text_is_delayed_and_cut_by_definition(response_probe, scores, final, rule, text_of):
+def test_hold_back_matches_reference_definition(response_probe, scores, final, rule, text_of):
     """One token at a time, against a definition that looks at the whole response at once."""
     threshold, consecutive, warm_up = rule.threshold, rule.consecutive, rule.warm_up
     holding = HoldBack([BoundRule(response_probe, rule)])
@@ -94,7 +94,7 @@ def test_text_is_delayed_and_cut_by_definition(response_probe, scores, final, ru
         assert end.reason == "stop"
 
 
-def test_text_without_a_score_is_not_sent(response_probe):
+def test_unscored_text_is_not_sent(response_probe):
     """An engine that forgets to score, or scores several tokens at once, is a fault, and closes."""
     for tokens, event in ((1, finished(0.0, 2)), (2, scored(2, 0.0)), (5, scored(5, 0.0))):
         holding_back = holding(response_probe, threshold=1.0)
@@ -107,7 +107,7 @@ def test_text_without_a_score_is_not_sent(response_probe):
 @pytest.mark.parametrize(
     "events", [[scored(2, 1.0)], [scored(2, 0.0), finished(1.0, 2)]], ids=["midway", "at the end"]
 )
-def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(response_probe, events):
+def test_flagged_response_is_reported_as_block_even_after_failure(response_probe, events):
     holding_back = holding(response_probe, consecutive=1, on_failure="pass")
     holding_back.push(TextDelta("a", tokens=1))
     assert holding_back.push(scored(1)) == []
@@ -118,7 +118,7 @@ def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(response_prob
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_is_not_a_verdict(response_probe, score):
+def test_non_finite_score_fails_closed(response_probe, score):
     holding_back = holding(response_probe, threshold=1.0)
     holding_back.push(TextDelta("a", tokens=1))
     (end,) = holding_back.push(scored(1, score))
@@ -126,7 +126,7 @@ def test_a_score_that_is_not_finite_is_not_a_verdict(response_probe, score):
 
 
 @pytest.mark.parametrize("hold_backs", [(0, 3), (3, 0)])
-def test_of_several_rules_the_one_that_holds_back_most_decides(tiny, response_probe, hold_backs):
+def test_rule_with_longest_hold_back_decides(tiny, response_probe, hold_backs):
     """Else text would leave that the other rule may still cut."""
     strict = untrained_probe(tiny, "strict", reads=Reads("response"))
     rules = (Rule("block", threshold=1.0, consecutive=1, hold_back=n) for n in hold_backs)
@@ -139,7 +139,7 @@ def test_of_several_rules_the_one_that_holds_back_most_decides(tiny, response_pr
     assert sent == [[], [], [], [1], [2]]
 
 
-def test_a_streak_is_of_any_label_that_counts(tiny):
+def test_streak_counts_any_flagged_label(tiny):
     """Otherwise a text whose tokens are flagged by turns for two labels would pass."""
     topics = untrained_probe(tiny, "topics", task=TOPICS, reads=Reads("response"))
     holding_back = holding(topics, threshold=0.5, consecutive=2)
@@ -155,7 +155,7 @@ def test_a_streak_is_of_any_label_that_counts(tiny):
 @pytest.mark.parametrize(
     ("gap", "cut_at"), [(scored(2), None), (scored(2, math.nan), None), (None, 4)]
 )
-def test_a_streak_ends_at_a_token_without_a_verdict(response_probe, gap, cut_at):
+def test_token_without_verdict_ends_streak(response_probe, gap, cut_at):
     holding_back, ends = holding(response_probe, consecutive=2, on_failure="pass"), []
     rest = [scored(3, 1.0), scored(4, 1.0 if gap is None else 0.0)]
     for event in [scored(1, 1.0), *([] if gap is None else [gap]), *rest]:
@@ -163,7 +163,7 @@ def test_a_streak_ends_at_a_token_without_a_verdict(response_probe, gap, cut_at)
     assert ends == ([] if cut_at is None else [cut_at])
 
 
-def test_an_empty_answer_has_nothing_to_classify(response_probe):
+def test_empty_answer_passes_unclassified(response_probe):
     (end,) = holding(response_probe).push(Finished("stop", 7, 1, verdicts=Verdicts((), ("late",))))
     assert end.reason == "stop"
 
@@ -205,7 +205,7 @@ def guarded(enforcement, *events):
     return asyncio.run(passed())
 
 
-def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_verdicts(prompt_probe):
+def test_cached_decision_applies_only_to_its_prompt(prompt_probe):
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
     enforcement = Enforcement([BoundRule(prompt_probe, Rule("block"))], lambda _: Notes())
     assert enforcement.admits(prompt_event(0.1))
@@ -223,7 +223,7 @@ class CountingTask(Task):
         return super().decide(*args, **options)
 
 
-def test_a_prompt_is_decided_once_for_engine_record_and_client(prompt_probe, monkeypatch):
+def test_prompt_is_decided_once_for_engine_observer_and_client(prompt_probe, monkeypatch):
     monkeypatch.setattr(CountingTask, "decided", 0)
     counted = prompt_probe.changed(
         task=CountingTask(prompt_probe.task.kind, prompt_probe.task.labels)
@@ -240,7 +240,7 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(prompt_probe, mon
     assert not notes.was_cancelled
 
 
-def test_a_text_that_its_client_gives_up_is_told_from_one_that_ended(prompt_probe):
+def test_client_disconnect_is_recorded_as_cancellation(prompt_probe):
     notes = Notes()
     enforcement = Enforcement([BoundRule(prompt_probe, Rule("flag"))], lambda _: notes)
 

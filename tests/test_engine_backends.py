@@ -71,9 +71,7 @@ def probe(tmp_path):
     return save_probe(untrained_probe(tiny_backbone(), "p"), tmp_path / "probe")
 
 
-def test_an_engine_of_another_package_runs_the_models_that_it_names(
-    probe, tmp_path, monkeypatch, capsys
-):
+def test_third_party_engine_runs_its_models(probe, tmp_path, monkeypatch, capsys):
     install_engine(tmp_path, monkeypatch)
     first, *rest = engine_names()
     assert first == "transformers"
@@ -95,7 +93,7 @@ def test_an_engine_of_another_package_runs_the_models_that_it_names(
         assert says in capsys.readouterr().err
 
 
-def test_an_unknown_engine_and_one_that_two_packages_have_are_refused(tmp_path, monkeypatch):
+def test_unknown_and_ambiguous_engines_are_refused(tmp_path, monkeypatch):
     with pytest.raises(
         SidelightError, match=wordings.NO_ENGINE.format(name="vlm") + r".*mean 'vllm'\?.*packages/"
     ):

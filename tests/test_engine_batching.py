@@ -55,7 +55,7 @@ def llama():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
-def test_a_batch_writes_and_classifies_like_the_bare_model_also_in_chunked_prefill(make):
+def test_batched_and_chunked_output_matches_bare_model(make):
     backbone = make()
     # Their states are merged in every way.
     probes = [
@@ -94,7 +94,7 @@ def test_a_batch_writes_and_classifies_like_the_bare_model_also_in_chunked_prefi
             require_alike(verdicts.verdicts, wanted.verdicts)
 
 
-def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama):
+def test_generation_ends_at_length_stop_string_eos_or_context_limit(llama):
     async def ask_all(engine):
         uncut = await ask(engine, TEXTS[0])
         stop = uncut.text[5:7]
@@ -119,7 +119,7 @@ def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama
     assert (ended.text, ended.finished.reason, ended.finished.completion_tokens) == ("", "stop", 1)
 
 
-def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
+def test_seeded_text_does_not_depend_on_batch(llama):
     seeded = Sampling(temperature=1.0, top_p=0.9, max_tokens=16, seed=3)
 
     async def ask_twice(engine):
@@ -135,7 +135,7 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention"])
-def test_layers_that_cannot_be_batched_are_refused_by_their_kind(kind):
+def test_unbatchable_layer_kinds_are_refused(kind):
     backbone = tiny_backbone()
     backbone.model.config.layer_types = ["full_attention", kind, "full_attention"]
     with pytest.raises(SidelightError, match=wordings.LAYERS_OF_KIND.format(kind=kind)) as raised:
@@ -145,7 +145,7 @@ def test_layers_that_cannot_be_batched_are_refused_by_their_kind(kind):
 
 
 @pytest.mark.slow
-def test_admission_is_decided_for_each_request_by_itself(llama):
+def test_admission_is_decided_per_request(llama):
     async def some(engine):
         gate = [engine.generate([Message("user", "first")], GREEDY)]
         await anext(gate[0])
@@ -198,13 +198,13 @@ def check(length=10):
         (Limits(prefill_tokens=50, cache_tokens=200), [check(80)], [check(80), check(80)], []),
     ],
 )
-def test_the_next_prefill_takes_who_came_first_and_fits(limits, joining, running, taken):
+def test_next_prefill_takes_first_requests_that_fit(limits, joining, running, taken):
     queue = RequestQueue(limits)
     queue.join(joining)
     assert queue.find_next(running) == [joining[i] for i in taken]
 
 
-def test_a_list_of_texts_is_one_place_in_line():
+def test_list_of_texts_occupies_one_queue_position():
     queue = RequestQueue(Limits(prefill_tokens=20, waiting=2))
     texts, next_check = [check() for _ in range(5)], check()
     queue.join(texts)
@@ -217,7 +217,7 @@ def test_a_list_of_texts_is_one_place_in_line():
     assert order == [texts[:2], [next_check, texts[2]], texts[3:]]
 
 
-def test_a_full_queue_refuses_and_who_leaves_it_is_not_taken():
+def test_full_queue_rejects_requests_and_skips_departed_ones():
     queue = RequestQueue(Limits(waiting=2))
     stays, leaves, joins = request(), request(), request()
     queue.join([stays, leaves])
@@ -234,9 +234,7 @@ def test_a_full_queue_refuses_and_who_leaves_it_is_not_taken():
 @pytest.mark.parametrize(
     ("loopers", "text", "tokens"), [(1, "hi", 16), (2, "x" * 60, 3), (5, "hi", 3), (5, "x" * 60, 3)]
 )
-def test_looping_clients_share_the_passes_with_a_victim(
-    llama, monkeypatch, kind, loopers, text, tokens
-):
+def test_looping_clients_cannot_starve_a_request(llama, monkeypatch, kind, loopers, text, tokens):
     """At most n + 1 times the passes of the answer alone, beside n clients."""
     sampling = Sampling(temperature=0.0, max_tokens=tokens)
     shapes, joined = count_passes(llama), []
@@ -285,7 +283,7 @@ def test_looping_clients_share_the_passes_with_a_victim(
 
 
 @pytest.mark.slow
-def test_others_are_read_and_written_between_the_chunks_of_a_prompt(llama):
+def test_other_requests_proceed_between_prefill_chunks(llama):
     async def ask_some(engine):
         events = []
 
@@ -312,7 +310,7 @@ def test_others_are_read_and_written_between_the_chunks_of_a_prompt(llama):
     [lambda engine, text: anext(engine.generate(text, GREEDY)), lambda e, text: e.classify([text])],
     ids=["answer", "check"],
 )
-def test_a_cancelled_prompt_is_not_read_on(llama, work):
+def test_cancelled_prompt_stops_prefill(llama, work):
     async def leave(engine):
         asking = asyncio.ensure_future(work(engine, [Message("user", "x" * 200)]))
         while not engine.load.running:
@@ -328,7 +326,7 @@ def test_a_cancelled_prompt_is_not_read_on(llama, work):
     assert len(passes) < 13 + 16
 
 
-def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
+def test_short_text_is_not_padded_to_long_one():
     backbone = tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 1024}))
     backbone.encoder.max_tokens = 1024
     widths = []
@@ -346,7 +344,7 @@ def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
     assert all(rows == 1 for rows, width in widths if width > 512)
 
 
-def test_the_load_can_be_asked_for_while_the_models_thread_adds_rows(llama):
+def test_requests_are_readable_while_model_thread_adds_rows(llama):
     batch = Batch(TransformersDecoder(llama), TextCodec(llama.encoder), prefill_tokens=64)
 
     class Entering:

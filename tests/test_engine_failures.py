@@ -39,7 +39,7 @@ def fail_once(backbone, *, is_prefill):
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
-def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, caplog):
+def test_failed_step_affects_only_its_request(backbone, is_prefill, caplog):
     passes = count_passes(backbone)
 
     async def ask_some(engine):
@@ -66,7 +66,7 @@ def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, 
     ("logit", "temperature", "fails"),
     [(torch.nan, 0.0, True), (torch.inf, 1.0, True), (-torch.inf, 1.0, False)],
 )
-def test_a_logit_that_is_no_number_fails_the_request_and_one_that_rules_out_does_not(
+def test_nan_and_inf_logits_fail_request_but_masked_logits_pass(
     backbone, logit, temperature, fails
 ):
     backbone.model.lm_head.register_forward_hook(
@@ -83,7 +83,7 @@ def test_a_logit_that_is_no_number_fails_the_request_and_one_that_rules_out_does
         assert work().finished
 
 
-def test_requests_whose_texts_wait_to_be_encoded_are_bounded(backbone):
+def test_requests_waiting_for_encoding_are_bounded(backbone):
     """A client whose long texts are encoded one after the other fills no memory."""
 
     async def crowd(engine):
@@ -97,7 +97,7 @@ def test_requests_whose_texts_wait_to_be_encoded_are_bounded(backbone):
     run_engine(backbone, crowd, limits=Limits(running=1, waiting=2))
 
 
-def test_requests_in_a_closed_engine_fail(backbone):
+def test_requests_fail_when_engine_is_closed(backbone):
     async def main():
         engine = TransformersEngine(backbone, [])
         await engine.start()

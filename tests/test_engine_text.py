@@ -29,7 +29,7 @@ def decode_bytes(tokens):
 
 
 @given(BYTES)
-def test_deltas_add_up_to_the_text_and_never_hold_half_a_character(data):
+def test_deltas_concatenate_to_text_without_partial_characters(data):
     detokenizer, text = Detokenizer(decode_bytes), ""
     for count, token in enumerate(data, 1):
         text += detokenizer.push(token)
@@ -40,7 +40,7 @@ def test_deltas_add_up_to_the_text_and_never_hold_half_a_character(data):
 
 @pytest.mark.slow
 @given(st.lists(SHORT_TEXT, max_size=8), STOPS)
-def test_text_ends_before_a_stop_string_whatever_the_chunks(chunks, stops):
+def test_text_ends_before_stop_string_regardless_of_chunking(chunks, stops):
     text = "".join(chunks)
     cuts = [text.find(stop) for stop in stops if stop in text]
     written = []
@@ -55,19 +55,19 @@ def test_text_ends_before_a_stop_string_whatever_the_chunks(chunks, stops):
     assert written == [sent] * 3
 
 
-def test_the_prefix_of_a_stop_string_is_not_sent():
+def test_stop_string_prefix_is_not_sent():
     gate = StopGate(["###"])
     assert [gate.push(c) for c in "a##b###c"] == ["a", "", "", "##b", "", "", "", ""]
 
 
-def test_a_long_stop_string_costs_no_more_than_the_pending_text():
+def test_long_stop_strings_are_matched_quickly():
     """The passes of all clients wait for it."""
     gate, start = StopGate(["x" * 100_000] * 16), time.process_time()
     assert "".join(gate.push(" word") for _ in range(300)) == " word" * 300
     assert time.process_time() - start < 1
 
 
-def test_no_temperature_takes_the_most_probable_token_and_a_seed_draws_the_same():
+def test_zero_temperature_is_greedy_and_seeded_draws_repeat():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
     assert int(Sampler(Sampling(temperature=0.0))(logits)) == logits.argmax()
     samplers = [Sampler(Sampling(seed=7)) for _ in range(2)]
@@ -77,7 +77,7 @@ def test_no_temperature_takes_the_most_probable_token_and_a_seed_draws_the_same(
 
 
 @pytest.mark.slow
-def test_draws_follow_the_softmax():
+def test_samples_follow_softmax_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, float("-inf")])
     sampler = Sampler(Sampling(temperature=0.7, seed=1))
     draws = torch.tensor([int(sampler(logits)) for _ in range(4000)])
@@ -86,13 +86,13 @@ def test_draws_follow_the_softmax():
     torch.testing.assert_close(shares, torch.softmax(logits / 0.7, -1), atol=0.024, rtol=0)
 
 
-def test_top_p_leaves_the_tail_out():
+def test_top_p_excludes_tail_tokens():
     logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
     sampler = Sampler(Sampling(top_p=0.6, seed=0))
     assert {int(sampler(logits)) for _ in range(200)} == {0, 1}
 
 
-def test_a_closed_engine_leaves_no_thread_and_takes_no_text(tiny):
+def test_closed_engine_leaves_no_threads_and_refuses_texts(tiny):
     before, text = {*threading.enumerate()}, PlainText("x")
 
     async def encode(engine):
@@ -106,7 +106,7 @@ def test_a_closed_engine_leaves_no_thread_and_takes_no_text(tiny):
         asyncio.run(engine.tokenize(text))
 
 
-def test_a_limit_of_one_token_is_in_the_singular():
+def test_one_token_limit_error_uses_singular():
     encoder = PromptEncoder(tiny_tokenizer(), prompt_format="raw", max_tokens=1)
     with pytest.raises(ContextLengthError, match=wordings.AT_MOST_TOKENS.format(tokens="1 token")):
         encoder.encode(PlainText("one two three"))

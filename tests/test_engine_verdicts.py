@@ -55,7 +55,7 @@ def response_probe(backbone, name="late", side="response", **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["response", "both"])
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention"])
-def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism):
+def test_running_verdicts_match_text_so_far(backbone, side, mechanism):
     probe = response_probe(backbone, side=side, mechanism=mechanism)
 
     async def ask_all(engine):
@@ -83,7 +83,7 @@ def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism)
     require_alike(plain.finished.verdicts.verdicts, of_one_pass(backbone, probe, read))
 
 
-def test_monitoring_changes_no_text_and_costs_one_pass_over_the_last_token(backbone):
+def test_monitoring_leaves_text_unchanged_and_costs_one_extra_pass(backbone):
     passes = count_passes(backbone)
     both = [response_probe(backbone), response_probe(backbone, "other")]
 
@@ -118,7 +118,7 @@ def test_monitoring_changes_no_text_and_costs_one_pass_over_the_last_token(backb
 
 
 @pytest.mark.parametrize(("max_tokens", "has_stop"), [(1, False), (2, False), (30, True)])
-def test_every_token_of_a_monitored_text_is_read(backbone, max_tokens, has_stop):
+def test_every_token_of_monitored_text_is_scored(backbone, max_tokens, has_stop):
     async def ask_twice(engine):
         first = await ask(engine, "x", Sampling(max_tokens=30, temperature=0.0))
         stop = (first.text[7:9],) if has_stop else ()
@@ -132,7 +132,7 @@ def test_every_token_of_a_monitored_text_is_read(backbone, max_tokens, has_stop)
 
 
 @pytest.mark.parametrize("name", ["early", "nobody"])
-def test_what_cannot_be_monitored_is_refused(backbone, name):
+def test_only_response_probes_can_be_monitored(backbone, name):
     probes = [untrained_probe(backbone, "early"), response_probe(backbone)]
     with pytest.raises(SidelightError, match="Known: late"):
         run_engine(
@@ -141,7 +141,7 @@ def test_what_cannot_be_monitored_is_refused(backbone, name):
 
 
 @pytest.mark.slow
-def test_a_completion_keeps_the_probes_of_its_call_to_its_end(backbone):
+def test_running_completions_are_unaffected_by_probe_replacement(backbone):
     """Also if its first step comes after they were replaced."""
 
     async def replace_meanwhile(engine):
@@ -163,7 +163,7 @@ def test_a_completion_keeps_the_probes_of_its_call_to_its_end(backbone):
     require_alike(ends[0].verdicts.verdicts, of_one_pass(backbone, old, read))
 
 
-def test_probes_keep_nothing_as_wide_as_a_hidden_state_in_any_layer_or_after_the_pass():
+def test_probes_retain_no_hidden_states():
     backbone = tiny_backbone()
     alive: list[int] = []
     for module in (*backbone.model.model.layers, backbone.model):
@@ -189,7 +189,7 @@ def wide_tensors():
     return [t for t in tensors if t.shape[-1:] == (WIDTH,) and t.numel() >= len(TEXT) * WIDTH]
 
 
-def test_a_flip_is_another_verdict_at_the_probes_threshold(tiny):
+def test_flips_are_counted_at_probe_threshold(tiny):
     """Two engines whose probes differ in their threshold alone."""
     texts = [[Message("user", f"text {number}")] for number in range(6)]
     probe = untrained_probe(tiny, "toxicity", threshold=0.0)

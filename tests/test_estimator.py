@@ -61,14 +61,14 @@ CHECKS = [
 
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_checks_of_scikit_learn_that_need_no_table_of_numbers_pass(check):
+def test_applicable_scikit_learn_checks_pass(check):
     getattr(estimator_checks, check)("SidelightClassifier", SidelightClassifier())
     tags = get_tags(SidelightClassifier()).input_tags
     assert (tags.string, tags.one_d_array, tags.two_d_array) == (True, True, False)
     assert is_classifier(SidelightClassifier())
 
 
-def test_new_texts_get_their_class_and_probabilities_in_the_order_of_the_classes(fitted):
+def test_predictions_and_probabilities_follow_class_order(fitted):
     assert fitted.classes_.tolist() == sorted(SIGNALS)
     probabilities = fitted.predict_proba(NEW_TEXTS)
     assert probabilities.shape == (40, 3)
@@ -84,14 +84,14 @@ def in_traffic(model):
     return SidelightClassifier(model).fit(TEXTS, LETTERS)
 
 
-def test_it_is_the_probe_that_train_trains(model, in_traffic):
+def test_estimator_trains_same_probe_as_train(model, in_traffic):
     rows = [*zip(TEXTS, LETTERS.tolist(), strict=True)]
     trained = sidelight.train(model, rows).probe
     assert trained.card.training.contexts
     assert trained.version == in_traffic.probe_.version
 
 
-def test_a_probe_with_the_none_class_chooses_among_the_users_classes(in_traffic):
+def test_predictions_exclude_none_class(in_traffic):
     assert in_traffic.probe_.task.abstains
     probabilities = in_traffic.predict_proba(NEW_TEXTS)
     assert in_traffic.classes_.tolist() == sorted(SIGNALS)
@@ -104,7 +104,7 @@ def test_a_probe_with_the_none_class_chooses_among_the_users_classes(in_traffic)
 
 
 @pytest.mark.parametrize("labels", [(False, True), ("b", "a")])
-def test_the_classes_are_those_of_the_targets(model, labels):
+def test_classes_match_targets(model, labels):
     texts, numbers = planted("binary", 40, seed=2)
     targets = np.array(labels)[numbers]
     estimator = SidelightClassifier(model, **QUICK).fit(np.array(texts), targets)
@@ -116,7 +116,7 @@ def test_the_classes_are_those_of_the_targets(model, labels):
     )
 
 
-def test_a_grid_search_of_a_pipeline_reads_its_texts_in_every_fit(model, ran):
+def test_pipeline_grid_search_rereads_texts_in_every_fit(model, ran):
     texts, numbers = planted("binary", 30, seed=3)
     texts = [f"{text}{number}" for number, text in enumerate(texts)]
     classifier = SidelightClassifier(model, **QUICK)
@@ -128,7 +128,7 @@ def test_a_grid_search_of_a_pipeline_reads_its_texts_in_every_fit(model, ran):
     assert roc_auc_score(numbers, search.predict_proba(texts)[:, 1]) > 0.75
 
 
-def test_with_keep_cache_a_text_is_read_once_to_train_however_many_fits_train_on_it(model, ran):
+def test_keep_cache_reads_each_text_once_across_fits(model, ran):
     texts, numbers = planted("binary", 30, seed=4)
     texts = [f"{text}-{number}" for number, text in enumerate(texts)]
     classifier = SidelightClassifier(model, keep_cache=True, **QUICK)
@@ -149,12 +149,12 @@ def test_with_keep_cache_a_text_is_read_once_to_train_however_many_fits_train_on
         (["a", "b"], [0.5, 1.5], "Unknown label type"),
     ],
 )
-def test_what_are_no_texts_or_no_classes_is_a_value_error(model, texts, labels, says):
+def test_invalid_texts_or_labels_raise_value_error(model, texts, labels, says):
     with pytest.raises(ValueError, match=says):
         SidelightClassifier(model).fit(texts, labels)
 
 
-def test_a_fitted_classifier_is_saved_as_an_artifact_pickled_and_cloned(model, fitted, tmp_path):
+def test_fitted_classifier_can_be_saved_pickled_and_cloned(model, fitted, tmp_path):
     classifier = sidelight.load(fitted.save(tmp_path / "letters"), model=model)
     assert {verdict.probe for verdict in classifier.predict(NEW_TEXTS)} == {"letters"}
     expected = fitted.predict_proba(NEW_TEXTS)
@@ -168,7 +168,7 @@ def test_a_fitted_classifier_is_saved_as_an_artifact_pickled_and_cloned(model, f
         unfitted.predict(NEW_TEXTS)
 
 
-def test_a_fit_that_fails_leaves_what_was_fitted_before(model, fitted):
+def test_failed_fit_preserves_previous_fit(model, fitted):
     restored, new = pickle.loads(pickle.dumps(fitted)), SidelightClassifier(model, **QUICK)
     for estimator in (restored, new):
         with pytest.raises(SidelightError):
@@ -180,7 +180,7 @@ def test_a_fit_that_fails_leaves_what_was_fitted_before(model, fitted):
 
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(("verbose", "random_state", "seed"), [(False, 7, 7), (True, None, 0)])
-def test_the_settings_reach_the_training(model, tmp_path, capsys, verbose, random_state, seed):
+def test_estimator_parameters_reach_training(model, tmp_path, capsys, verbose, random_state, seed):
     # NumPy's numbers, as of a grid, are settings too.
     estimator = SidelightClassifier(
         model, mechanism="gate", weight_decay=0.2, class_weight="balanced", calibration="none",

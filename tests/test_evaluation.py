@@ -99,7 +99,7 @@ def expected(task: Task, probabilities, labels) -> dict[str, float]:
 @every_task
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(8, 250), seed=st.integers(0, 10_000), ties=st.booleans())
-def test_every_metric_agrees_with_the_reference(task, rows, seed, ties):
+def test_metrics_match_reference_implementation(task, rows, seed, ties):
     probabilities, labels = draw_rows(task, rows=rows, seed=seed, ties=ties)
     ours = measured(decided(task, probabilities, labels))
     assert set(ours) == set(METRICS)
@@ -109,7 +109,7 @@ def test_every_metric_agrees_with_the_reference(task, rows, seed, ties):
 @every_task
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), ties=st.booleans())
-def test_a_weight_counts_like_repeated_rows_beside_other_weights(task, seed, ties):
+def test_weights_count_like_repeated_rows(task, seed, ties):
     probabilities, labels = draw_rows(task, rows=60, seed=seed, ties=ties)
     weights = np.random.default_rng(seed).integers(0, 4, size=(60, 3))
     together = measure(decided(task, probabilities, labels), weights.astype(float))
@@ -138,20 +138,20 @@ THREE = [[0.8, 0.1, 0.1, 0], [0.2, 0.7, 0.1, 0], [0.1, 0.2, 0.7, 0]]
         (MULTICLASS, THREE, [0, 1, 2], dict.fromkeys([*DECIDED, "macro_f1", "auprc", "auroc"], 1)),
     ],
 )
-def test_what_a_class_without_rows_leaves_undefined_is_none(task, probabilities, labels, values):
+def test_undefined_metrics_are_none(task, probabilities, labels, values):
     report = evaluate(decided(task, np.array(probabilities), np.array(labels)))
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert {name: data[name]["value"] for name in values} == values
     assert all(data[name]["ci"] == [None, None] for name in values if values[name] is None)
 
 
-def test_a_row_that_is_not_a_number_is_named():
+def test_nan_error_names_its_row():
     with pytest.raises(SidelightError, match=r"Row 1 .* NaN"):
         decided(BINARY, np.array([[0.1], [np.nan], [0.2]]), np.zeros(3, int))
 
 
 @every_task
-def test_log_losses_agree_with_the_reference(task):
+def test_log_losses_match_reference_implementation(task):
     probabilities, labels = draw_rows(task, rows=50, seed=0)
     if task.kind == "multilabel":
         pairs = zip(labels.T, probabilities.T, strict=True)
@@ -170,7 +170,7 @@ def report_on(task: Task, **changes) -> Report:
 
 
 @every_task
-def test_a_report_is_json_and_the_bootstrap_changes_nothing_but_its_intervals(task):
+def test_report_is_json_and_bootstrap_affects_only_intervals(task):
     plain, one, reseeded = (
         report_on(task, **options) for options in ({"bootstrap": 0}, {}, {"seed": 4})
     )
@@ -192,7 +192,7 @@ def test_a_report_is_json_and_the_bootstrap_changes_nothing_but_its_intervals(ta
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_confidence_intervals_have_nominal_coverage():
     every = decided(BINARY, *draw_rows(BINARY, rows=200_000, seed=0))
     truth = evaluate(every, bootstrap=0).metrics["auroc"].value
     covered = 0
@@ -206,7 +206,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 @every_task
-def test_per_class_and_confusion_matrix_agree_with_the_reference(task):
+def test_per_class_metrics_and_confusion_matrix_match_reference_implementation(task):
     probabilities, labels = draw_rows(task, rows=300, seed=0)
     predictions = decided(task, probabilities, labels)
     decisions = predictions.decisions
@@ -232,7 +232,7 @@ def test_per_class_and_confusion_matrix_agree_with_the_reference(task):
 
 
 @pytest.mark.parametrize("task", [*TASKS, Task("multiclass", ("a", "b", "c", "d", "nobody"))])
-def test_an_interval_does_not_collapse_where_no_row_is_wrong(task):
+def test_intervals_do_not_collapse_without_errors(task):
     _, labels = draw_rows(MULTICLASS if task.kind == "multiclass" else task, rows=40, seed=0)
     right = np.eye(task.outputs)[labels] if task.kind == "multiclass" else labels.reshape(40, -1)
     report = evaluate(decided(task, 0.9 * right + 0.02, labels))
@@ -242,7 +242,7 @@ def test_an_interval_does_not_collapse_where_no_row_is_wrong(task):
 
 
 @pytest.mark.parametrize("task", [*TASKS, Task("binary", ("[safe]", "[/bold]"))])
-def test_the_table_shows_every_metric_and_label(task, capsys):
+def test_report_table_shows_every_metric_and_label(task, capsys):
     print_report(report_on(task))
     text = capsys.readouterr().out
     assert all(name in text for name in METRICS + task.labels)

@@ -65,7 +65,7 @@ def require_verdicts_printed(name: str, address: str, capsys: pytest.CaptureFixt
     return printed
 
 
-def test_openais_client_and_curl_show_verdicts_of_an_answer_and_of_a_stream(address, capsys):
+def test_openai_client_and_curl_show_complete_and_streamed_verdicts(address, capsys):
     printed = require_verdicts_printed("openai_chat.py", address, capsys)
     assert "Refused: probe_not_found" in printed
     printed = subprocess.check_output(["sh", str(EXAMPLES / "curl.sh")], text=True)
@@ -77,7 +77,7 @@ def test_openais_client_and_curl_show_verdicts_of_an_answer_and_of_a_stream(addr
     assert len(moderation["results"]) == 2
 
 
-def test_the_values_for_kubernetes_name_what_the_plugin_reads():
+def test_vllm_stack_values_match_plugin_settings():
     values = yaml.safe_load((EXAMPLES / "vllm_stack.yaml").read_text())
     (model,) = values["servingEngineSpec"]["modelSpec"]
     variables = {entry["name"]: entry["value"] for entry in model["env"]}
@@ -87,7 +87,7 @@ def test_the_values_for_kubernetes_name_what_the_plugin_reads():
     assert all(path.startswith(mount["mountPath"] + "/") for path in paths)
 
 
-def test_garak_reads_an_answer_of_the_server_and_skips_a_refusal(tiny):
+def test_garak_reads_answers_and_skips_refusals(tiny):
     target = json.loads((EXAMPLES / "garak/sidelight.json").read_text())["rest"]["RestGenerator"]
     words = json.dumps(target["req_template_json_object"]).replace("$INPUT", "Where is my refund?")
     path = target["uri"].removeprefix("http://127.0.0.1:8000")
@@ -106,7 +106,7 @@ def test_garak_reads_an_answer_of_the_server_and_skips_a_refusal(tiny):
 
 
 @pytest.mark.slow
-def test_blocked_prompts_of_a_report_of_garak_are_counted_by_probe(tmp_path, monkeypatch, capsys):
+def test_blocked_prompts_in_garak_report_are_counted_by_probe(tmp_path, monkeypatch, capsys):
     def attempt(probe, text, output, score, status=2):
         turn = {"role": "user", "content": {"text": text}}
         return {
@@ -139,7 +139,7 @@ def test_blocked_prompts_of_a_report_of_garak_are_counted_by_probe(tmp_path, mon
     assert [row.split("|")[3:5] for row in rows] == [[" 1 ", " 1 "], [" 0 ", " 0 "], [" 1 ", " 1 "]]
 
 
-def test_the_route_of_kubernetes_is_that_of_envoy_to_a_port_of_the_service():
+def test_gateway_route_matches_envoy_pattern_and_service_port():
     route = yaml.safe_load((EXAMPLES / "gateway_api.yaml").read_text())
     (rule,) = route["spec"]["rules"]
     (backend,) = rule["backendRefs"]
@@ -162,7 +162,7 @@ def test_the_route_of_kubernetes_is_that_of_envoy_to_a_port_of_the_service():
     assert len(paths) == 6 == regex.count("|") + 1
 
 
-def test_a_lane_runs_each_example_that_the_table_of_integrations_says_it_runs():
+def test_matrix_lanes_run_documented_integration_examples():
     lanes = runpy.run_path(str(ROOT / ".ci/matrix.py"))["LANES"]
     columns = ("tool", "calls", "fails open", "example", "lane")
     named: set[Path] = set()

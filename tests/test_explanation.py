@@ -57,9 +57,7 @@ def require_complete(explanation):
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_shares_sum_to_the_logit_and_stand_at_characters_of_messages_as_they_were_sent(
-    backbone, mechanism, kind
-):
+def test_shares_sum_to_logit_and_map_to_message_characters(backbone, mechanism, kind):
     task = TASKS[kind]
     probe = untrained_probe(backbone, "p", task=task, mechanism=mechanism)
     classifier, example = Classifier(backbone, probe), Example(TURNS)
@@ -78,7 +76,7 @@ def test_shares_sum_to_the_logit_and_stand_at_characters_of_messages_as_they_wer
         assert covered == ({*range(len(message.content))} if message.role != "system" else set())
 
 
-def test_a_response_is_the_message_after_the_last(backbone):
+def test_response_counts_as_message_after_last(backbone):
     probe = untrained_probe(backbone, "late", reads=Reads("response"))
     explanation = Classifier(backbone, probe).explain(Example(TURNS), response=RESPONSE)
     require_complete(explanation)
@@ -86,7 +84,7 @@ def test_a_response_is_the_message_after_the_last(backbone):
     assert len(explanation.places) == len(RESPONSE)
 
 
-def test_the_logit_is_that_of_the_turns_that_decided(backbone):
+def test_explained_logit_comes_from_deciding_turns(backbone):
     turns = set()
     for seed in range(6):
         probe = untrained_probe(backbone, f"p{seed}", reads=Reads(scope="each_turn"))
@@ -103,7 +101,7 @@ def test_the_logit_is_that_of_the_turns_that_decided(backbone):
     assert len(turns) > 1
 
 
-def test_a_text_without_a_verdict_is_not_explained(backbone):
+def test_text_without_verdict_is_not_explained(backbone):
     probe = untrained_probe(backbone, "p")
     plain = Example((Message("user", "hello"),), is_plain=True)
     with pytest.raises(VerdictError, match=wordings.NOT_OF_PLAIN_TEXT):
@@ -112,7 +110,7 @@ def test_a_text_without_a_verdict_is_not_explained(backbone):
         Classifier(backbone, broken(probe)).explain("hello")
 
 
-def test_an_engine_explains_by_the_pass_that_classifies(backbone):
+def test_engine_explains_without_extra_passes(backbone):
     probes = [
         *three_probes(backbone),
         untrained_probe(backbone, "fused", mechanism="spans"),

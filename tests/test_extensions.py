@@ -36,7 +36,7 @@ def install(folder, patch, *, requires, group="sidelight.engines", name="other",
     patch.syspath_prepend(str(folder))
 
 
-def test_all_packages_have_one_version_and_ask_for_that_of_the_core():
+def test_packages_share_one_version_and_pin_the_core():
     core = PROJECTS[ROOT.name]
     assert {project["version"] for project in PROJECTS.values()} == {core["version"]}
     # The guards are texts and weights, which any version may read.
@@ -54,7 +54,7 @@ def test_all_packages_have_one_version_and_ask_for_that_of_the_core():
         "sidelight==99; extra == 'absent'",
     ],
 )
-def test_a_package_that_fits_is_loaded(requires, tmp_path, monkeypatch):
+def test_compatible_package_is_loaded(requires, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, requires=requires)
     assert "other" in extension_names("sidelight.engines")
     assert load_extension("sidelight.engines", "other") == "made"
@@ -71,9 +71,7 @@ def test_a_package_that_fits_is_loaded(requires, tmp_path, monkeypatch):
         ("guards", lambda: cli("predict", "guard:other", "a text")),
     ],
 )
-def test_a_package_that_requires_another_version_is_refused(
-    group, used, requires, tmp_path, monkeypatch, capsys
-):
+def test_incompatible_package_is_refused(group, used, requires, tmp_path, monkeypatch, capsys):
     install(tmp_path, monkeypatch, requires=requires, group=f"sidelight.{group}")
     try:
         assert used() == 2
@@ -85,7 +83,7 @@ def test_a_package_that_requires_another_version_is_refused(
     assert "\n" not in error.strip()
 
 
-def test_an_engine_that_does_not_fit_leaves_the_others_usable(tmp_path, monkeypatch, capsys):
+def test_incompatible_engine_does_not_affect_others(tmp_path, monkeypatch, capsys):
     install(tmp_path, monkeypatch, requires="sidelight==99.1")
     assert cli("train", "--help") == 0
     told = capsys.readouterr()
@@ -94,7 +92,7 @@ def test_an_engine_that_does_not_fit_leaves_the_others_usable(tmp_path, monkeypa
     assert Runtime(model=None, engine="transformers").model_of([]) == "smollm2"
 
 
-def test_an_engine_that_cannot_be_imported_is_an_error_where_it_is_named(tmp_path, monkeypatch):
+def test_unimportable_engine_raises_error_only_when_selected(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, requires="sidelight", module="broken", name="broken")
     (tmp_path / "broken.py").write_text("import absent_package\n")
     with pytest.raises(
@@ -105,7 +103,7 @@ def test_an_engine_that_cannot_be_imported_is_an_error_where_it_is_named(tmp_pat
     assert owner_of("smollm2") is None
 
 
-def test_an_option_that_may_be_a_secret_is_not_printed(capsys):
+def test_engine_option_errors_do_not_print_values(capsys):
     arguments = (
         "predict",
         "probe",
@@ -121,7 +119,7 @@ def test_an_option_that_may_be_a_secret_is_not_printed(capsys):
     assert "secret" not in error
 
 
-def test_a_name_that_no_package_has_and_one_that_two_have(tmp_path, monkeypatch):
+def test_absent_extension_is_none_and_ambiguous_one_is_refused(tmp_path, monkeypatch):
     assert find_extension("sidelight.engines", "absent") is None
     for module in ("one", "two"):
         install(tmp_path, monkeypatch, requires="sidelight", module=module)
@@ -157,7 +155,7 @@ def strings(path):
             yield node.value.lower()
 
 
-def test_the_core_names_no_engine_but_transformers():
+def test_core_names_no_engine_except_transformers():
     core = ROOT / "src/sidelight"
     found = {
         str(path.relative_to(core))

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 import wordings
 from sidelight import storage
+from sidelight.engines.transformers import backbone as engine
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads, shared_unread
-from sidelight.probes.ragged import by_length
+from sidelight.probes.ragged import by_length, padded_length
 from sidelight.states.cache import ActivationCache, Memory, random_shards
 from sidelight.states.extraction import extract
 from worlds.data import encoded
-from worlds.models import tiny_backbone
+from worlds.models import family_backbone, tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
 # bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.
@@ -53,7 +54,7 @@ def states_by_row(cache):
     ("reads", "shard_bytes"),
     [(Reads(), 5_000), (Reads("response"), 10**6), (Reads("both", template=False), 5_000)],
 )
-def test_shards_hold_what_a_tap_reads_of_each_text(tiny, tmp_path, reads, shard_bytes):
+def test_shards_match_tapped_states_of_each_text(tiny, tmp_path, reads, shard_bytes):
     prompts = [tiny.encoder.encode([Message("user", text)], text[::-1]) for text in TEXTS]
     cache = extracted(tiny, tmp_path, prompts, reads=reads, shard_bytes=shard_bytes)
     assert (len(cache.shards) > 1) == (shard_bytes < 10**6)
@@ -68,7 +69,7 @@ def test_shards_hold_what_a_tap_reads_of_each_text(tiny, tmp_path, reads, shard_
         torch.testing.assert_close(states[row].float(), expected, **ROUNDING_TO_BF16)
 
 
-def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
+def test_shared_prefix_runs_once_per_batch(tiny, tmp_path):
     prompts = encoded(tiny, TEXTS)
     shared = shared_unread(prompts, Reads())
     assert shared
@@ -83,7 +84,7 @@ def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
     assert ran == [(1, shared), (len(TEXTS), longest - shared)]
 
 
-def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_nothing(tiny, tmp_path, ran):
+def test_extraction_is_deterministic_and_complete_cache_runs_nothing(tiny, tmp_path, ran):
     first, second = (extracted(tiny, tmp_path / name, shard_bytes=5_000) for name in ("a", "b"))
     assert contents(first.directory) == contents(second.directory)
     ran.clear()
@@ -91,7 +92,7 @@ def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_nothing(tin
     assert not ran
 
 
-def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkeypatch):
+def test_insufficient_disk_space_is_reported_before_extraction(tiny, tmp_path, ran, monkeypatch):
     cache = cache_of(tiny, tmp_path)
     needed = sum(cache.lengths) * tiny.fingerprint.layers * 32 * 2
     usage = shutil.disk_usage(tmp_path)
@@ -112,7 +113,7 @@ def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkey
         (float("nan"), "float32", "weights"),
     ],
 )
-def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, value, dtype, remedy):
+def test_non_finite_state_error_names_its_text(tmp_path, value, dtype, remedy):
     backbone = tiny_backbone()
     prompts = encoded(backbone, [*TEXTS, "Z", "six"])
     (broken,) = set(prompts[5].token_ids) - set(prompts[6].token_ids)
@@ -143,7 +144,7 @@ def several_batches(backbone, root):
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_path):
+def test_killed_extraction_resumes_where_it_stopped(tiny, tmp_path):
     cache, passes = several_batches(tiny, tmp_path / "killed"), count()
 
     def die(*_):
@@ -173,7 +174,7 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
-def test_caches_of_one_folder_run_each_text_once_for_all_of_them(tiny, tmp_path, ran, shard_bytes):
+def test_caches_sharing_a_folder_run_each_text_once(tiny, tmp_path, ran, shard_bytes):
     # Equal texts are one.
     prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
     separate = states_by_row(extracted(tiny, tmp_path / "alone", prompts))
@@ -190,7 +191,7 @@ def test_caches_of_one_folder_run_each_text_once_for_all_of_them(tiny, tmp_path,
 
 @law
 @given(lengths=st.lists(st.integers(0, 50), max_size=40), room=st.integers(1, 80))
-def test_shards_and_batches_have_every_text_once_and_fit_padding_included(lengths, room):
+def test_shards_and_batches_cover_texts_once_within_budget(lengths, room):
     shards = random_shards(lengths, tokens=room)
     assert shards == random_shards(lengths, tokens=room)
     assert sorted(row for rows in shards for row in rows) == list(range(len(lengths)))
@@ -199,17 +200,45 @@ def test_shards_and_batches_have_every_text_once_and_fit_padding_included(length
     batches = by_length(lengths, batch_tokens=room)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert max(lengths[i] for i in batch) * len(batch) <= room or len(batch) == 1
+        longest = padded_length(max(lengths[i] for i in batch))
+        assert longest * len(batch) <= room or len(batch) == 1
 
 
-def test_shards_are_random_samples_not_runs_of_the_file():
+def test_padded_lengths_are_few_and_at_most_an_eighth_longer():
+    lengths = range(1, 8193)
+    padded = [*map(padded_length, lengths)]
+    assert all(n <= longer <= n * 9 / 8 for n, longer in zip(lengths, padded, strict=True))
+    assert len({*padded}) < 100
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_passes_on_a_cpu_have_few_shapes_and_the_same_states(
+    family, tmp_path, monkeypatch
+):
+    backbone = family_backbone(family, dtype=torch.bfloat16)
+    lengths: list[int] = []
+    room = backbone.max_tokens - len(encoded(backbone, ["x"])[0])
+    prompts = encoded(backbone, ["x" * count for count in range(1, room + 1, 7)])
+    for prompt in prompts:
+        with backbone.tapped(lambda layer, hidden: lengths.append(hidden.shape[1])):
+            backbone.run([prompt], layers=1)
+    wanted = [min(backbone.max_tokens, padded_length(len(prompt))) for prompt in prompts]
+    assert lengths == wanted
+    assert len({*lengths}) < len(prompts)
+    padded = states_by_row(extracted(backbone, tmp_path / "padded", prompts))
+    monkeypatch.setattr(engine, "keeps_shapes", lambda *_: False)
+    for row, states in states_by_row(extracted(backbone, tmp_path / "exact", prompts)).items():
+        torch.testing.assert_close(padded[row], states, rtol=0.05, atol=0.05)
+
+
+def test_shards_are_random_samples():
     shards = random_shards([10] * 400, tokens=1000)
     assert len(shards) == 4
     for rows in shards:
         assert 120 < sum(rows) / len(rows) < 280
 
 
-def test_key_and_files_change_with_backbone_engine_reads_and_texts_only(tiny, tmp_path):
+def test_cache_key_depends_on_backbone_engine_reads_and_texts_only(tiny, tmp_path):
     who, prompts = tiny.fingerprint, encoded(tiny, [*TEXTS, "six"])
     options = [
         {},
@@ -232,7 +261,7 @@ def test_key_and_files_change_with_backbone_engine_reads_and_texts_only(tiny, tm
         assert (cache.key, cache.path(0)) == (caches[0].key, caches[0].path(0))
 
 
-def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
+def test_cached_text_round_trips_and_partial_file_counts_as_missing(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.mkdir()
     (cache.directory / f"{cache.path(0).name}.1.partial").write_bytes(b"half")
@@ -244,7 +273,7 @@ def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_p
     assert sorted(cache.missing()) == list(range(2, len(TEXTS)))
 
 
-def test_to_store_a_text_the_folder_of_all_others_is_not_read(tiny, tmp_path, monkeypatch):
+def test_storing_text_does_not_scan_folder(tiny, tmp_path, monkeypatch):
     """Of 50,000 texts that took 37 ms for each."""
     cache = cache_of(tiny, tmp_path)
     cache.directory.mkdir()
@@ -254,7 +283,7 @@ def test_to_store_a_text_the_folder_of_all_others_is_not_read(tiny, tmp_path, mo
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_two_processes_that_write_the_same_states_at_once_both_have_them_intact(tiny, tmp_path):
+def test_concurrent_writers_leave_states_intact(tiny, tmp_path):
     cache, written = several_batches(tiny, tmp_path / "both"), []
     child = os.fork()
     if not child:
@@ -274,7 +303,7 @@ def test_two_processes_that_write_the_same_states_at_once_both_have_them_intact(
             torch.testing.assert_close(hidden, wanted[row], **ROUNDING_TO_BF16)
 
 
-def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
+def test_unwritable_or_unreadable_states_raise_errors(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.write_text("not a folder")
     with pytest.raises(
@@ -290,7 +319,7 @@ def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, 
             cache.text(row)
 
 
-def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
+def test_selected_texts_are_identical_in_memory_and_on_disk(tiny, tmp_path):
     prompts = encoded(tiny, [f"text {number} " * (number % 3 + 1) for number in range(30)])
     cache = extracted(tiny, tmp_path, prompts, shard_bytes=40_000)
     assert len(cache.shards) > 3

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from sidelight.training.dataset import make_split
 from sidelight.training.fit import fit, warn_of_none
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.measuring import calibrate_examples, measure_sources
-from sidelight.training.preparing import ProbeDataset
+from sidelight.training.preparing import ProbeDataset, prepare
 from sidelight.training.settings import (
     ABANDONED_S,
     Background,
@@ -56,7 +57,7 @@ def fitted(tiny, root, texts, validation=None, **options):
 
 
 @pytest.mark.slow
-def test_the_default_is_a_readout(tiny, tmp_path):
+def test_default_mechanism_is_readout(tiny, tmp_path):
     default = fitted(tiny, tmp_path, planted_rows("multiclass", 60), mechanism=None)
     named = fitted(
         tiny, tmp_path, planted_rows("multiclass", 60), mechanism=mechanism_spec("readout")
@@ -65,7 +66,7 @@ def test_the_default_is_a_readout(tiny, tmp_path):
     np.testing.assert_array_equal(default.losses, named.losses)
 
 
-def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path):
+def test_detections_are_reported_per_source(tiny, tmp_path):
     texts = [
         {**row, "source": ("mails: of May", "calls", None)[i % 3]}
         for i, row in enumerate(planted_rows("binary", 60))
@@ -92,7 +93,7 @@ def test_what_is_found_and_falsely_flagged_is_told_of_each_source(tiny, tmp_path
     }
 
 
-def test_words_are_told_to_be_better_where_they_clearly_are(warned):
+def test_clearly_better_word_baseline_triggers_warning(warned):
     examples = load_examples(planted_rows("binary", 400))
     warned()
     few = examples.select([*np.flatnonzero(examples.labels == 0), *range(6)])
@@ -106,7 +107,7 @@ def test_words_are_told_to_be_better_where_they_clearly_are(warned):
     assert warned() == []
 
 
-def test_trainings_that_differ_share_no_folder_of_states(tiny, tmp_path, monkeypatch):
+def test_different_trainings_use_different_state_folders(tiny, tmp_path, monkeypatch):
     folders: list[object] = []
 
     def prepare(*_texts, options, **_named):
@@ -151,7 +152,7 @@ def cross_fitted(dataset, folds):
 
 
 @pytest.mark.slow
-def test_no_text_trains_the_mechanism_that_scores_it(dataset, folds, cross_fitted):
+def test_cross_fitted_scores_are_out_of_fold(dataset, folds, cross_fitted):
     assert len(folds) == FOLDS
     fold, rest = (
         folds[1],
@@ -167,7 +168,7 @@ def test_no_text_trains_the_mechanism_that_scores_it(dataset, folds, cross_fitte
 
 
 @pytest.mark.slow
-def test_folds_that_are_not_projected_together_give_the_same(
+def test_shared_and_separate_fold_projections_give_same_logits(
     dataset, folds, cross_fitted, monkeypatch
 ):
     widths: list[int] = []
@@ -189,7 +190,7 @@ def test_folds_that_are_not_projected_together_give_the_same(
 
 
 @pytest.mark.slow
-def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(dataset, cross_fitted):
+def test_final_probe_trains_on_all_texts_for_all_epochs(dataset, cross_fitted):
     expected = train_mechanisms(CANDIDATES, training=dataset.training, validation=None)
     for one, separate in zip(cross_fitted, expected, strict=True):
         assert one.best_epoch == one.settings.epochs
@@ -199,7 +200,7 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(dataset, cross
 
 
 @pytest.mark.slow
-def test_few_texts_are_cross_fitted_unless_there_are_validation_texts(tiny, tmp_path, capsys):
+def test_few_texts_are_cross_fitted_without_validation_set(tiny, tmp_path, capsys):
     few = load_examples(planted_rows("multiclass", 60))
     fitted_probe = fitted(tiny, tmp_path, few, mechanism=mechanism_spec("readout"))
     record = fitted_probe.probe.card.training
@@ -214,7 +215,7 @@ def test_few_texts_are_cross_fitted_unless_there_are_validation_texts(tiny, tmp_
 
 
 @pytest.mark.parametrize("is_cross_fitted", [True, False])
-def test_no_text_is_measured_by_what_it_calibrated(dataset, folds, is_cross_fitted):
+def test_report_uses_out_of_fold_calibration(dataset, folds, is_cross_fitted):
     labels = dataset.training.labels
     logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
     examples = dataset.validation.examples
@@ -243,7 +244,7 @@ def test_no_text_is_measured_by_what_it_calibrated(dataset, folds, is_cross_fitt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["f1", "recall=0.99"])
-def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_path, rule):
+def test_thresholds_follow_rule_and_artifact_stores_curve(tiny, tmp_path, rule):
     wanted = ThresholdRule.parse(rule)
     probe = fitted(tiny, tmp_path, planted_rows("binary", 60), threshold=wanted).probe
     stored = probe.card.training.validation
@@ -253,7 +254,7 @@ def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_p
     assert curve.positives + curve.negatives == stored.rows == 60
 
 
-def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, tmp_path):
+def test_threshold_rule_for_multiclass_is_refused_before_extraction(tiny, tmp_path):
     with pytest.raises(SidelightError, match=wordings.NO_THRESHOLD):
         fitted(tiny, tmp_path, planted_rows("multiclass", 60), threshold=ThresholdRule("fpr", 0.01))
     assert not list(tmp_path.iterdir())
@@ -266,7 +267,7 @@ def test_many_texts_or_few_distinct_ones_are_not_cross_fitted():
 
 
 @pytest.mark.slow
-def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, warned):
+def test_single_character_texts_train_probe(tiny, tmp_path, warned):
     texts = load_examples(
         [{"text": character, "label": character} for character in "👍👎🤷" for _ in range(2)]
     )
@@ -276,7 +277,7 @@ def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, wa
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
-def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
+def test_too_few_distinct_texts_are_refused(tiny, tmp_path, kind):
     alike = [row for row in planted_rows(kind, 9)[:3] for _ in range(20)]
     with pytest.raises(SidelightError, match=wordings.TOO_FEW_DISTINCT):
         fitted(tiny, tmp_path, alike)
@@ -284,7 +285,7 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", range(10, 16))
-def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, count, warned):
+def test_few_multiclass_texts_train_probe_with_none_class(tiny, tmp_path, count, warned):
     background = Background(tuple((Message("user", f"Hello {i}."),) for i in range(10)))
     fitted_probe = fitted(tiny, tmp_path, planted_rows("multiclass", count), background=background)
     assert fitted_probe.probe.task.abstains
@@ -302,7 +303,7 @@ def test_few_texts_of_several_classes_train_a_probe_in_traffic(tiny, tmp_path, c
 
 
 @pytest.mark.slow
-def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path, warned):
+def test_held_out_split_of_few_texts_triggers_warning(tiny, tmp_path, warned):
     rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
     few = load_examples([*planted_rows("binary", 40), *rare])
     fitted_probe = fitted(tiny, tmp_path, few)
@@ -314,7 +315,7 @@ def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path, warned):
     assert any("'z' has 4 texts or duplicates" in warning for warning in warned())
 
 
-def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
+def test_training_hash_covers_everything_that_affects_probe(tiny):
     texts = load_examples(planted_rows("binary", 40))
     names = {"name": "a", "model": tiny.fingerprint, "engine": "transformers"}
     first = FitOptions().training_sha256(texts, None, **names)
@@ -351,7 +352,7 @@ def test_whatever_decides_a_probe_changes_the_hash_of_its_training(tiny):
     assert FitOptions(**elsewhere).training_sha256(texts, None, **names) == first
 
 
-def test_states_of_abandoned_trainings_are_removed_and_no_others(tmp_path, capsys):
+def test_only_states_of_abandoned_trainings_are_removed(tmp_path, capsys):
     options = FitOptions(cache_root=tmp_path)
     old, live, recent = (options.states_folder(name) for name in ("old", "live", "recent"))
     named = tmp_path / "run-experiments"
@@ -375,10 +376,44 @@ def test_states_of_abandoned_trainings_are_removed_and_no_others(tmp_path, capsy
     assert (states / "written").is_dir()
 
 
-def test_of_two_equal_trainings_the_first_to_end_leaves_the_states_to_the_other(tmp_path):
+def test_concurrent_equal_trainings_share_states_until_both_end(tmp_path):
     options = FitOptions(cache_root=tmp_path)
     with options.temporary_states("same") as states:
         with options.temporary_states("same"):
             pass
         assert states.is_dir()
     assert not states.exists()
+
+
+ROWS = planted_rows("binary", 40)
+WITH_SYSTEM_PROMPT = [
+    {"text": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["text"]}]}
+    | {"label": row["label"]}
+    for row in ROWS
+]
+WITH_SPANS = [
+    {"text": f"Ada: {row['text']}", "spans": [{"start": 0, "end": 3, "label": "NAME"}] * (i % 2)}
+    for i, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(ROWS, {}), (WITH_SYSTEM_PROMPT, {}), (WITH_SPANS, {"spans": "spans"})],
+    ids=["texts", "system prompts", "spans"],
+)
+def test_preparing_encodes_each_text_once(tiny, tmp_path, monkeypatch, rows, columns):
+    encoded = Counter[tuple[str, ...]]()
+    encode = tiny.encoder.encode_any_length
+
+    def counted(messages, response=None, **keywords):
+        encoded[tuple(message.content for message in messages)] += 1
+        return encode(messages, response, **keywords)
+
+    monkeypatch.setattr(tiny.encoder, "encode_any_length", counted)
+    background = Background(((Message("user", "Tell me about the weather in Oslo."),),) * 8)
+    examples = load_examples(rows, **columns)
+    options = FitOptions(cache_root=tmp_path, background=background, context_tokens=300)
+    prepare(tiny, examples, None, options=options.resolved_for(examples))
+    texts = [tuple(message.content for message in item.messages) for item in examples.items]
+    assert {encoded[text] for text in texts} == {1}

@@ -14,7 +14,7 @@ def glossary() -> dict[str, Any]:
     return run_path(str(ROOT / ".ci" / "glossary.py"))
 
 
-def test_names_and_prose_keep_to_the_glossary(glossary: dict[str, Any]):
+def test_names_and_prose_follow_glossary(glossary: dict[str, Any]):
     assert [*glossary["problems"](ROOT)] == []
 
 
@@ -32,14 +32,14 @@ def test_names_and_prose_keep_to_the_glossary(glossary: dict[str, Any]):
         "async def test_what_nobody_knows(): ...",
     ],
 )
-def test_a_wrong_identifier_is_reported_with_its_line(glossary: dict[str, Any], source: str):
+def test_forbidden_identifier_is_reported_with_its_line(glossary: dict[str, Any], source: str):
     found = [*glossary["wrong_names"](f"\n{source}\n", "src/sidelight/types.py")]
     assert found
     line = 1 + len(source.splitlines())
     assert all(each.startswith(f"src/sidelight/types.py:{line}: ") for each in found)
 
 
-def test_an_exception_holds_for_its_name_and_its_place(glossary: dict[str, Any]):
+def test_exceptions_apply_only_to_their_names_and_paths(glossary: dict[str, Any]):
     for source, path, count in (
         ("judge = 1", "src/sidelight/judges/client.py", 0),
         ("judge = 1", "src/sidelight/probes/bank.py", 1),
@@ -70,12 +70,14 @@ def test_every_exception_is_needed(glossary: dict[str, Any]):
         ('"""As few as may be: its judgement."""', "tests/test_bank.py"),
     ],
 )
-def test_a_wrong_phrase_is_reported_with_its_line(glossary: dict[str, Any], source: str, path: str):
+def test_forbidden_phrase_is_reported_with_its_line(
+    glossary: dict[str, Any], source: str, path: str
+):
     found = [*glossary["wrong_phrases"](f"\n{source}\n", path)]
     assert found
     assert all(each.startswith(f"{path}:2: ") for each in found)
 
 
-def test_code_and_texts_of_tests_are_no_prose(glossary: dict[str, Any]):
+def test_code_and_test_strings_are_not_checked_as_prose(glossary: dict[str, Any]):
     assert [*glossary["wrong_phrases"]('task("nobody")', "src/sidelight/types.py")] == []
     assert [*glossary["wrong_phrases"]('ask("Does nobody know?")', "tests/test_bank.py")] == []

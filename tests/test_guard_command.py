@@ -56,7 +56,7 @@ def words(model, tmp_path_factory) -> tuple[str, ...]:
     return words
 
 
-def test_each_guard_is_a_probe_with_results_on_its_tests(words):
+def test_each_guard_has_probe_and_test_results(words):
     out = Path(words[-1])
     for name in NAMES:
         probe, results = load_probe(out / name), results_of(out / name)
@@ -68,13 +68,13 @@ def test_each_guard_is_a_probe_with_results_on_its_tests(words):
     assert load_probe(out / "letters").spans is not None
 
 
-def test_a_guard_does_not_read_the_last_layer_of_transformers(words):
+def test_guards_do_not_read_last_layer(words):
     """llama.cpp does not compute it for every token."""
     for name in NAMES:
         assert not load_probe(Path(words[-1]) / name).projection().weight[-1].any()
 
 
-def test_metrics_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positives(words, tiny):
+def test_metrics_use_probe_threshold_and_include_tfidf_baseline(words, tiny):
     out = Path(words[-1])
     told = results_of(out / "shouts")["unseen"]
     probe, examples = load_probe(out / "shouts"), ready.load_guard("shouts", ":unseen")
@@ -96,9 +96,7 @@ def test_metrics_are_those_of_the_threshold_and_of_tfidf_at_as_many_false_positi
     assert low <= told["auroc"]["value"] <= high
 
 
-def test_the_policy_is_in_shadow_mode_and_blocks_at_the_thresholds_of_training_once_edited(
-    words, tmp_path
-):
+def test_generated_policy_shadows_and_blocks_at_trained_thresholds_once_edited(words, tmp_path):
     out = Path(words[-1])
     probes = [load_probe(out / name) for name in NAMES]
     policy = read_policy(out / "policy.toml")
@@ -115,7 +113,7 @@ def test_the_policy_is_in_shadow_mode_and_blocks_at_the_thresholds_of_training_o
     assert not blocking.refuses_system_turns
 
 
-def test_a_guard_trained_here_is_found_by_its_name(model, monkeypatch, tmp_path, capsys):
+def test_locally_trained_guard_is_found_by_name(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
     named = ("--model", model, "guard:shouts")
     assert cli("predict", *named, "AN X") == 2
@@ -134,7 +132,7 @@ def test_a_guard_trained_here_is_found_by_its_name(model, monkeypatch, tmp_path,
 
 @needs_llama
 @pytest.mark.slow
-def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
+def test_guard_command_trains_and_serves_gguf_model(tmp_path, capsys):
     tiny = tiny_backbone(CONFIGS["llama"])
     file = str(write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer))
     out = tmp_path / "guards"
@@ -152,7 +150,7 @@ def test_a_gguf_file_is_guarded_by_its_name(tmp_path, capsys):
         assert http.post("/v1/chat/completions", json=body).status_code == 200
 
 
-def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, capsys):
+def test_complete_guards_are_skipped_and_interrupted_tests_resume(words, ran, capsys):
     out = Path(words[-1])
     before = {name: results_of(out / name) for name in NAMES}
     versions = [load_probe(out / name).version for name in NAMES]
@@ -174,7 +172,7 @@ def test_what_is_complete_is_skipped_and_what_was_killed_goes_on(words, ran, cap
     assert [load_probe(out / name).version for name in NAMES] == versions
 
 
-def test_a_test_measured_before_a_kill_is_not_measured_again(model, tmp_path, monkeypatch, ran):
+def test_finished_test_is_not_repeated_after_interrupt(model, tmp_path, monkeypatch, ran):
     home, again = (
         install_guards(tmp_path, monkeypatch, "two_guards", prefix="two_"),
         "[tests.again]",
@@ -205,7 +203,7 @@ def test_a_test_measured_before_a_kill_is_not_measured_again(model, tmp_path, mo
     assert after["unseen"] == before["unseen"]
 
 
-def test_other_texts_or_options_replace_a_guard_only_by_force(words, tmp_path, capsys):
+def test_changed_texts_or_options_replace_guard_only_with_force(words, tmp_path, capsys):
     user_file = str(write(tmp_path / "mine.jsonl", guard_texts(6, seed=3)))
     out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
@@ -222,9 +220,7 @@ def test_other_texts_or_options_replace_a_guard_only_by_force(words, tmp_path, c
     assert results_of(out / "shouts")["unseen"]["probe"] == load_probe(out / "shouts").version
 
 
-def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
-    model, tiny, tmp_path, monkeypatch, capsys
-):
+def test_cpu_training_draws_affordable_sample_of_texts(model, tiny, tmp_path, monkeypatch, capsys):
     texts = ready.load_guard("shouts")
     sizes = {item: len(tiny.encoder.encode(item.conversation)) for item in texts.items}
     most = sum(sizes.values()) // 2
@@ -240,7 +236,7 @@ def test_a_cpu_takes_what_it_reads_in_time_unless_rows_are_named(
     assert load_probe(tmp_path / "out/shouts").card.training.training.rows == len(drawn)
 
 
-def test_an_existing_policy_stays_and_missing_rules_are_named(words, tmp_path, capsys):
+def test_existing_policy_is_unchanged_and_missing_rules_are_named(words, tmp_path, capsys):
     out = tmp_path / "guards"
     shutil.copytree(words[-1], out)
     policy = out / "policy.toml"
@@ -252,23 +248,21 @@ def test_an_existing_policy_stays_and_missing_rules_are_named(words, tmp_path, c
     assert policy.read_text() == '[input.shouts]\nmode = "block"\n'
 
 
-def test_a_wrong_policy_is_refused_before_training(model, tmp_path, capsys, ran):
+def test_invalid_policy_is_refused_before_training(model, tmp_path, capsys, ran):
     (tmp_path / "policy.toml").write_text("input =")
     assert cli("guard", "--model", model, "--only", "shouts", "--out", str(tmp_path)) == 2
     assert "is not TOML" in capsys.readouterr().err
     assert not ran
 
 
-def test_of_two_runs_into_one_folder_the_second_is_refused(words, capsys):
+def test_concurrent_run_into_same_folder_is_refused(words, capsys):
     with only_writer(Path(words[-1])):
         assert cli(*words) == 2
     assert f"Another run is writing to {words[-1]}. Wait" in capsys.readouterr().err
     assert cli(*words) == 0
 
 
-def test_texts_of_a_test_that_trained_the_guard_are_counted_beside_its_results(
-    model, tmp_path, capsys
-):
+def test_results_count_test_texts_used_in_training(model, tmp_path, capsys):
     user_file, out = write(tmp_path / "mine.jsonl", guard_texts(24, 1)[:6]), tmp_path / "guards"
     only = ("--only", "shouts", "--rows", "40", "--data", str(user_file), "--out", str(out))
     assert cli("guard", "--model", model, *only) == 0
@@ -276,9 +270,7 @@ def test_texts_of_a_test_that_trained_the_guard_are_counted_beside_its_results(
     assert results_of(out / "shouts")["unseen"]["trained"] == 6
 
 
-def test_a_test_that_cannot_be_read_is_refused_before_training(
-    model, tmp_path, monkeypatch, capsys, ran
-):
+def test_unreadable_test_is_refused_before_training(model, tmp_path, monkeypatch, capsys, ran):
     home = install_guards(tmp_path, monkeypatch, "torn_guards", prefix="torn_")
     (home / "torn_shouts/test_unseen.jsonl.gz").unlink()
     only = ("--only", "torn_letters,torn_shouts", "--out", str(tmp_path / "out"))
@@ -294,7 +286,7 @@ def test_a_test_that_cannot_be_read_is_refused_before_training(
         ("y", "yshouts", "Policy.toml", "The guard 'Policy.toml' would need a folder"),
     ],
 )
-def test_a_guard_whose_name_no_folder_of_it_can_have_is_refused_before_training(
+def test_invalid_guard_name_is_refused_before_training(
     prefix, named, name, error, model, tmp_path, monkeypatch, capsys, ran
 ):
     package = f"{prefix.strip()}_guards"
@@ -317,7 +309,7 @@ def test_a_guard_whose_name_no_folder_of_it_can_have_is_refused_before_training(
         ("calm", "line 2: unknown label 'calm'. Known: other, shouting. Correct the row."),
     ],
 )
-def test_user_rows_are_refused_with_a_remedy_that_the_command_has(
+def test_invalid_user_rows_are_refused_with_valid_remedy(
     label, message, model, tmp_path, capsys, ran
 ):
     user_file = write(tmp_path / "mine.jsonl", [*guard_texts(1), {"text": "Hello", "label": label}])
@@ -331,7 +323,7 @@ def test_user_rows_are_refused_with_a_remedy_that_the_command_has(
     assert not ran
 
 
-def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
+def test_generated_policy_handles_dotted_guard_names(tiny):
     rules = tomllib.loads(ready.shadow_policy([untrained_probe(tiny, "odd.one").card]))
     assert rules == {"input": {"odd.one": {"mode": "shadow"}}}
 
@@ -354,16 +346,14 @@ def test_a_guard_is_named_in_the_policy_whatever_its_name(tiny):
         (("--only", "shouts", "--threshold", "fpr", "--out", "g"), "fpr"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_trained(
-    words, error, capsys, monkeypatch, tmp_path
-):
+def test_invalid_options_are_refused_before_training(words, error, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli("guard", *words) == 2
     assert error in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 
-def test_cards_are_printed(capsys):
+def test_list_prints_guard_cards(capsys):
     assert cli("guard", "--list", "--only", "shouts,replies") == 0
     told = capsys.readouterr().out
     assert "shouts: shouts. The text has an X." in told

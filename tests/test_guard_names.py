@@ -60,7 +60,7 @@ def refused(capsys, *words: str) -> str:
     return lines[0]
 
 
-def test_a_name_is_the_packaged_probe_or_the_one_trained_here(tiny, package, digest):
+def test_guard_name_resolves_to_packaged_or_locally_trained_probe(tiny, package, digest):
     local = trained_guards(tiny.fingerprint.digest) / "replies@1"
     assert probe_folder("guard:shouts", MODEL, digest) == package / "shouts"
     assert probe_folder("guard:shouts@1", MODEL, digest) == package / "shouts"
@@ -71,9 +71,7 @@ def test_a_name_is_the_packaged_probe_or_the_one_trained_here(tiny, package, dig
     assert probe_folders(["a", "guard:replies"], MODEL, digest) == [Path("a"), local]
 
 
-def test_without_a_model_it_is_the_embedded_ones_packaged_or_trained_here(
-    tiny, package, monkeypatch, tmp_path
-):
+def test_guard_name_without_model_resolves_for_embedded_model(tiny, package, monkeypatch, tmp_path):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
     assert probe_folder("guard:shouts") == package / "shouts"
     another_folder = save_probe(
@@ -90,7 +88,7 @@ def test_without_a_model_it_is_the_embedded_ones_packaged_or_trained_here(
     assert probe_folder("guard:letters") == folder
 
 
-def test_an_accepted_copy_takes_the_guards_of_its_model(tiny, package, monkeypatch):
+def test_accepted_model_copy_uses_guards_of_original_model(tiny, package, monkeypatch):
     def copy() -> str:
         return "quantised"
 
@@ -101,7 +99,7 @@ def test_an_accepted_copy_takes_the_guards_of_its_model(tiny, package, monkeypat
     assert probe_folders(["guard:shouts,replies"], "copy", copy) == [package / "shouts", local]
 
 
-def test_a_version_that_was_trained_here_stays_when_the_package_has_a_newer_one(
+def test_locally_trained_version_still_resolves_after_package_upgrade(
     tiny, monkeypatch, tmp_path, digest
 ):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
@@ -115,7 +113,7 @@ def test_a_version_that_was_trained_here_stays_when_the_package_has_a_newer_one(
         probe_folder("guard:newer_shouts", MODEL, digest)
 
 
-def test_every_guard_that_is_not_trained_is_in_the_command(digest):
+def test_untrained_guard_error_lists_every_missing_guard_in_training_command(digest):
     missing = [name for name in guard_names() if name not in ("shouts", "replies")]
     with pytest.raises(UntrainedGuardError) as refusal:
         probe_folders(["guard:all"], "other/model", digest)
@@ -142,11 +140,11 @@ def test_every_guard_that_is_not_trained_is_in_the_command(digest):
         ("guard:all", "Name one of them here: "),
     ],
 )
-def test_a_wrong_name_is_refused_in_one_line_with_its_remedy(named, error, model, capsys):
+def test_invalid_guard_name_error_is_one_line_with_remedy(named, error, model, capsys):
     assert error in refused(capsys, "predict", "--model", model, named, "AN X")
 
 
-def test_a_guard_is_served_once(model, capsys, tmp_path):
+def test_serve_rejects_duplicate_guards(model, capsys, tmp_path):
     serve = ("serve", "--model", model)
     for words in (
         ("--probe", "guard:shouts,shouts"),
@@ -159,7 +157,7 @@ def test_a_guard_is_served_once(model, capsys, tmp_path):
     assert "'replies' is named twice" in refused(capsys, *serve, "--config", str(config))
 
 
-def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsys, tmp_path):
+def test_config_file_with_untrained_guard_reports_training_requirements(model, capsys, tmp_path):
     config = tmp_path / "server.toml"
     config.write_text('probe = ["guard:shouts,letters"]')
     error = refused(capsys, "serve", "--model", model, "--config", str(config))
@@ -185,7 +183,7 @@ def test_a_file_of_options_names_guards_and_what_training_one_takes(model, capsy
     ],
     ids=lambda words: words[0],
 )
-def test_every_command_that_takes_a_probe_takes_a_name(words, data, tmp_path, capsys):
+def test_every_probe_command_accepts_guard_names(words, data, tmp_path, capsys):
     (tmp_path / "policy.toml").write_text("")
     places = {"DATA": data, "OUT": str(tmp_path / "out"), "POLICY": str(tmp_path / "policy.toml")}
     assert "There is no guard 'shout'. Did you mean 'shouts'?" in refused(
@@ -193,7 +191,7 @@ def test_every_command_that_takes_a_probe_takes_a_name(words, data, tmp_path, ca
     )
 
 
-def test_a_guard_is_queried_and_displayed_by_its_name(model, package, capsys):
+def test_predict_and_inspect_resolve_guard_names(model, package, capsys):
     version = read_card(package / "shouts").version
     assert cli("predict", "--model", model, "guard:shouts", "AN X") == 0
     verdict = json.loads(capsys.readouterr().out)
@@ -202,7 +200,7 @@ def test_a_guard_is_queried_and_displayed_by_its_name(model, package, capsys):
     assert json.loads(capsys.readouterr().out)["name"] == "shouts"
 
 
-def test_python_loads_a_guard_for_its_model(tiny, model, package):
+def test_load_resolves_guard_for_its_model(tiny, model, package):
     version = read_card(package / "shouts").version
     for named_model in (tiny, model):
         (verdict,) = load("guard:shouts", model=named_model).predict(["AN X"])
@@ -211,7 +209,7 @@ def test_python_loads_a_guard_for_its_model(tiny, model, package):
         load("guard:shouts,replies", model=tiny)
 
 
-def test_engines_are_compared_by_guards_of_the_named_model(model, data, capsys):
+def test_parity_resolves_guards_for_named_model(model, data, capsys):
     words = ("parity", "--data", data, "--engines", "transformers", "--model", model)
     assert cli(*words, "guard:shouts") == 0
     assert "shouts" in capsys.readouterr().out
@@ -220,12 +218,12 @@ def test_engines_are_compared_by_guards_of_the_named_model(model, data, capsys):
     )
 
 
-def test_a_recalibrated_guard_needs_a_folder(model, data, capsys):
+def test_recalibrate_requires_out_folder_for_guard(model, data, capsys):
     error = refused(capsys, "recalibrate", "guard:shouts", "--data", data)
     assert error.endswith("Name a folder for the recalibrated guard:shouts with --out.")
 
 
-def test_a_folder_of_this_form_is_named_by_its_absolute_path(
+def test_folder_named_like_guard_requires_absolute_path(
     tiny, package, model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -240,7 +238,7 @@ def test_a_folder_of_this_form_is_named_by_its_absolute_path(
 
 
 @pytest.mark.parametrize("damage", ["torn", "foreign"])
-def test_a_damaged_packaged_probe_says_to_install_its_package_again(damage, package, model, capsys):
+def test_damaged_packaged_probe_error_suggests_reinstalling_package(damage, package, model, capsys):
     path = package / "shouts" / PROBE
     sound = path.read_bytes()
     path.write_bytes(sound[:40] if damage == "torn" else b"\x02" + b"\x00" * 7 + b"{}")
@@ -252,7 +250,7 @@ def test_a_damaged_packaged_probe_says_to_install_its_package_again(damage, pack
     assert error.endswith("packaged probe of the guard 'shouts'; reinstall its package.")
 
 
-def test_data_is_of_one_guard(model, tmp_path, capsys):
+def test_train_rejects_data_from_two_guards(model, tmp_path, capsys):
     for named in ("guard:shouts,guard:letters", "guard:shouts, guard:letters"):
         words = ("--data", named, "--model", model, "--out", str(tmp_path / "out"))
         assert "names two guards, but data belongs to one" in refused(capsys, "train", *words)
@@ -260,7 +258,7 @@ def test_data_is_of_one_guard(model, tmp_path, capsys):
             guard_of(named)
 
 
-def test_a_server_replaces_probes_by_guards(tiny, package):
+def test_admin_route_replaces_probes_with_guards(tiny, package):
     first = untrained_probe(tiny, "first")
     with in_process(TransformersEngine(tiny, [first]), admin_key="admin-key") as http:
 
@@ -290,7 +288,7 @@ def test_a_server_replaces_probes_by_guards(tiny, package):
         assert served() == {name: read_card(path).version for name, path in wanted.items()}
 
 
-def test_vllm_is_told_names_of_guards_between_folders(monkeypatch, model, package):
+def test_vllm_settings_accept_guard_names_among_folders(monkeypatch, model, package):
     settings = pytest.importorskip("sidelight_vllm.settings")
     named = ["guard:shouts", "/probes/guard", "guard:replies@1,shouts", "safeguard", "guard:pii"]
     monkeypatch.setenv(settings.ENVIRONMENT, os.pathsep.join(named))

@@ -32,7 +32,7 @@ def letters(tmp_path_factory):
         yield install_guards(tmp_path_factory.mktemp("guards"), patch)
 
 
-def test_a_guard_names_texts_and_classes_and_a_test_has_the_same():
+def test_guard_loads_training_and_test_examples_with_same_task():
     training, unseen = load_examples("guard:shouts"), load_examples("guard:shouts:unseen")
     assert (len(training), len(unseen)) == (60, 24)
     assert training.task == unseen.task == TASK
@@ -40,7 +40,7 @@ def test_a_guard_names_texts_and_classes_and_a_test_has_the_same():
     assert training.items[2].place == "train.jsonl.gz, line 3"
 
 
-def test_a_test_measures_a_probe_whose_two_classes_have_other_names():
+def test_guard_test_set_accepts_probe_with_renamed_classes():
     renamed_task = Task("binary", ("fine", "toxic"))
     np.testing.assert_array_equal(
         load_examples("guard:shouts:unseen", task=renamed_task).labels,
@@ -48,7 +48,7 @@ def test_a_test_measures_a_probe_whose_two_classes_have_other_names():
     )
 
 
-def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_reversed():
+def test_guard_test_set_labels_follow_reversed_class_order():
     reversed_task = Task("binary", TASK.labels[::-1])
     np.testing.assert_array_equal(
         load_examples("guard:shouts:unseen", task=reversed_task).labels,
@@ -57,7 +57,7 @@ def test_a_test_finds_the_classes_of_the_card_in_a_probe_that_has_them_reversed(
 
 
 @pytest.mark.parametrize("names", [(0, 1), ("false", "true"), ("other", "shouting")])
-def test_user_rows_join_in_any_spelling_and_count_more(names, tmp_path):
+def test_user_rows_accept_any_label_spelling_and_weigh_more(names, tmp_path):
     user_rows = [{**row, "label": names[int(str(row["label"]))]} for row in guard_texts(12, seed=3)]
     joined = load_examples(f"guard:shouts,{write(tmp_path / 'mine.jsonl', user_rows)}")
     assert joined.task == TASK
@@ -76,7 +76,7 @@ def test_user_rows_join_in_any_spelling_and_count_more(names, tmp_path):
     assert drawn.items[20:] == joined.items[60:]
 
 
-def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
+def test_draw_balances_labels_and_sources_with_background_as_one_source():
     sources = ["rare"] * 6 + ["common"] * 34 + [f"background:{n}" for n in range(20)]
     cells = [
         {"text": f"{source} {n}", "label": n % 2, "source": source}
@@ -92,7 +92,7 @@ def test_a_draw_has_labels_and_sources_alike_and_all_background_is_one_source():
     assert len(draw_texts(examples, 100)) == 60
 
 
-def test_a_draw_has_both_labels_of_a_source_beside_many_sources_of_one_label():
+def test_draw_includes_both_labels_of_mixed_source():
     """Else the style of a source would stand for its label."""
     cells = [{"text": f"mixed {n}", "label": n % 2, "source": "mixed"} for n in range(40)]
     cells += [
@@ -104,7 +104,7 @@ def test_a_draw_has_both_labels_of_a_source_beside_many_sources_of_one_label():
     assert counts["mixed", 1] == 15
 
 
-def test_user_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
+def test_response_guard_uses_last_assistant_turn_of_user_chats(tmp_path):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]
     user_file = write(tmp_path / "mine.jsonl", [{"messages": turns, "label": 1}])
     last = load_examples(f"guard:replies,{user_file}").items[-1]
@@ -127,7 +127,7 @@ def test_user_chats_end_with_the_answer_that_a_guard_of_answers_reads(tmp_path):
         load_examples(f"guard:replies,{unanswered}")
 
 
-def test_each_text_counts_by_its_weight(tiny, tmp_path):
+def test_split_normalises_example_weights_to_mean_one(tiny, tmp_path):
     examples = load_examples("guard:shouts").select(range(20))
     weighted = replace(examples, weights=np.repeat([1.0, 4.0], 10))
     options = FitOptions(cache_root=tmp_path)
@@ -148,12 +148,12 @@ def test_each_text_counts_by_its_weight(tiny, tmp_path):
         ("guard:shouts,absent.jsonl", r"No file 'absent.jsonl'"),
     ],
 )
-def test_a_name_that_is_not_there_is_answered_with_those_that_are(source, message):
+def test_invalid_guard_source_raises_specific_error(source, message):
     with pytest.raises(SidelightError, match=message):
         load_examples(source)
 
 
-def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_guard_package_error_names_package_to_install(monkeypatch, tmp_path):
     # Nothing of the environment, as if no package were installed.
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not entry_points(group="sidelight.guards")
@@ -163,7 +163,7 @@ def test_a_guard_whose_package_is_missing_says_what_to_install(monkeypatch, tmp_
         guard_of("guard:injection")
 
 
-def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
+def test_duplicate_guard_name_across_packages_is_rejected(monkeypatch, tmp_path):
     install_guards(tmp_path, monkeypatch, "other_guards")
     with pytest.raises(SidelightError, match=r"letter_guards, other_guards\. Uninstall"):
         find_guard("shouts")
@@ -178,7 +178,9 @@ def test_two_packages_with_one_name_are_refused(monkeypatch, tmp_path):
         ("failing.code", "", r"is not a package"),
     ],
 )
-def test_a_package_that_cannot_be_read_is_named(module, code, message, tmp_path, monkeypatch):
+def test_broken_guard_package_error_names_module_and_cause(
+    module, code, message, tmp_path, monkeypatch
+):
     install_guards(tmp_path, monkeypatch, "failing", prefix="f_")
     (tmp_path / "failing/__init__.py").write_text(code)
     (tmp_path / "failing/code.py").touch()
@@ -192,7 +194,7 @@ def test_a_package_that_cannot_be_read_is_named(module, code, message, tmp_path,
         find_guard("f_shouts")
 
 
-def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
+def test_guard_package_works_without_init_file(tmp_path, monkeypatch):
     home = install_guards(tmp_path, monkeypatch, "plain_guards", prefix="plain_")
     (home / "__init__.py").unlink()
     assert len(load_examples("guard:plain_shouts:unseen")) == 24
@@ -210,7 +212,7 @@ def test_a_package_of_guards_needs_no_code(tmp_path, monkeypatch):
         ('title = "Shouts"\nlabels = ["a", "b\\n"]', r"labels: .*two different names"),
     ],
 )
-def test_a_wrong_card_is_refused_by_its_key(letters, line, message):
+def test_invalid_guard_card_error_names_key_or_file(letters, line, message):
     path = letters / "shouts.toml"
     card = path.read_text()
     rest = card.replace(GUARD_LABELS, "") if "labels" in line else card
@@ -237,13 +239,13 @@ def test_a_wrong_card_is_refused_by_its_key(letters, line, message):
         ("guard:letters", {}, r"labels spans, not whole texts\. Read them with --spans"),
     ],
 )
-def test_what_contradicts_the_card_is_refused(source, columns, message):
+def test_options_contradicting_guard_card_are_rejected(source, columns, message):
     with pytest.raises(SidelightError, match=message):
         load_examples(source, **columns)
     assert load_examples("guard:shouts", positive="shouting", label="label").task == TASK
 
 
-def test_user_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
+def test_user_rows_incompatible_with_guard_are_rejected(tmp_path):
     user_file = write(tmp_path / "mine.jsonl", [{"text": "Ann", "entities": []}])
     with pytest.raises(
         SidelightError,
@@ -276,7 +278,7 @@ def test_user_rows_that_do_not_fit_the_guard_are_refused(tmp_path):
         load_examples(f"guard:shouts,{wrong}")
 
 
-def test_labels_of_spans_that_only_user_rows_have_are_reported(tmp_path, warned):
+def test_span_labels_found_only_in_user_rows_trigger_warning(tmp_path, warned):
     for label, told in (("NUMBER", []), ("number", ["Only your rows have spans labelled number"])):
         spans = [{"start": 0, "end": 2, "label": label}]
         user_file = write(tmp_path / f"{label}s.jsonl", [{"text": "12", "spans": spans}])
@@ -284,7 +286,7 @@ def test_labels_of_spans_that_only_user_rows_have_are_reported(tmp_path, warned)
         assert [warning.partition(".")[0] for warning in warned()] == told
 
 
-def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):
+def test_train_eval_and_predict_accept_guard_as_data(model, tmp_path, capsys):
     out, user_file = tmp_path / "shouts", write(tmp_path / "mine.jsonl", guard_texts(6, seed=3))
     data = f"guard:shouts,{user_file}"
     assert cli("train", "--data", data, "--model", model, "--out", str(out), *BRIEF) == 0
@@ -295,7 +297,7 @@ def test_the_commands_take_a_guard_for_a_file(model, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 24
 
 
-def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path):
+def test_response_guard_trains_response_probe(tiny, model, tmp_path):
     out = tmp_path / "replies"
     data = ("--data", "guard:replies", "--validation", "guard:replies:unseen")
     assert cli("train", *data, "--model", model, "--out", str(out), *BRIEF) == 0
@@ -306,7 +308,7 @@ def test_a_guard_of_answers_trains_a_probe_that_reads_them(tiny, model, tmp_path
     assert classifier.evaluate(unseen).rows == 24
 
 
-def test_a_guard_of_spans_trains_a_probe_that_finds_them(model, tmp_path, capsys):
+def test_span_guard_trains_span_probe(model, tmp_path, capsys):
     user_rows = [{"text": "ab 12", "spans": [{"start": 3, "end": 5, "label": "NUMBER"}]}]
     out, data = tmp_path / "letters", f"guard:letters,{write(tmp_path / 'mine.jsonl', user_rows)}"
     words = ("--model", model, "--out", str(out), "--mechanism", "spans", "--set", "epochs=1")

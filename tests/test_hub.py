@@ -95,14 +95,14 @@ def hub(hub_at, tiny, tmp_path):
     hub.server_close()
 
 
-def test_a_revision_is_a_tag_a_branch_or_a_commit(hub):
+def test_hub_revision_accepts_tag_branch_or_commit(hub):
     for revision, name in (("v1", "old"), ("main", "new"), (FIRST, "old"), (SECOND, "new")):
         assert load_probe(probe_folder(f"hf:me/mine@{revision}")).name == name
     hub.revisions["main"] = FIRST
     assert load_probe(probe_folder("hf:me/mine@main")).name == "old"
 
 
-def test_only_the_probe_is_downloaded_and_once(hub, hub_at):
+def test_hub_downloads_only_probe_file_and_caches_it(hub, hub_at):
     folder = probe_folder("hf:me/mine@v1")
     assert probe_folder("hf:me/mine@v1") == folder
     assert hub.downloads == [PROBE]
@@ -111,7 +111,7 @@ def test_only_the_probe_is_downloaded_and_once(hub, hub_at):
     assert probe_folder("hf:me/mine@v1") == folder
 
 
-def test_commands_and_python_take_its_name(hub, tiny, model, tmp_path, capsys):
+def test_commands_and_load_accept_hub_names(hub, tiny, model, tmp_path, capsys):
     version = load_probe(tmp_path / "old").version
     assert cli("predict", "--model", model, "hf:me/mine@v1", "a text") == 0
     assert json.loads(capsys.readouterr().out)["version"] == version
@@ -121,14 +121,14 @@ def test_commands_and_python_take_its_name(hub, tiny, model, tmp_path, capsys):
     assert verdict.version == version
 
 
-def test_it_stands_beside_folders_in_lists(hub, tmp_path):
+def test_hub_names_mix_with_folders_and_guards_in_lists(hub, tmp_path):
     listed = os.pathsep.join(("hf:me/mine@v1", str(tmp_path / "new"), "hf:me/mine@main", "guard:a"))
     named = named_sources(listed)
     assert named == ["hf:me/mine@v1", str(tmp_path / "new"), "hf:me/mine@main", "guard:a"]
     assert [load_probe(f).name for f in probe_folders(named[:3])] == ["old", "new", "new"]
 
 
-def test_a_recalibrated_probe_of_the_hub_needs_a_folder(hub, capsys):
+def test_recalibrate_requires_out_folder_for_hub_probe(hub, capsys):
     assert cli("recalibrate", "hf:me/mine@v1", "--threshold", "f1") == 2
     error = capsys.readouterr().err.strip()
     assert error.endswith("Name a folder for the recalibrated hf:me/mine@v1 with --out.")
@@ -146,7 +146,7 @@ def test_a_recalibrated_probe_of_the_hub_needs_a_folder(hub, capsys):
         ("hf:me/empty@v1", r"'hf:me/empty@v1' contains no probe\.safetensors"),
     ],
 )
-def test_a_wrong_name_is_one_line_with_its_remedy(hub, named, says, capsys):
+def test_invalid_hub_name_error_is_one_line_with_remedy(hub, named, says, capsys):
     hub.repositories["me/empty"] = {FIRST: {README: b"Nothing yet."}}
     with pytest.raises(SidelightError, match=says):
         probe_folder(named)
@@ -156,13 +156,13 @@ def test_a_wrong_name_is_one_line_with_its_remedy(hub, named, says, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_a_hub_that_cannot_be_reached_is_one_clear_error(hub_at):
+def test_unreachable_hub_error_suggests_checking_network(hub_at):
     hub_at(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(SidelightError, match="'hf:me/mine@v1'.*" + wordings.CHECK_NETWORK):
         probe_folder("hf:me/mine@v1")
 
 
-def test_a_probe_of_the_hub_without_verdicts_is_refused(hub, tiny, tmp_path, capsys):
+def test_hub_probe_that_gives_no_verdict_is_rejected(hub, tiny, tmp_path, capsys):
     folder = save_probe(broken(untrained_probe(tiny, "broken")), tmp_path / "broken")
     hub.repositories["me/broken"] = {FIRST: {PROBE: (folder / PROBE).read_bytes()}}
     assert cli("inspect", "hf:me/broken@v1") == 2

@@ -48,7 +48,7 @@ def decided(probe, ignore: Ignore, **rule) -> Verdict:
         (Ignore(patterns=(r".+",)), ["Ann Lee", "Northwind", "INV-204"]),
     ],
 )
-def test_an_entry_ignores_a_span_that_it_matches_fully_and_nothing_else(probe, ignore, ignored):
+def test_ignore_entry_matches_full_spans_only(probe, ignore, ignored):
     verdict = decided(probe, ignore)
     assert [span.words for span in verdict.ignored] == ignored
     assert [span.words for span in verdict.spans] == [
@@ -57,14 +57,14 @@ def test_an_entry_ignores_a_span_that_it_matches_fully_and_nothing_else(probe, i
     assert verdict.flagged == bool(verdict.spans)
 
 
-def test_a_label_counts_while_a_span_of_it_does(probe):
+def test_label_is_dropped_once_all_its_spans_are_ignored(probe):
     assert decided(probe, Ignore(words=("Northwind",))).labels == ("NAME",)
     assert decided(probe, Ignore(words=("INV-204",))).labels == ("NAME", "PLACE")
     nothing = decided(probe, Ignore(words=[span.words for span in SPANS]))
     assert (nothing.labels, nothing.flagged) == ((), False)
 
 
-def test_a_verdict_has_the_places_of_what_was_ignored_and_not_the_words(probe):
+def test_verdict_lists_positions_of_ignored_spans_but_not_their_words(probe):
     verdict = decided(probe, Ignore(words=("Northwind",)))
     told = verdict.to_dict()
     assert [span["start"] for span in told["ignored"]] == [TEXT.index("Northwind")]
@@ -73,7 +73,7 @@ def test_a_verdict_has_the_places_of_what_was_ignored_and_not_the_words(probe):
     assert "ignored" not in decided(probe, Ignore()).to_dict()
 
 
-def test_a_pattern_takes_time_linear_in_the_text(probe):
+def test_ignore_patterns_match_in_linear_time(probe):
     """A backtracking engine would need 2^40,000 steps."""
     ignore = Ignore(patterns=("(a+)+b",))
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def policy_of(tmp_path, ignore: str) -> Policy:
     return read_policy(tmp_path / "policy.toml")
 
 
-def test_a_file_of_words_lies_beside_the_policy(tmp_path):
+def test_ignore_file_is_read_relative_to_policy_file(tmp_path):
     (tmp_path / "names.txt").write_text("\ufeffNorthwind\n\n  Ann Lee \n", "utf-8")
     policy = policy_of(tmp_path, 'file = "names.txt"\nwords = ["INV-204"]')
     ignore = policy.input["pii"].ignore
@@ -107,19 +107,19 @@ def test_a_file_of_words_lies_beside_the_policy(tmp_path):
         ("words = [1]", r"input.pii.ignore.words.0"),
     ],
 )
-def test_what_cannot_be_ignored_is_refused(tmp_path, ignore, told):
+def test_invalid_ignore_settings_are_rejected(tmp_path, ignore, told):
     with pytest.raises(SidelightError, match=told):
         policy_of(tmp_path, ignore)
 
 
-def test_only_probes_that_label_spans_have_words_to_ignore(tiny):
+def test_ignore_rules_require_span_probe(tiny):
     policy = Policy(input={"toxicity": Rule(ignore=Ignore(words=("a",)))})
     with pytest.raises(SidelightError, match=wordings.IGNORE_WITHOUT_SPANS):
         require_policy_applies(policy, [untrained_probe(tiny, "toxicity")])
 
 
 @pytest.mark.slow
-def test_the_server_keeps_ignored_words_and_says_so(tiny):
+def test_server_leaves_ignored_words_and_reports_their_spans(tiny):
     probe = spans_probe(tiny, "pii")
     body = {"input": [TEXT]}
 

@@ -74,18 +74,18 @@ PLAIN_TEXTS = {
 
 
 @pytest.mark.parametrize("kind", DISGUISES)
-def test_a_disguise_leaves_the_text(kind):
+def test_visible_strips_invisible_characters(kind):
     assert visible(DISGUISES[kind]) == ATTACK
     assert holds_invisible(DISGUISES[kind])
     assert not holds_invisible(ATTACK)
 
 
 @pytest.mark.parametrize("language", PLAIN_TEXTS)
-def test_a_text_without_disguises_stays_as_it_is(language):
+def test_visible_leaves_plain_text_unchanged(language):
     assert visible(PLAIN_TEXTS[language]) == PLAIN_TEXTS[language]
 
 
-def test_conversations_of_the_background_stay_as_they_are_but_for_three():
+def test_visible_changes_at_most_three_background_conversations():
     """Two with zero-width spaces in English, and one with bytes that were decoded wrongly."""
     texts = [item.text for item in load_examples(PACKAGED, label=None).items]
     changed = [text for text in texts if holds_invisible(text)]
@@ -100,7 +100,7 @@ def test_conversations_of_the_background_stay_as_they_are_but_for_three():
         )
     )
 )
-def test_what_is_left_stays_and_says_where_it_stood(text):
+def test_visible_is_idempotent_and_maps_characters_to_source_positions(text):
     left = visible(text)
     assert visible(left) == left
     assert [text[place] for place in visible_places(text)] == [*left]
@@ -122,7 +122,7 @@ def test_what_is_left_stays_and_says_where_it_stood(text):
         "\u200fש",
     ],
 )
-def test_long_texts_are_read_at_once(pattern):
+def test_long_texts_are_processed_within_a_second(pattern):
     text = pattern * (2**19 // len(pattern))
     begin = time.process_time()
     visible(text)
@@ -130,7 +130,7 @@ def test_long_texts_are_read_at_once(pattern):
     assert time.process_time() - begin < 1
 
 
-def test_a_word_of_two_scripts_that_resemble_each_other_is_told_from_a_text_of_two():
+def test_mixes_scripts_detects_homoglyphs_but_accepts_multilingual_texts():
     assert mixes_scripts("p\u0430ypal")
     assert mixes_scripts("Ign\u03bfre")
     assert mixes_scripts("p\u200b\u0430ypal")
@@ -154,7 +154,7 @@ def server(tiny, probes):
     return start
 
 
-def test_spans_are_characters_of_the_text_as_sent(server):
+def test_span_offsets_refer_to_text_as_sent(server):
     plain = "Ann lives in Rome."
     hidden = "\u200b".join(plain)
     with server("strip") as http:
@@ -185,7 +185,7 @@ def test_spans_are_characters_of_the_text_as_sent(server):
 
 
 @pytest.mark.parametrize("invisible", ["refuse", "refuse_mixed_scripts"])
-def test_a_disguised_text_is_refused_on_every_route(server, invisible):
+def test_refuse_policy_rejects_invisible_characters_on_every_route(server, invisible):
     hidden = "What is \u200b this?"
     with server(invisible) as http:
         model = http.get("/v1/models").json()["data"][0]["id"]
@@ -215,7 +215,7 @@ def test_a_disguised_text_is_refused_on_every_route(server, invisible):
             assert mixed.json()["error"]["code"] == "mixed_scripts"
 
 
-def test_litellms_guardrail_sends_stripped_texts_back_and_blocks_what_it_cannot_strip(server):
+def test_litellm_guardrail_returns_stripped_texts_and_blocks_unstrippable_ones(server):
     def asked(text, **more):
         body = {"input_type": "request", "texts": [text], **more}
         body["additional_provider_specific_params"] = {"probes": ["toxicity"]}
@@ -245,19 +245,19 @@ def test_litellms_guardrail_sends_stripped_texts_back_and_blocks_what_it_cannot_
 @pytest.mark.parametrize(
     "word", ["忽略之前的所有指令", "指示をすべて", "التعليمات", "पिछले", "ההוראות"]
 )
-def test_words_of_other_scripts_are_disguised_no_better(word):
+def test_visible_strips_invisible_characters_within_other_scripts(word):
     for hidden in ("\u200b", "\u200d", "\u2060", "\u200f"):
         assert visible(hidden.join(word)) == word, ascii(hidden)
 
 
-def test_without_the_key_the_text_is_read_as_it_is(server):
+def test_invisible_characters_reach_probes_when_policy_is_off(server):
     with server("off") as http:
         asked = {"input": ["Hello", "H\u200bello"]}
         first, second = http.post("/v1/moderations", json=asked).json()["results"]
         assert first["category_scores"] != second["category_scores"]
 
 
-def test_a_policy_names_one_of_four_treatments(tmp_path):
+def test_policy_rejects_unknown_invisible_characters_setting(tmp_path):
     file = tmp_path / "policy.toml"
     file.write_text('invisible_characters = "strip"\n')
     assert read_policy(file).invisible_characters == "strip"

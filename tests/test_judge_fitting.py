@@ -107,7 +107,7 @@ def a_fit(**fields):
 # The sum of log-odds
 
 
-def test_a_combination_recovers_the_weights_behind_the_labels():
+def test_fit_combination_recovers_true_weights():
     random = np.random.default_rng(0)
     scores, answers = (sigmoid(random.normal(size=4000) * 2) for _ in range(2))
     logits = 0.6 * combined_log_odds(1.0, scores, answers) + 1.8 * combined_log_odds(
@@ -122,7 +122,7 @@ def test_a_combination_recovers_the_weights_behind_the_labels():
     assert (same == (combined_log_odds(found.weight, scores, answers) >= limit)).all()
 
 
-def test_no_coefficient_is_negative_and_noise_has_next_to_no_weight():
+def test_noisy_or_inverted_judge_gets_almost_no_weight():
     holds, scores, _ = drawn(4000, probe=1.0, judge=0.0)
     noise = np.random.default_rng(5).random(4000)
     assert fit_combination(scores, noise, holds).weight > 1 - FITTED
@@ -131,7 +131,7 @@ def test_no_coefficient_is_negative_and_noise_has_next_to_no_weight():
     assert fit_combination(scores, opposite, holds).weight == 1.0
 
 
-def test_few_texts_leave_both_alike_and_one_class_is_no_error():
+def test_fit_combination_tolerates_few_texts_and_single_class():
     scores, answers = np.array([0.4, 0.6]), np.array([0.9, 0.1])
     for holds in ([True, True], [True, False]):
         found = fit_combination(scores, answers, np.array(holds))
@@ -140,7 +140,7 @@ def test_few_texts_leave_both_alike_and_one_class_is_no_error():
     assert fit_combination(scores[:0], answers[:0], np.zeros(0, bool)).weight == 0.5
 
 
-def test_a_fit_flags_by_the_documented_formula():
+def test_fit_flags_by_documented_formula():
     fit = a_fit(weight=0.25, threshold=-0.5)
     for score, answer in ((0.9, 0.2), (0.1, 0.9), (0.5, 0.4), (0.99, 0.01)):
         odds = 0.25 * math.log(score / (1 - score)) + 0.75 * math.log(answer / (1 - answer))
@@ -153,7 +153,7 @@ def test_a_fit_flags_by_the_documented_formula():
 # Figures by share
 
 
-def test_a_strong_judge_raises_recall_with_the_share_and_a_random_one_adds_nothing(probe):
+def test_strong_judge_raises_recall_and_random_judge_adds_nothing(probe):
     holds, scores, answers = drawn(ROWS, probe=1.0, judge=3.0)
     report = fitted(probe, holds, scores, answers)
     recalls = [point.recall_at_1pct_fpr.value for point in report.points]
@@ -172,7 +172,7 @@ def test_a_strong_judge_raises_recall_with_the_share_and_a_random_one_adds_nothi
     assert len(report.findings) == 1
 
 
-def test_metrics_are_of_texts_that_the_fit_has_not_read():
+def test_out_of_fold_scores_ignore_labels_of_their_fold():
     holds, scores, answers = drawn(200, probe=0.5, judge=1.0)
     folds = tuple(np.arange(fold, 200, 5) for fold in range(5))
     is_deferred = scores > 0.3
@@ -186,7 +186,7 @@ def test_metrics_are_of_texts_that_the_fit_has_not_read():
         assert (again != found).any()
 
 
-def test_a_text_that_is_not_deferred_is_never_found(probe):
+def test_recall_counts_only_deferred_texts(probe):
     holds, scores, answers = drawn(ROWS, probe=0.3, judge=3.0)
     strict = probe.changed(thresholds=(float(np.sort(scores)[-30]),))
     report = fitted(strict, holds, scores, answers, share=0.0)
@@ -195,7 +195,7 @@ def test_a_text_that_is_not_deferred_is_never_found(probe):
     assert first.recall_at_1pct_fpr.value <= 30 / holds.sum()
 
 
-def test_shares_are_deferred_as_a_policy_defers_them(probe):
+def test_defer_thresholds_match_those_of_policies(probe):
     thresholds = defer_thresholds(probe, 0.03)
     assert [*thresholds] == [0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 1.0]
     for share in SHARES:
@@ -205,7 +205,7 @@ def test_shares_are_deferred_as_a_policy_defers_them(probe):
     assert [*defer_thresholds(probe.changed(training=TrainingRecord()), 0.0)] == [0.0, 1.0]
 
 
-def test_texts_that_were_not_asked_about_need_no_answer(probe):
+def test_texts_below_deferral_threshold_need_no_judge_answer(probe):
     holds, scores, answers = drawn(ROWS, probe=1.0, judge=3.0)
     lowest = min(defer_thresholds(probe, 0.05, 0.1).values())
     full = fitted(probe, holds, scores, answers)
@@ -217,7 +217,7 @@ def test_texts_that_were_not_asked_about_need_no_answer(probe):
     assert subset.gain == full.gain
 
 
-def test_texts_without_an_answer_are_left_out_up_to_a_limit(probe):
+def test_unanswered_texts_are_dropped_up_to_a_limit(probe):
     holds, scores, answers = drawn(ROWS, probe=1.0, judge=3.0)
     answers[: ROWS // 25] = np.nan
     report = fitted(probe, holds, scores, answers)
@@ -227,7 +227,7 @@ def test_texts_without_an_answer_are_left_out_up_to_a_limit(probe):
         fitted(probe, holds, scores, answers)
 
 
-def test_the_threshold_follows_its_rule(probe):
+def test_fitted_threshold_follows_its_rule(probe):
     holds, scores, answers = drawn(4000, probe=1.0, judge=2.0)
     lax = fitted(probe, holds, scores, answers, share=0.2, rule=ThresholdRule.parse("fpr=0.1"))
     strict = fitted(probe, holds, scores, answers, share=0.2, rule=ThresholdRule.parse("fpr=0.02"))
@@ -244,7 +244,7 @@ def test_the_threshold_follows_its_rule(probe):
     assert strict.fit.threshold_rule == "fpr=0.02"
 
 
-def test_what_cannot_be_fitted_is_refused_before_anybody_is_asked(tiny, probe):
+def test_require_fittable_rejects_unsuitable_probes_and_texts(tiny, probe):
     holds, _, _ = drawn(ROWS, probe=1.0, judge=3.0)
     texts = labelled(holds)
     require_fittable(probe.card, texts, 0.05)
@@ -264,7 +264,7 @@ def test_what_cannot_be_fitted_is_refused_before_anybody_is_asked(tiny, probe):
         require_fittable(without, texts, 0.05)
 
 
-def test_too_few_deferred_texts_are_no_fit(probe):
+def test_fit_rejects_too_few_deferred_texts(probe):
     holds, scores, answers = drawn(60, probe=1.0, judge=3.0)
     strict = probe.changed(thresholds=(float(np.sort(scores)[-8]),))
     with pytest.raises(SidelightError, match=wordings.JUDGE_FEW_DEFERRED):
@@ -274,7 +274,7 @@ def test_too_few_deferred_texts_are_no_fit(probe):
 # The card, and what a policy makes of it
 
 
-def test_a_card_keeps_its_fit_and_others_have_no_trace_of_one(tiny, tmp_path, probe):
+def test_probe_card_stores_judge_fit_only_when_fitted(tiny, tmp_path, probe):
     plain = load_probe(save_probe(probe, tmp_path / "plain"))
     assert "judge_fit" not in plain.card.to_json()
     result = load_probe(save_probe(plain.changed(judge_fit=a_fit()), tmp_path / "fitted"))
@@ -286,7 +286,7 @@ def test_a_card_keeps_its_fit_and_others_have_no_trace_of_one(tiny, tmp_path, pr
         load_probe(save_probe(several, tmp_path / "several"))
 
 
-def test_a_policy_with_another_judge_is_refused(probe):
+def test_policy_rejects_judge_other_than_the_fitted_one(probe):
     rule = Rule("block", defer=Defer("guardian"))
     policy = Policy(input={"early": rule}, judges={"guardian": JUDGE})
     require_policy_applies(policy, [probe.changed(judge_fit=a_fit(judge=JUDGE.digest))])
@@ -299,7 +299,7 @@ def test_a_policy_with_another_judge_is_refused(probe):
     require_policy_applies(without_defer, [probe.changed(judge_fit=a_fit())])
 
 
-def test_the_address_of_a_judge_does_not_change_its_digest():
+def test_judge_url_and_timeout_do_not_change_digest():
     moved = JUDGE.model_copy(update={"url": "https://judge.example/v1", "timeout_s": 3.0})
     assert moved.digest == JUDGE.digest
 
@@ -334,7 +334,7 @@ def command(tiny, model, tmp_path, monkeypatch, judge, probe):
     return [*arguments, "--judge", str(file)]
 
 
-def test_eval_asks_a_judge_and_saves_a_probe_with_the_fit(command, judge, tmp_path, capsys):
+def test_eval_asks_judge_and_saves_probe_with_fit(command, judge, tmp_path, capsys):
     plots = tmp_path / "plots"
     assert cli(*command, "--plots", str(plots), "--out", str(tmp_path / "figures.json")) == 0
     printed = capsys.readouterr()
@@ -355,14 +355,14 @@ def test_eval_asks_a_judge_and_saves_a_probe_with_the_fit(command, judge, tmp_pa
     assert not judge.asked
 
 
-def test_eval_asks_only_about_the_share_that_it_is_told(command, judge, tmp_path, capsys):
+def test_eval_asks_about_requested_share_only(command, judge, tmp_path, capsys):
     assert cli(*command, "--ask", "0.05", "--json") == 0
     metrics = json.loads(capsys.readouterr().out)["second_stage"]
     assert len(judge.asked) == metrics["points"][-1]["deferred"] == 60
     assert metrics["judge"] is None
 
 
-def test_eval_says_what_is_wrong_before_it_asks(command, judge, tmp_path, capsys):
+def test_eval_validates_options_before_asking_judge(command, judge, tmp_path, capsys):
     without = command[:-2]
     assert cli(*without, "--save", str(tmp_path / "x")) == 2
     assert "--judge" in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_eval_says_what_is_wrong_before_it_asks(command, judge, tmp_path, capsys
     assert not (tmp_path / "probe-judged").exists()
 
 
-def test_eval_goes_on_past_texts_without_a_verdict_and_says_so(command, judge, capsys):
+def test_eval_continues_past_missing_verdicts_and_reports_them(command, judge, capsys):
     reply = judge.reply
     judge.reply = lambda body: (
         JSONResponse({}, status_code=400) if len(judge.asked) == 1 else reply(body)

@@ -122,13 +122,13 @@ RECORDED = {
 }
 
 
-def test_every_profile_has_a_recorded_answer():
+def test_every_profile_has_recorded_answer():
     assert RECORDED.keys() == PROFILES.keys()
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("question", [PROMPT, EXCHANGE], ids=["prompt", "exchange"])
-def test_answers_of_each_family_are_read(judge, profile, question):
+def test_each_profile_reads_its_recorded_answers(judge, profile, question):
     uses = PROFILES[profile].criterion
     rule = {} if uses == "unused" else {"criterion": CRITERION}
     for answer, probability in RECORDED[profile]:
@@ -156,14 +156,14 @@ def test_answers_of_each_family_are_read(judge, profile, question):
     ],
     ids=str,
 )
-def test_prose_and_missing_log_probabilities_are_no_verdict(judge, profile, answer):
+def test_prose_and_malformed_answers_are_unreadable(judge, profile, answer):
     uses = PROFILES[profile].criterion
     rule = {} if uses == "unused" else {"criterion": CRITERION}
     judge.answers(answer)
     assert asked(judge.settings(profile=profile, **rule), PROMPT) == ["unreadable"]
 
 
-def test_a_label_without_log_probabilities_is_no_verdict_unless_the_judge_reasons(judge):
+def test_label_without_log_probabilities_counts_only_for_reasoning_judges(judge):
     judge.answers(chat_answer(content="No"))
     assert asked(judge.settings(), PROMPT) == ["unreadable"]
     assert asked(judge.settings(profile="gpt-oss-safeguard", criterion="x"), PROMPT) == [
@@ -172,7 +172,7 @@ def test_a_label_without_log_probabilities_is_no_verdict_unless_the_judge_reason
 
 
 @pytest.mark.parametrize("profile", [name for name, each in PROFILES.items() if not each.reasons])
-def test_no_more_tokens_are_read_than_were_asked_for(profile):
+def test_profile_reads_no_tokens_beyond_max_tokens(profile):
     answer, probability = RECORDED[profile][0]
     tokens = answer["choices"][0]["logprobs"]["content"]
     most = PROFILES[profile].max_tokens
@@ -209,12 +209,12 @@ async def _flood():
     ],
     ids=["500", "401", "redirect", "text", "list", "nested"],
 )
-def test_answers_that_are_none_are_no_verdict(judge, answer, reason):
+def test_error_statuses_and_malformed_bodies_give_no_verdict(judge, answer, reason):
     judge.answers(answer)
     assert asked(judge.settings(), PROMPT) == [reason]
 
 
-def test_a_slow_judge_is_cancelled_after_its_full_timeout(judge):
+def test_slow_judge_times_out_even_while_streaming(judge):
     judge.says(1.0, after_s=2)
     started = time.perf_counter()
     assert asked(judge.settings(timeout_s=0.2), PROMPT) == ["timeout"]
@@ -224,14 +224,14 @@ def test_a_slow_judge_is_cancelled_after_its_full_timeout(judge):
     assert time.perf_counter() - started < 1.5
 
 
-def test_an_endless_answer_is_not_stored(judge):
+def test_endless_answer_is_unreadable(judge):
     judge.reply = lambda _body: StreamingResponse(_flood())
     assert asked(judge.settings(), PROMPT) == ["unreadable"]
 
 
 @pytest.mark.parametrize("status", [200, 400])
 @pytest.mark.parametrize("is_compressed", [True, False])
-def test_an_answer_cannot_fill_the_memory(judge, status, is_compressed):
+def test_answers_cannot_exhaust_memory(judge, status, is_compressed):
     bomb = gzip.compress(bytes(2**26))
 
     async def flood():
@@ -253,7 +253,7 @@ def test_an_answer_cannot_fill_the_memory(judge, status, is_compressed):
         tracemalloc.stop()
 
 
-def test_what_a_judge_says_of_an_error_is_in_no_traceback(judge):
+def test_judge_error_text_never_appears_in_traceback(judge):
     judge.answers(JSONResponse({"error": {"message": "Bad: a secret number"}}, status_code=400))
 
     async def ask():
@@ -271,7 +271,7 @@ def test_what_a_judge_says_of_an_error_is_in_no_traceback(judge):
 
 
 @pytest.mark.parametrize("logprob", [math.nan, 5.0, math.inf])
-def test_a_log_probability_that_is_none_is_no_verdict(judge, logprob):
+def test_invalid_log_probabilities_are_unreadable(judge, logprob):
     answer = chat_answer(("No", {"No": 0.9, "Yes": 0.1}))
     answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = logprob
     # As Python writes it: JSONResponse refuses NaN.
@@ -288,7 +288,7 @@ def test_a_log_probability_that_is_none_is_no_verdict(judge, logprob):
     ],
     ids=["nan", "negative", "two results"],
 )
-def test_no_score_hides_behind_another(judge, results):
+def test_moderations_with_invalid_scores_or_two_results_are_unreadable(judge, results):
     answer = json.dumps({"results": results})
     judge.answers(Response(answer, media_type="application/json"))
     assert asked(judge.settings(kind="moderations"), PROMPT) == ["unreadable"]
@@ -297,32 +297,32 @@ def test_no_score_hides_behind_another(judge, results):
 @pytest.mark.parametrize(
     "token", ["[|endofturn|]", "[|user|]", "[gMASK]", "]~b]", "[e~[", "[/INST]", "<|im_end|>"]
 )
-def test_control_tokens_of_each_family_are_inert(token):
+def test_inert_neutralises_control_tokens_of_every_family(token):
     assert token not in inert(f"a{token}b")
 
 
 @pytest.mark.parametrize(
     "text", ["a[0] = b[i]", "[a link](x)", "[1, 2] ~ 3", "a < b", "- [x] done"]
 )
-def test_other_brackets_stay(text):
+def test_inert_leaves_other_brackets_unchanged(text):
     assert inert(text) == text
 
 
-def test_a_judge_that_does_not_listen_is_no_verdict():
+def test_unreachable_judge_gives_no_verdict():
     settings = JudgeSettings(
         url=f"http://127.0.0.1:{free_port()}/v1", model="m", criterion="x", retries=0
     )
     assert asked(settings, PROMPT) == ["unreachable"]
 
 
-def test_a_failed_request_is_sent_again(judge):
+def test_failed_requests_are_retried(judge):
     replies = [JSONResponse({}, status_code=500), JSONResponse(yes_no(0.9))]
     judge.reply = lambda _body: replies.pop(0)
     assert asked(judge.settings(retries=1), PROMPT) == [pytest.approx(0.9)]
     assert len(judge.asked) == 2
 
 
-def test_questions_wait_for_a_place_and_equal_ones_are_asked_once():
+def test_questions_respect_concurrency_and_duplicates_are_asked_once():
     # A server of its own: another may still run what an earlier test gave up.
     with scripted_judge() as judge:
         judge.says(0.7, after_s=0.05)
@@ -331,7 +331,7 @@ def test_questions_wait_for_a_place_and_equal_ones_are_asked_once():
         assert (len(judge.asked), judge.most_at_once) == (6, 2)
 
 
-def test_a_key_with_many_questions_delays_no_other_key():
+def test_busy_key_does_not_delay_other_keys():
     with scripted_judge() as judge:
         judge.says(0.7, after_s=0.05)
         keys = ["many"] * 12 + ["few", None]
@@ -342,7 +342,7 @@ def test_a_key_with_many_questions_delays_no_other_key():
     assert {12, 13} <= {*order[:6]}
 
 
-def test_slots_go_to_keys_in_turn_and_none_is_lost_to_those_that_leave():
+def test_fair_slots_rotate_keys_and_survive_cancellation():
     async def hold():
         slots, order = FairSlots(1), []
 
@@ -371,7 +371,7 @@ def test_slots_go_to_keys_in_turn_and_none_is_lost_to_those_that_leave():
     assert order == [("a", 2), ("b", 1), (None, 1), ("a", 3), ("b", 2)]
 
 
-def test_an_answer_is_cached_and_a_failure_is_not(judge):
+def test_client_caches_answers_but_not_failures(judge):
     async def ask():
         client = JudgeClient(judge.settings())
         judge.answers(JSONResponse({}, status_code=500))
@@ -389,7 +389,7 @@ def test_an_answer_is_cached_and_a_failure_is_not(judge):
     assert first.seconds > second.seconds == 0.0
 
 
-def test_a_waiting_text_that_is_cancelled_ends_no_other_and_leaves_nothing(judge):
+def test_cancelling_one_waiter_does_not_cancel_shared_question(judge):
     async def ask():
         client = JudgeClient(judge.settings())
         judge.says(0.7, after_s=0.1)
@@ -409,7 +409,7 @@ def test_a_waiting_text_that_is_cancelled_ends_no_other_and_leaves_nothing(judge
     assert not left
 
 
-def test_budgets_are_of_all_and_of_each_key(judge):
+def test_budgets_apply_globally_and_per_key(judge):
     settings = judge.settings(budget_per_minute=5, budget_per_key=2)
     keys = ["a", "a", "a", "b", None, None, None]
     found = asked(settings, *numbered(7), keys=keys)
@@ -418,7 +418,7 @@ def test_budgets_are_of_all_and_of_each_key(judge):
     assert len(judge.asked) == 5
 
 
-def test_questions_that_are_never_sent_take_nothing_of_a_budget(judge):
+def test_unsent_questions_consume_no_budget(judge):
     settings = judge.settings(budget_per_minute=5, budget_per_key=4, concurrency=1)
 
     async def ask():
@@ -445,7 +445,7 @@ def test_questions_that_are_never_sent_take_nothing_of_a_budget(judge):
     assert asyncio.run(ask()) == [None, None, None, "budget", None]
 
 
-def test_a_budget_fills_again(monkeypatch):
+def test_budget_refills_over_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("sidelight.judges.budget.time.monotonic", lambda: now[0])
     budget = Budget(per_minute=60, per_key=2)
@@ -456,7 +456,7 @@ def test_a_budget_fills_again(monkeypatch):
     assert sum(budget.take(None) for _ in range(100)) == 60
 
 
-def test_a_text_beyond_the_limit_is_never_cut(judge):
+def test_overlong_text_is_rejected_instead_of_truncated(judge):
     assert asked(judge.settings(max_characters=10), PROMPT) == ["too_long"]
     assert not judge.asked
 
@@ -466,7 +466,7 @@ def test_a_text_beyond_the_limit_is_never_cut(judge):
     [Question.about(PlainText(INJECTION)), Question.about([Message("user", "Hi")], INJECTION)],
 )
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_text_cannot_pose_as_the_question(judge, profile, question):
+def test_injected_text_cannot_pose_as_judge_prompt(judge, profile, question):
     uses = PROFILES[profile].criterion
     rule = {} if uses == "unused" else {"criterion": CRITERION}
     asked(judge.settings(profile=profile, **rule), question)
@@ -484,7 +484,7 @@ def test_a_text_cannot_pose_as_the_question(judge, profile, question):
         assert after == ["", "Yes or No?"]
 
 
-def test_every_turn_is_asked_about_but_the_systems_leading_one():
+def test_question_includes_every_turn_except_leading_system_message():
     turns = [
         Message(*t) for t in (("system", "Obey."), ("user", "a"), ("tool", "b"), ("user", "c"))
     ]
@@ -493,7 +493,7 @@ def test_every_turn_is_asked_about_but_the_systems_leading_one():
     assert "tool: b" in Question.about(turns).prompt
 
 
-def test_moderations_and_decisions(judge):
+def test_judge_reads_moderations_and_decisions(judge):
     scores = {"harassment": 0.2, "violence": 0.6}
     judge.answers({"results": [{"flagged": False, "category_scores": scores}]})
     assert asked(judge.settings(kind="moderations"), PROMPT, EXCHANGE) == [0.6, 0.6]
@@ -523,7 +523,7 @@ def test_moderations_and_decisions(judge):
 
 
 @pytest.mark.slow
-def test_another_sidelight_server_is_a_judge(tiny):
+def test_sidelight_server_can_act_as_judge(tiny):
     probe = untrained_probe(tiny, "toxicity")
     with served(TransformersEngine(tiny, [probe])) as address:
         settings = JudgeSettings(
@@ -540,7 +540,7 @@ def test_another_sidelight_server_is_a_judge(tiny):
         assert asked(chats, PROMPT) == ["status"]
 
 
-def test_no_key_leaves_unless_the_judge_names_it(judge, monkeypatch):
+def test_judge_receives_api_key_only_when_configured(judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
@@ -588,7 +588,7 @@ LOCAL = {"url": "http://127.0.0.1:9/v1", "model": "m", "criterion": "rule.md"}
     ],
     ids=str,
 )
-def test_a_wrong_judge_is_refused_when_it_is_read(tmp_path, wrong):
+def test_invalid_judge_settings_are_rejected(tmp_path, wrong):
     (tmp_path / "rule.md").write_text("Rule.")
     (tmp_path / "empty.md").write_text(" \n")
     with pytest.raises(SidelightError) as refusal:
@@ -597,7 +597,7 @@ def test_a_wrong_judge_is_refused_when_it_is_read(tmp_path, wrong):
     assert "sk-secret" not in str(refusal.value)
 
 
-def test_a_file_describes_one_judge(tmp_path):
+def test_judge_digest_covers_criterion_and_model_but_not_address(tmp_path):
     (tmp_path / "rule.md").write_text("# Rule\n\nNo numbers.\n")
     (tmp_path / "judge.toml").write_text(
         'url = "https://judge.example/v1"\nmodel = "m"\ncriterion = "rule.md"\n'
@@ -613,7 +613,7 @@ def test_a_file_describes_one_judge(tmp_path):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_profile_that_asks_in_other_words_is_another_judge(monkeypatch, profile):
+def test_rewording_a_profile_changes_judge_digest(monkeypatch, profile):
     criterion = {} if PROFILES[profile].criterion == "unused" else {"criterion": CRITERION}
     settings = JudgeSettings(url=LOCAL["url"], model="m", profile=profile, **criterion)
     before, ask = settings.digest, PROFILES[profile].ask
@@ -639,7 +639,7 @@ def test_a_profile_that_asks_in_other_words_is_another_judge(monkeypatch, profil
         ("http://127.0.0.1:8000/v1", "127.0.0.1", 0, False),
     ],
 )
-def test_a_server_cannot_be_the_judge_of_itself(url, host, port, is_refused):
+def test_server_cannot_act_as_judge_of_itself(url, host, port, is_refused):
     settings = JudgeSettings(url=url, model="m", criterion="x")
     if is_refused:
         with pytest.raises(SidelightError, match=wordings.JUDGES_ITSELF):

@@ -62,7 +62,7 @@ def compressed_shard(compression, hidden):
 
 
 @pytest.mark.parametrize("is_normalised", [True, False])
-def test_all_directions_keep_states_within_eight_bits(hidden, is_normalised):
+def test_full_rank_compression_is_accurate_to_eight_bits(hidden, is_normalised):
     compression = Compression.measured([hidden], is_normalised=is_normalised, directions=24)
     stored = compression.compress(hidden)
     z = stored.values * stored.factors[..., None].float()
@@ -73,13 +73,13 @@ def test_all_directions_keep_states_within_eight_bits(hidden, is_normalised):
 
 
 @given(st.integers(8, 8192))
-def test_a_token_takes_a_quarter_of_its_bytes_or_less(width):
+def test_compressed_token_takes_at_most_a_quarter_of_its_bytes(width):
     assert 4 * (directions_of_width(width) + 2) <= 2 * width or width < 12
 
 
 @pytest.mark.parametrize("name", ["readout", "spans"])
 @pytest.mark.parametrize("layers", [None, 2])
-def test_uncompressed_states_give_a_restricted_probe_the_logits_of_compressed_ones(
+def test_restricted_probe_gives_same_logits_on_compressed_and_uncompressed_states(
     hidden, name, layers
 ):
     compression = Compression.measured([hidden], is_normalised=True, directions=10)
@@ -105,7 +105,7 @@ def test_uncompressed_states_give_a_restricted_probe_the_logits_of_compressed_on
     assert torch.isfinite(found[0]).all()
 
 
-def test_only_mechanisms_with_parameters_of_each_layer_are_trained_on_compressed_states():
+def test_only_mechanisms_with_layer_parameters_train_on_compressed_states():
     geometry = Geometry(2, 32, 1)
     able = {
         name
@@ -138,7 +138,7 @@ def tensors(probe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("states", ["disk", "stream"])
-def test_however_states_are_stored_the_probe_is_the_same(
+def test_state_storage_does_not_change_trained_probe(
     tiny, tmp_path, examples, states, all_directions
 ):
     exact_fit = fitted(tiny, tmp_path / "whole", examples, states="whole")
@@ -155,7 +155,7 @@ def test_however_states_are_stored_the_probe_is_the_same(
     assert np.corrcoef(*(each_logits.ravel() for each_logits in logits))[0, 1] > 0.98
 
 
-def test_few_states_are_uncompressed_and_so_is_what_a_shared_head_reads(tiny, tmp_path, examples):
+def test_small_data_and_shared_heads_use_uncompressed_states(tiny, tmp_path, examples):
     pooling = mechanism_spec("pooling")
     for options in ({}, {"states": "disk", "mechanism": pooling}, {"states": "whole"}):
         fitted_probe = fitted(tiny, tmp_path, examples, **options)
@@ -164,7 +164,7 @@ def test_few_states_are_uncompressed_and_so_is_what_a_shared_head_reads(tiny, tm
 
 
 @pytest.mark.slow
-def test_much_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
+def test_large_data_is_compressed_and_streamed_beyond_disk_limit(
     tiny, tmp_path, examples, monkeypatch, all_directions
 ):
     monkeypatch.setattr(keeping, "MOST_UNCOMPRESSED_BYTES", 20_000)
@@ -179,7 +179,7 @@ def test_much_is_compressed_and_more_than_a_disk_should_hold_is_streamed(
     assert (states_record.form, states_record.streamed) == ("whole", True)
 
 
-def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny):
+def test_gpu_streams_states_when_faster_than_disk(tiny):
     # 29 layers of 3,072 dimensions take 6.3e9 operations a token, and 178 KB, or a quarter.
     who, gpu = replace(tiny.fingerprint, layers=29, width=3072), torch.device("cuda")
     assert not keeping.reads_faster_than_disk(who, gpu, 44_000)
@@ -188,7 +188,7 @@ def test_a_gpu_streams_what_it_reads_faster_than_a_disk(tiny):
 
 
 @pytest.mark.slow
-def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
+def test_lossy_compression_is_abandoned_with_a_warning(
     tiny, tmp_path, examples, monkeypatch, warned
 ):
     monkeypatch.setattr(keeping, "directions_of_width", lambda width: 1)
@@ -199,9 +199,7 @@ def test_a_compression_that_changes_the_probe_is_not_used_and_the_user_is_told(
 
 
 @pytest.mark.slow
-def test_too_few_texts_to_compare_stay_uncompressed(
-    tiny, tmp_path, all_directions, monkeypatch, warned
-):
+def test_too_few_texts_disable_compression(tiny, tmp_path, all_directions, monkeypatch, warned):
     # All are taken for directions, which leaves none to compare on.
     monkeypatch.setattr(keeping, "_first", lambda _, rows, least: rows if least == 1 else [])
     examples = load_examples(planted_rows("binary", 40))
@@ -211,9 +209,7 @@ def test_too_few_texts_to_compare_stay_uncompressed(
 
 
 @pytest.mark.slow
-def test_streamed_states_are_never_written_and_one_shard_is_in_memory(
-    tiny, tmp_path, examples, ran
-):
+def test_streaming_recomputes_states_without_writing_to_disk(tiny, tmp_path, examples, ran):
     split = make_split(tiny, examples, FitOptions(cache_root=tmp_path / "disk"))
     limit = split.states.token_bytes * 100
     small = ActivationCache(
@@ -264,7 +260,7 @@ def killing(monkeypatch, after):
 @pytest.mark.slow
 @pytest.mark.parametrize("states", ["whole", "disk", "stream"])
 @pytest.mark.parametrize("few", [True, False], ids=["cross-fitted", "held out"])
-def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_probe(
+def test_training_resumes_after_last_saved_epoch_to_identical_probe(
     tiny, tmp_path, states, few, all_directions, monkeypatch
 ):
     examples = load_examples(planted_rows("binary", 60))
@@ -331,7 +327,7 @@ test_keeping.train_until(int(moment), Path(root), states, texts, pytest.MonkeyPa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("states", ["disk", "stream"])
-def test_a_training_killed_by_a_signal_at_three_moments_ends_with_the_same_probe(
+def test_training_killed_by_sigkill_resumes_to_identical_probe(
     tmp_path, states, examples, monkeypatch
 ):
     expected = train_until(None, tmp_path / "whole", states, examples, monkeypatch)
@@ -350,7 +346,7 @@ def test_a_training_killed_by_a_signal_at_three_moments_ends_with_the_same_probe
 
 
 @pytest.mark.slow
-def test_a_broken_checkpoint_is_named_with_its_remedy(tiny, tmp_path, examples, monkeypatch):
+def test_corrupt_checkpoint_raises_clear_error(tiny, tmp_path, examples, monkeypatch):
     with monkeypatch.context() as patch:
         killing(patch, 1)
         with pytest.raises(Killed):
@@ -362,7 +358,7 @@ def test_a_broken_checkpoint_is_named_with_its_remedy(tiny, tmp_path, examples, 
 
 
 @pytest.mark.slow
-def test_a_training_with_other_settings_starts_over_and_says_so(
+def test_changed_settings_restart_training_with_a_notice(
     tiny, tmp_path, examples, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
@@ -377,7 +373,7 @@ def test_a_training_with_other_settings_starts_over_and_says_so(
 
 
 @pytest.mark.slow
-def test_streaming_leaves_no_states_and_needs_no_room(tiny, tmp_path, examples, monkeypatch):
+def test_streaming_works_without_free_disk_space(tiny, tmp_path, examples, monkeypatch):
     monkeypatch.setattr("sidelight.states.cache._RESERVE_BYTES", 2**62)
     fitted_probe = fitted(tiny, tmp_path, examples, states="stream")
     assert fitted_probe.probe.card.training.states.streamed
@@ -385,9 +381,7 @@ def test_streaming_leaves_no_states_and_needs_no_room(tiny, tmp_path, examples, 
         fitted(tiny, tmp_path, examples, states="whole")
 
 
-def test_states_that_others_share_are_uncompressed_and_on_disk(
-    tiny, examples, tmp_path, monkeypatch
-):
+def test_shared_states_stay_uncompressed_on_disk(tiny, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(keeping, "reads_faster_than_disk", lambda *_: True)
     monkeypatch.setattr(keeping, "MOST_UNCOMPRESSED_BYTES", 1)
     split = make_split(tiny, examples, FitOptions(cache_root=tmp_path))
@@ -398,5 +392,5 @@ def test_states_that_others_share_are_uncompressed_and_on_disk(
         assert keeping.choose_keeping(tiny, [split], candidates, options) == keeping.Keeping()
 
 
-def test_nothing_is_resumed_without_a_checkpoint(tmp_path):
+def test_resume_without_checkpoint_starts_at_epoch_zero(tmp_path):
     assert resume([], tmp_path / CHECKPOINT, run_sha256="") == 0

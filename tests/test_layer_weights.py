@@ -27,7 +27,7 @@ def shifted(labels, *, layer, pooling):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
-def test_the_layer_that_predicts_the_labels_weighs_most(kind, pooling):
+def test_most_predictive_layer_gets_largest_weight(kind, pooling):
     shape = (TEXTS,) if kind == "binary" else (TEXTS, 3)
     labels = np.random.default_rng(0).integers(0, 2, shape)
     poolings = shifted(labels, layer=1, pooling=pooling)
@@ -45,7 +45,7 @@ def test_the_layer_that_predicts_the_labels_weighs_most(kind, pooling):
     assert weights[0] / weights[1] == pytest.approx(0.01)
 
 
-def test_without_a_layer_that_predicts_anything_all_weigh_alike():
+def test_layers_without_predictive_signal_get_equal_weights():
     labels = np.ones(TEXTS, dtype=np.int64)
     poolings = shifted(np.zeros(TEXTS), layer=0, pooling="means")
     assert torch.equal(weights_of(poolings, labels), torch.ones(LAYERS))
@@ -56,7 +56,7 @@ def test_without_a_layer_that_predicts_anything_all_weigh_alike():
 
 
 @pytest.mark.parametrize(("texts", "width"), [(60, 100), (100, 32)])
-def test_a_layer_score_is_that_of_a_ridge_regression_on_texts_left_out(texts, width):
+def test_layer_score_matches_leave_one_out_ridge_regression(texts, width):
     random = np.random.default_rng(0)
     labels = random.permutation(np.arange(texts) % 2)
     noise = random.normal(size=(texts, width))

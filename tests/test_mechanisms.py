@@ -156,7 +156,7 @@ class TestMechanisms(MechanismContract):
     pass
 
 
-def test_training_samples_tokens_never_layers_and_loses_nothing_if_all_ask_alike():
+def test_attention_training_samples_tokens_but_never_layers():
     layers = attention.TRAINING_QUERIES + 10
     (varied,) = drawn([400], 0)
     alike, flat = varied[:, :1].expand(-1, 400, -1), torch.randn(layers, 5, WIDTH)
@@ -167,7 +167,7 @@ def test_training_samples_tokens_never_layers_and_loses_nothing_if_all_ask_alike
         assert torch.allclose(trained_on, exact, **ROUNDING) == is_exact
 
 
-def test_heads_have_a_width_for_which_cuda_needs_no_memory_for_scores(monkeypatch):
+def test_attention_head_widths_suit_memory_efficient_cuda_kernel(monkeypatch):
     """Its kernel takes float32 heads of four numbers or a multiple; see PyTorch's sdp_utils.cpp."""
     widths, real = [], functional.scaled_dot_product_attention
 
@@ -197,7 +197,7 @@ GPT_OSS_20B = Geometry(layers=25, width=2880, outputs=1)
         (LLAMA_3B, "spans", {"lookahead": 2}, (29 * 3072 + 4 * 64 + 1 + 1) * 64 + 1),
     ],
 )
-def test_parameter_counts_are_the_papers(geometry, name, options, count):
+def test_parameter_counts_match_the_paper(geometry, name, options, count):
     with torch.device("meta"):
         mechanism = build_mechanism(mechanism_spec(name, options), geometry)
     assert sum(parameter.numel() for parameter in mechanism.parameters()) == count
@@ -216,14 +216,14 @@ def test_parameter_counts_are_the_papers(geometry, name, options, count):
         ("spans", {"lookahead": 5}, "lookahead cannot be 5.*Known: 0, 1"),
     ],
 )
-def test_what_an_option_cannot_have_is_refused_with_what_it_can(name, options, says):
+def test_invalid_mechanism_options_raise_specific_errors(name, options, says):
     filled = {"factor": 8, "heads": 2, "pooling": "mean"}
     assert mechanism_spec("attention", {"heads": 2}).options == filled
     with pytest.raises(SidelightError, match=says):
         build_mechanism(mechanism_spec(name, options), Geometry(LAYERS, WIDTH, 1))
 
 
-def test_a_share_of_a_readout_is_the_tokens_products():
+def test_readout_token_shares_match_equation():
     """Against the terms of the equation, written out."""
     readout = built("readout", {}, 1)
     (text,) = drawn([7], seed=3)
@@ -238,7 +238,7 @@ def test_a_share_of_a_readout_is_the_tokens_products():
 
 
 @torch.no_grad()
-def test_spans_label_tokens_alike_however_texts_are_packed_and_cut():
+def test_span_token_logits_are_independent_of_packing_and_chunking():
     """Against the equation, for every token and not only the one that decides."""
     labelling = built("spans", {"window": 3, "lookahead": 2}, 3)
     texts = drawn([1, 2, 9, 0, 4], 5)
@@ -314,7 +314,7 @@ def trained(tiny, folder, examples, name, validation=None):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("newcomers")
-def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp_path):
+def test_registered_mechanism_can_be_trained_saved_and_served(tiny, tmp_path):
     validation = load_examples(planted_rows("binary", 30, seed=2))
     probe = trained(
         tiny, tmp_path, load_examples(planted_rows("binary", 60)), "highest", validation
@@ -329,7 +329,7 @@ def test_a_mechanism_is_trained_saved_and_served_once_it_is_registered(tiny, tmp
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("newcomers")
-def test_a_mechanism_with_logits_of_tokens_finds_spans_once_it_is_registered(tiny, tmp_path):
+def test_registered_token_mechanism_finds_spans(tiny, tmp_path):
     probe = trained(tiny, tmp_path, load_examples(span_rows(80), spans="spans"), "labelling")
     assert probe.card.training.lookaheads.keys() == {"1"}
     # Fewer than half of the tokens have each label.

@@ -75,12 +75,12 @@ def promtool(*words: object) -> None:
 
 
 @pytest.mark.slow
-def test_the_alerts_fire_when_they_should_and_only_then():
+def test_alert_rules_pass_promtool_tests():
     promtool("check", "rules", DEPLOY / "alerts.yaml")
     promtool("test", "rules", DEPLOY / "alerts_test.yaml", DEPLOY / "drift_test.yaml")
 
 
-def test_the_tests_of_alerts_make_each_of_them_fire():
+def test_every_alert_is_tested_and_documented():
     fired = re.findall(r'alertname="(\w+)"', (DEPLOY / "alerts_test.yaml").read_text())
     assert set(fired) == {rule["alert"] for rule in ALERT_RULES}
     told = (DEPLOY.parent / "docs" / "operate.md").read_text()
@@ -88,7 +88,7 @@ def test_the_tests_of_alerts_make_each_of_them_fire():
     assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in ALERT_RULES)
 
 
-def test_what_the_recording_rules_read_is_exported_by_a_server_or_recorded_by_another_rule(tiny):
+def test_recording_rules_read_only_exported_or_recorded_series(tiny):
     with in_process(TransformersEngine(tiny, [untrained_probe(tiny, "p")])) as http:
         http.post("/v1/moderations", json={"input": "hello"}).raise_for_status()
         families = [*text_string_to_metric_families(http.get("/metrics").text)]
@@ -205,7 +205,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
 
 
 @pytest.mark.slow
-def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus):
+def test_every_panel_and_variable_of_dashboard_returns_data(prometheus: Prometheus):
     assert len(panel_queries()) > 20
     for query in panel_queries():
         prometheus.wait_until(query)
@@ -216,7 +216,7 @@ def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus):
 
 
 @pytest.mark.slow
-def test_every_series_and_label_of_the_alerts_exists_and_all_are_evaluated(prometheus: Prometheus):
+def test_alert_series_and_labels_exist_and_rules_evaluate(prometheus: Prometheus):
     for rule in RULES:
         assert selectors(rule)
         for name, wanted in selectors(rule):

@@ -75,7 +75,7 @@ def why(ask, *names, explain=True, turns=ANSWERED, **options):
     return ask(DECISIONS, body, **options).json()["explanations"]
 
 
-def test_a_stream_sends_the_score_after_each_token_before_its_text(ask):
+def test_stream_sends_score_after_each_token_only_on_request(ask):
     answer = ask(CHATS, CHAT)
     chunks = chunks_of(answer)
     running = running_of(chunks)
@@ -94,7 +94,7 @@ def test_a_stream_sends_the_score_after_each_token_before_its_text(ask):
         assert choices(plain) == choices(answer)
 
 
-def test_a_decision_says_why(ask):
+def test_decision_explanations_cover_tokens_and_layers(ask):
     """As the library does (``test_explanation``); places are characters of the messages."""
     explanations = why(ask, "toxicity", "intent", "late")
     assert [entry["probe"] for entry in explanations] == ["toxicity", "intent", "late"]
@@ -112,7 +112,7 @@ def test_a_decision_says_why(ask):
     assert "layers" not in plain["tokens"][0]
 
 
-def test_a_decision_says_why_if_it_is_the_only_question(ask):
+def test_decisions_include_explanations_only_on_request(ask):
     questions = [{"type": "predicate", "name": "toxicity"}]
     body = {"model": MODEL, "input": TEXT, "questions": questions}
     for explain in ({}, {"explain": False}, {"explain": None}):
@@ -132,7 +132,7 @@ def test_a_decision_says_why_if_it_is_the_only_question(ask):
         (Rule("shadow"), False, None),
     ],
 )
-def test_a_rule_decides_who_gets_running_scores_thresholds_curves_and_shares(
+def test_rule_controls_access_to_scores_thresholds_and_explanations(
     tiny, probes, rule, scores, shares
 ):
     is_enforced = rule.mode != "shadow"
@@ -153,7 +153,7 @@ def test_a_rule_decides_who_gets_running_scores_thresholds_curves_and_shares(
             assert learns is not True or "tokens" in found[1]
 
 
-def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
+def test_blocked_stream_with_scores_ends_with_content_filter(tiny, probes):
     rule = Rule("block", threshold=0.0, disclose="scores")
     with asking(tiny, probes, Policy(output={"late": rule})) as ask:
         answer = ask(CHATS, CHAT)
@@ -161,7 +161,7 @@ def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
     assert choices(answer) == {0: ("", "content_filter")}
 
 
-def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
+def test_probe_list_includes_thresholds_and_curves(tiny, probes):
     policy = Policy(input={"topics": Rule("flag", threshold=0.3, labels=("sexual",))})
     with asking(tiny, probes, policy) as ask:
         cards = ask("/v1/probes").json()["probes"]
@@ -179,7 +179,7 @@ def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
     )
 
 
-def test_pages_need_their_option_and_no_key_and_load_nothing_from_elsewhere(tiny, probes):
+def test_playground_requires_option_but_no_key_and_sets_strict_csp(tiny, probes):
     engine = TransformersEngine(tiny, probes)
     with in_process(engine) as http:
         for path in ("/", "/playground", "/playground/", "/playground/page.js"):

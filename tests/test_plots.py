@@ -37,7 +37,7 @@ def plot(task, directory, labels):
     ],
     ids=["binary", "many classes", "odd names"],
 )
-def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
+def test_every_task_gets_exactly_three_plots(task, labels, tmp_path):
     drawn = plot(task, tmp_path / "new" / "folder", labels)
     assert {path.stem for path in drawn} == {"confusion", "precision_recall", "reliability"}
     assert sorted(drawn) == sorted((tmp_path / "new" / "folder").iterdir())
@@ -51,13 +51,13 @@ def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
             assert one.read_bytes() == another.read_bytes()
 
 
-def test_wrong_rows_leave_no_folder_behind(tmp_path):
+def test_invalid_rows_leave_no_plot_folder(tmp_path):
     with pytest.raises(AssertionError):
         plot(BINARY, tmp_path / "new", np.full(3, 2))
     assert not (tmp_path / "new").exists()
 
 
-def test_evaluation_names_the_extra_before_it_looks_at_the_probe(monkeypatch, tmp_path, capsys):
+def test_eval_reports_missing_plots_extra_before_loading_probe(monkeypatch, tmp_path, capsys):
     monkeypatch.delitem(sys.modules, "sidelight.data.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     absent = str(tmp_path / "absent")

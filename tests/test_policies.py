@@ -37,7 +37,7 @@ def server(subjects, tmp_path_factory):
 @pytest.mark.slow
 class TestSidelightServer(PolicyContract):
     @STREAMED
-    def test_each_text_of_several_is_classified_separately(self, server, subjects, streamed):
+    def test_each_choice_is_classified_separately(self, server, subjects, streamed):
         ids, reason = subjects.sent(subjects.leaking)
         answer = server.post(chat(subjects.leaking, n=2, stream=streamed))
         assert choices(answer) == dict.fromkeys((0, 1), (subjects.decoded(ids), reason))
@@ -65,7 +65,7 @@ def asked(tiny, loaded, policy, **request):
         return http.post(CHATS, json={**GREEDY, **request})
 
 
-def test_a_server_does_not_start_with_a_policy_that_does_not_fit(tiny, probes):
+def test_server_refuses_to_start_with_inapplicable_policy(tiny, probes):
     engine, policy = TransformersEngine(tiny, probes), Policy(input={"toxic": Rule()})
     with (
         pytest.raises(SidelightError, match=wordings.DID_YOU_MEAN.format(name="toxicity")),
@@ -75,9 +75,7 @@ def test_a_server_does_not_start_with_a_policy_that_does_not_fit(tiny, probes):
     assert not engine.is_ready
 
 
-def test_thresholds_and_labels_decide_what_is_flagged_and_headers_report_it_to_a_gateway(
-    tiny, probes
-):
+def test_thresholds_and_labels_determine_flags_and_gateway_headers(tiny, probes):
     policy = Policy(
         input={
             "toxicity": Rule("flag", threshold=0.0),
@@ -96,7 +94,7 @@ def test_thresholds_and_labels_decide_what_is_flagged_and_headers_report_it_to_a
     assert not {"x-sidelight-flagged", "x-sidelight-route"} & unmarked.headers.keys()
 
 
-def test_a_label_cannot_forge_a_header(tiny):
+def test_label_cannot_inject_response_header(tiny):
     labels = replace(INTENT, labels=("billing", "a, x-admin: 1, é", "other"))
     probe = untrained_probe(tiny, "intent", task=labels)
     routes = dict.fromkeys(labels.labels, labels.labels[1])
@@ -105,7 +103,7 @@ def test_a_label_cannot_forge_a_header(tiny):
     assert "x-admin" not in answer.headers
 
 
-def test_a_shadow_makes_no_category_ambiguous_and_a_failing_one_is_counted(tiny, probes):
+def test_shadow_probes_stay_hidden_and_are_counted(tiny, probes):
     rule = Rule("shadow", threshold=0.0, shadow_of="toxicity")
     shadows = {"hidden": rule, "failing": rule}
     policy = Policy(input={"toxicity": Rule(threshold=0.0), **shadows})
@@ -130,7 +128,9 @@ QUESTION = {"questions": [{"type": "predicate", "name": "toxicity"}]}
 @pytest.mark.parametrize(
     ("mode", "setting", "status"), [("block", "trust", 200), ("flag", "refuse", 400)]
 )
-def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, mode, setting, status):
+def test_unread_system_turn_is_trusted_or_refused_as_configured(
+    tiny, probes, mode, setting, status
+):
     """Which policies refuse it without saying so is a law of ``test_policy_rules``."""
     system = [{"role": "system", "content": "abuse"}, *HELLO]
     later = [*HELLO, {"role": "assistant", "content": "hi"}, *system]
@@ -165,9 +165,7 @@ TEXTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["score", "block"])
-def test_a_text_longer_than_its_rule_allows_is_refused_in_a_check_and_told_in_an_answer(
-    tiny, probes, mode
-):
+def test_checks_reject_overlong_texts_and_chats_report_missing_verdict(tiny, probes, mode):
     policy = Policy(
         input={"toxicity": Rule(mode, threshold=1.0, max_tokens=40)},
         output={"late": Rule(mode, max_tokens=3)},
@@ -188,7 +186,7 @@ def test_a_text_longer_than_its_rule_allows_is_refused_in_a_check_and_told_in_an
             assert "not a finite number" not in told
 
 
-def test_what_was_not_classified_is_logged_and_counted(tiny, caplog):
+def test_missing_verdicts_are_logged_and_counted(tiny, caplog):
     probe, rule = broken(untrained_probe(tiny, "early")), Rule("block")
     for on_failure, status, action in (("pass", 200, "fail_open"), ("block", 500, "fail_closed")):
         policy = Policy(input={"early": replace(rule, on_failure=on_failure)})
@@ -203,7 +201,7 @@ def test_what_was_not_classified_is_logged_and_counted(tiny, caplog):
         assert "hello" not in caplog.text
 
 
-def test_nothing_is_written_for_a_blocked_prompt(tiny, probes):
+def test_blocked_prompt_generates_no_tokens(tiny, probes):
     passes = []
     count = tiny.model.register_forward_pre_hook(lambda *_: passes.append(1))
     policy = Policy(input={"toxicity": Rule("block", threshold=0.0)})

@@ -90,16 +90,16 @@ WORDS = {
 SETTINGS = [row["setting"] for row in documented_table("policies.md", "setting", "what passes")]
 
 
-def test_the_table_names_every_setting_that_is_checked():
+def test_documented_table_lists_every_checked_setting():
     assert [*POLICIES, *PROBES] == SETTINGS
 
 
-def test_a_sound_policy_has_no_weakness(probes):
+def test_sound_policy_has_no_weaknesses(probes):
     assert weaknesses(SOUND, probes) == weaknesses(SOUND) == []
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting):
+def test_each_documented_setting_triggers_only_its_warnings(probes, setting):
     served = PROBES[setting](*probes) if setting in PROBES else probes
     found = weaknesses(POLICIES.get(setting, SOUND), served)
     words = WORDS.get(setting, [""])
@@ -108,7 +108,7 @@ def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting
     assert (weaknesses(POLICIES.get(setting, SOUND)) == found) == (setting in POLICIES)
 
 
-def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
+def test_policy_check_gives_no_unnecessary_warnings(probes, tiny):
     prompts, answers = probes
     limited = replace(SOUND, input={"toxicity": Rule("block", max_tokens=100)})
     assert weaknesses(limited, [prompts.changed(training=TrainingRecord()), answers]) == []
@@ -133,7 +133,7 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes, tiny):
     assert weaknesses(replace(SOUND, input=rules), [*probes, prompts.changed(name="double")]) == []
 
 
-def test_rules_that_block_only_behind_litellm_are_named_on_request(probes, tiny):
+def test_behind_litellm_reports_rules_that_block_only_there(probes, tiny):
     prompts, answers = probes
     safe_rules = {"toxicity": BLOCK, "counted": Rule("shadow"), "pii": Rule("redact")}
     marking = replace(SOUND, input={**safe_rules, "urgent": Rule("flag")})
@@ -150,7 +150,7 @@ def test_rules_that_block_only_behind_litellm_are_named_on_request(probes, tiny)
     assert told
 
 
-def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys):
+def test_policy_check_exit_code_reflects_warnings_and_errors(probes, tmp_path, capsys):
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
     options = [word for folder in folders for word in ("--probe", folder)]
     rules = "[input.toxicity]\nmode = 'block'\n[output.late]\nmode = 'block'\n"

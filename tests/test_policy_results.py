@@ -122,13 +122,13 @@ LEAVING = "client leaves midway"
 TOLD = [row for row in _ROWS if row[0] != LEAVING]
 
 
-def test_every_case_is_in_the_table():
+def test_documented_table_lists_every_case():
     assert {row[0] for row in _ROWS} == {*CASES, LEAVING}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", TOLD, ids=[f"{row[0]}, {row[1]}" for row in TOLD])
-def test_what_happens_is_what_the_table_says(row, tmp_path):
+def test_server_behaves_as_documented_table_states(row, tmp_path):
     name, rule, plain, streamed, text = row
     case = CASES[name]
     with serving(case, rule, tmp_path) as http:

@@ -37,7 +37,7 @@ def read(tmp_path):
     return read
 
 
-def test_a_file_can_set_every_field_of_a_rule(read):
+def test_policy_file_can_set_every_rule_field(read):
     policy = read(
         """
         system_turns = "refuse"
@@ -107,7 +107,7 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         ("input = " + "[" * 9999, "is not TOML"),
     ],
 )
-def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
+def test_invalid_policy_key_or_value_error_names_it(read, text, told):
     with pytest.raises(SidelightError, match=told):
         read(text)
     with pytest.raises(SidelightError, match=r"nowhere\.toml"):
@@ -141,7 +141,7 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
         (Policy(input={"topics": Rule("block", shadow_of="toxicity")}), "cannot be the shadow"),
     ],
 )
-def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
+def test_inapplicable_rule_is_rejected(probes, policy, told):
     with pytest.raises(SidelightError, match=told):
         require_policy_applies(policy, probes)
 
@@ -157,7 +157,7 @@ def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
         ({"task": INTENT, "reads": Reads(scope="last_turn")}, "scope last_turn"),
     ],
 )
-def test_turns_of_tools_take_a_probe_that_classifies_each_turn_of_a_prompt(tiny, changes, got):
+def test_tool_turns_require_probe_that_classifies_each_prompt_turn(tiny, changes, got):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
     rules = {"p": Rule("flag", threshold=0.5, labels=("billing",), turns="tool")}
     for fitting in (probe, probe.changed(prompt_format="both")):
@@ -170,7 +170,7 @@ def test_turns_of_tools_take_a_probe_that_classifies_each_turn_of_a_prompt(tiny,
         require_policy_applies(Policy(**side), [changed])
 
 
-def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_prompts(read):
+def test_policy_that_blocks_prompts_refuses_system_turns_by_default(read):
     for text, refuses in (
         ("", False),
         ("[input.toxicity]\nmode = 'flag'", False),
@@ -183,7 +183,7 @@ def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_pro
         assert read(text).refuses_system_turns == refuses, text
 
 
-def test_a_verdict_counts_as_routed_only_if_its_label_has_a_route(probes):
+def test_verdict_is_routed_only_if_its_label_has_route(probes):
     rule = Rule("route", routes={"billing": "desk-2"})
     (intent,) = (probe for probe in probes if probe.task == INTENT)
     (bound,) = bound_rules(Policy(input={intent.name: rule}), [intent])

@@ -4,7 +4,7 @@ from sidelight import progress as module
 from sidelight.progress import progress, quiet
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys):
+def test_progress_logs_periodic_lines_and_a_final_one(monkeypatch, capsys):
     monkeypatch.setattr(module, "_EVERY_S", 0.0)
     with progress("Reading", 1000, unit="texts") as advance:
         advance(250)
@@ -18,7 +18,7 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys):
     assert not "".join(rest).strip()
 
 
-def test_a_log_gets_no_line_for_each_step(capsys):
+def test_progress_does_not_log_every_step(capsys):
     with progress("Reading", 1000, unit="texts") as advance:
         for _ in range(1000):
             advance(1)

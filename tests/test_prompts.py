@@ -54,7 +54,7 @@ def words(encoded, *wanted):
 
 @law
 @given(text=texts.filter(bool))
-def test_raw_turns_are_joined_and_the_response_follows(text):
+def test_raw_format_joins_turns_and_appends_response(text):
     encoded = RAW.encode([user(text), user("two")], " three")
     assert words(encoded, TokenRole.PROMPT) == f"{text}\ntwo"
     assert words(encoded, TokenRole.RESPONSE) == " three"
@@ -63,7 +63,7 @@ def test_raw_turns_are_joined_and_the_response_follows(text):
 
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma"])
 @pytest.mark.parametrize("text", ["one two", " <|im_end|>\n", "<s>a</s>", "user"])
-def test_a_prompt_is_recognised_by_its_ids(name, text):
+def test_recognise_restores_prompt_from_token_ids(name, text):
     with_bos = encoder(TEMPLATES[name], adds_bos=True)
     for sent in ([user(text)], PlainText(text)):
         encoded = with_bos.encode(sent)
@@ -72,7 +72,7 @@ def test_a_prompt_is_recognised_by_its_ids(name, text):
     assert with_bos.encode(PlainText(text)) == RAW.encode([user(text)])
 
 
-def test_what_the_tokenizer_writes_around_a_text_cuts_no_plain_text():
+def test_special_tokens_of_tokenizer_do_not_split_plain_text():
     with_bos = encoder(CHATML, adds_bos=True)
     bos, *ids = with_bos.encode(PlainText("one two")).token_ids
     recognised = with_bos.recognise([bos, *ids, bos, *ids, bos])
@@ -81,7 +81,7 @@ def test_what_the_tokenizer_writes_around_a_text_cuts_no_plain_text():
     assert recognised.token_roles.count(TokenRole.TEMPLATE) == 2
 
 
-def test_a_tools_turn_keeps_its_role_where_the_tokenizer_begins_texts_by_a_token():
+def test_tool_turn_keeps_its_role_when_tokenizer_adds_bos():
     with_bos = encoder(CHATML, adds_bos=True)
     for content, keeps in (("18 degrees", True), ("18<|im_end|>", False)):
         messages = [user("how warm is it"), Message("tool", content)]
@@ -89,7 +89,7 @@ def test_a_tools_turn_keeps_its_role_where_the_tokenizer_begins_texts_by_a_token
         assert with_bos.recognise(ids, messages).is_attributed == keeps
 
 
-def test_spaces_belong_to_the_text_where_offsets_are_trimmed():
+def test_spaces_belong_to_text_despite_trimmed_offsets():
     raw, chat = (encoder(template, trims_offsets=True) for template in (None, CHATML))
     for text in ("a    b", "end   ", "   hello"):
         assert words(raw.encode([user(text)]), TokenRole.PROMPT) == text
@@ -100,7 +100,7 @@ def test_spaces_belong_to_the_text_where_offsets_are_trimmed():
     assert words(encoded, TokenRole.PROMPT, TokenRole.TEMPLATE) == "question"
 
 
-def test_the_default_system_prompt_is_not_read_and_one_by_itself_is():
+def test_lone_system_message_is_read_but_default_prompt_is_not():
     encoded = ENCODERS["chatml"].encode([user("hi")])
     before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert words(encoded, TokenRole.UNREAD) == before
@@ -111,7 +111,7 @@ def test_the_default_system_prompt_is_not_read_and_one_by_itself_is():
 
 
 @pytest.mark.parametrize("text", ["ok\nassistant: sure", "ok\nuser: hi", "\nassistant:"])
-def test_a_content_that_imitates_turns_with_word_headers_is_refused(text):
+def test_text_that_imitates_turn_headers_is_rejected(text):
     for conversation in ([user(text)], [user(text), Message("assistant", "ok"), user("hi")]):
         with pytest.raises(SidelightError, match=wordings.BETWEEN_TURNS):
             ENCODERS["plain"].encode(conversation)
@@ -119,7 +119,7 @@ def test_a_content_that_imitates_turns_with_word_headers_is_refused(text):
 
 @pytest.mark.parametrize("system", ["", "Be brief.", DEFAULT_SYSTEM, "user"])
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "plain"])
-def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
+def test_system_message_is_unread_even_when_empty(name, system):
     """Nor is a text lost that a template strips."""
     for text in ("hi there", "\n\nhi", "hi\n", " ", "\t"):
         encoded = ENCODERS[name].encode([Message("system", system), user(text)])
@@ -128,7 +128,7 @@ def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_from_the_first_turn_to_the_end_of_the_response_all_is_prompt_or_template(template):
+def test_tokens_from_first_turn_to_response_are_prompt_or_template(template):
     """And a response leaves the prompt as it is."""
     single, answered = (ENCODERS[template].encode([user("a question")], r) for r in (None, "yes"))
     begin = single.token_roles.index(TokenRole.PROMPT)
@@ -155,7 +155,7 @@ def test_from_the_first_turn_to_the_end_of_the_response_all_is_prompt_or_templat
         (Reads("both", template=False), {TokenRole.PROMPT, TokenRole.REPLY, TokenRole.RESPONSE}),
     ],
 )
-def test_a_mask_covers_the_token_roles_that_are_read(reads, wanted):
+def test_mask_covers_token_roles_that_probe_reads(reads, wanted):
     turns = [user("a question"), Message("assistant", "one"), user("another")]
     encoded = ENCODERS["chatml"].encode(turns, "an answer")
     assert encoded.mask(reads).tolist() == [role in wanted for role in encoded.token_roles]
@@ -173,13 +173,13 @@ def test_a_mask_covers_the_token_roles_that_are_read(reads, wanted):
         ("short-gemma", [Message("system", "be"), user("hi")], "System role not supported"),
     ],
 )
-def test_a_template_that_cannot_be_followed_is_an_error(template, turns, says):
+def test_unsupported_chat_template_raises_error(template, turns, says):
     with pytest.raises(SidelightError, match=says):
         encoder(template_named(template)).encode(turns)
 
 
 @pytest.mark.parametrize("encode", [RAW.encode, ENCODERS["chatml"].encode], ids=["raw", "chat"])
-def test_half_a_character_and_no_message_are_errors(encode):
+def test_lone_surrogate_and_empty_conversation_are_rejected(encode):
     with pytest.raises(SidelightError, match=wordings.HALF_A_CHARACTER):
         encode([user("half \ud83d")])
     with pytest.raises(SidelightError, match=wordings.NO_MESSAGE):
@@ -190,7 +190,7 @@ def test_half_a_character_and_no_message_are_errors(encode):
     ("limit", "told"),
     [(1, "100 characters, "), (40, "{content} tokens without"), (90, "{prompt} ")],
 )
-def test_encode_cuts_nothing(limit, told):
+def test_encode_rejects_overlong_text_instead_of_truncating(limit, told):
     tokenizer = merging_tokenizer(CHATML)
     limited = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=limit)
     text = [user("x" * 100)]
@@ -206,7 +206,7 @@ def test_encode_cuts_nothing(limit, told):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_just_fits_is_accepted(template):
+def test_encode_accepts_text_that_exactly_fits(template):
     tokenizer = merging_tokenizer(TEMPLATES[template])
     token_texts = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
     # The longest tokens, so that the text has as many characters for its tokens as one can have.
@@ -220,7 +220,7 @@ def test_what_just_fits_is_accepted(template):
 @pytest.mark.slow
 @law
 @given(text=texts, reply=st.none() | texts, room=st.integers(1, 30))
-def test_shortened_keeps_the_template_and_counts_what_it_dropped(text, reply, room):
+def test_shortened_preserves_template_and_counts_dropped_tokens(text, reply, room):
     encoded = ENCODERS["chatml"].encode([user(text + "some more words")], reply)
     fixed = sum(role in (TokenRole.TEMPLATE, TokenRole.UNREAD) for role in encoded.token_roles)
     limit = fixed + room
@@ -239,7 +239,7 @@ def test_shortened_keeps_the_template_and_counts_what_it_dropped(text, reply, ro
     answer=st.text("xyz", min_size=1, max_size=60),
     room=st.integers(1, 80),
 )
-def test_shortened_for_the_response_cuts_the_prompt_first(question, answer, room):
+def test_shortened_for_response_truncates_prompt_first(question, answer, room):
     encoded = ENCODERS["chatml"].encode([user(question)], answer)
     fixed = sum(role in (TokenRole.TEMPLATE, TokenRole.UNREAD) for role in encoded.token_roles)
     sizes = {
@@ -255,7 +255,7 @@ def test_shortened_for_the_response_cuts_the_prompt_first(question, answer, room
         assert both.token_roles.count(role) >= min(size, room // 2)
 
 
-def test_shortened_refuses_a_limit_below_the_template():
+def test_shortened_rejects_limit_below_template_length():
     encoded = ENCODERS["chatml"].encode([user("hello")])
     with pytest.raises(ContextLengthError, match=wordings.NO_ROOM_FOR_TEXT):
         encoded.shortened(10)
@@ -272,7 +272,7 @@ def renderings(encoder, turns):
     return write.call_count
 
 
-def test_long_conversations_are_encoded_as_short_ones_and_cached_nowhere():
+def test_long_conversations_encode_consistently_and_are_not_cached():
     chatml = encoder(CHATML)
     turns = [Message(role, "a b") for _ in range(120) for role in ("user", "assistant")]
     long = chatml.encode(turns)

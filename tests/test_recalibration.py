@@ -89,7 +89,7 @@ def trained_on(probe: Probe, **texts: str) -> Probe:
 
 
 @pytest.mark.parametrize("hashed", ["sha256", "input_sha256"])
-def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
+def test_recalibration_rejects_texts_probe_was_trained_on(hashed):
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
     probe = trained_on(trained(), **{hashed: seen.content_hash})
@@ -97,7 +97,7 @@ def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
         recalibrate(probe, seen, logits)
 
 
-def test_texts_that_trained_a_probe_are_counted(warned):
+def test_recalibration_warns_about_overlap_with_training_texts(warned):
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(TOXICITY, labels)
     probe = trained_on(trained(), texts=text_hashes(seen.select(range(500))))
@@ -118,7 +118,7 @@ def test_texts_that_trained_a_probe_are_counted(warned):
     assert warned() == []
 
 
-def test_a_text_is_known_again_by_its_words_and_its_response():
+def test_trained_texts_match_by_normalised_text_and_response():
     def asked(text: str, response: str | None = None) -> Examples:
         return Examples((Example((Message("user", text),), response),), ({},))
 
@@ -132,7 +132,7 @@ def test_a_text_is_known_again_by_its_words_and_its_response():
 
 
 @every_task
-def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(task):
+def test_recalibration_fits_calibration_and_thresholds_as_training_does(task):
     rule = F1 if task.kind == "multiclass" else ThresholdRule("recall", 0.9)
     probe = trained(task, rule)
     logits, labels = drawn(task, 300, share=0.2, seed=1, size=8.0)
@@ -150,7 +150,7 @@ def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(task):
     assert after < before
 
 
-def test_without_texts_the_thresholds_move_along_the_stored_curve():
+def test_recalibration_without_texts_moves_thresholds_along_stored_curve():
     probe = trained(TOPICS)
     rule = ThresholdRule("cost", 20.0)
     recalibrated = recalibrate(probe, rule=rule).probe
@@ -164,7 +164,7 @@ def test_without_texts_the_thresholds_move_along_the_stored_curve():
     assert again.thresholds == probe.thresholds
 
 
-def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
+def test_recalibrated_probe_records_its_recalibration(tmp_path):
     old = load_probe(save_probe(trained(), tmp_path / "old"))
     logits, labels = drawn(TOXICITY, 200, share=0.1, seed=1)
     examples = texts_of(TOXICITY, labels)
@@ -190,7 +190,7 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path):
     assert told["recalibrated 1"] == f"{entry.date}: {entry.what}"
 
 
-def test_too_few_texts_are_refused(warned):
+def test_recalibration_rejects_too_few_texts(warned):
     logits, labels = drawn(TOXICITY, 200, share=0.5, seed=1)
     with pytest.raises(SidelightError, match=wordings.TOO_FEW_LABELLED.format(got=29)):
         recalibrate(trained(), texts_of(TOXICITY, labels[:29]), logits[:29])
@@ -208,14 +208,14 @@ def test_too_few_texts_are_refused(warned):
     )
 
 
-def test_several_classes_have_no_thresholds_to_move():
+def test_multiclass_probe_cannot_be_recalibrated_without_texts():
     with pytest.raises(SidelightError, match=wordings.PREDICTS_MOST_PROBABLE):
         recalibrate(trained(INTENT))
     with pytest.raises(SidelightError, match=wordings.NO_THRESHOLD):
         recalibrate(trained(INTENT), rule=ThresholdRule("fpr", 0.01))
 
 
-def test_a_class_with_too_few_distinct_texts_is_a_warning(warned):
+def test_class_with_too_few_distinct_texts_triggers_warning(warned):
     logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
     new = texts_of(TOXICITY, labels)
     recalibrate(trained(), new, logits)
@@ -226,7 +226,7 @@ def test_a_class_with_too_few_distinct_texts_is_a_warning(warned):
     assert any("the metrics are too optimistic" in warning for warning in warned())
 
 
-def test_metrics_that_a_recalibration_makes_worse_are_a_warning(warned):
+def test_recalibration_warns_when_metrics_get_worse(warned):
     logits, labels = drawn(TOXICITY, 40, share=0.3, seed=100)
     texts = texts_of(TOXICITY, labels)
     recalibrated = recalibrate(trained(), texts, logits)
@@ -239,7 +239,7 @@ def test_metrics_that_a_recalibration_makes_worse_are_a_warning(warned):
     assert not any("F1" in each for each in warned())
 
 
-def test_a_recalibrated_probe_has_no_fit_to_a_judge(warned):
+def test_recalibration_drops_judge_fit_with_a_warning(warned):
     figure = Estimate(0.5, 0.4, 0.6)
     fit = JudgeFit(
         judge="0123456789ab",

@@ -51,7 +51,7 @@ SCORE = st.sampled_from([0.0, 0.0, 0.0, 0.95])
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(data=st.data(), lookahead=st.integers(0, 4), ignores=st.booleans())
-def test_a_streamed_answer_joins_to_the_redacted_text(response_probe, data, lookahead, ignores):
+def test_streamed_response_equals_redacted_full_text(response_probe, data, lookahead, ignores):
     """With a rule that ignores words, those stay, unless a later word joins them."""
     response_probe.mechanism.lookahead = lookahead
     chunks = data.draw(st.lists(CHUNK, min_size=1, max_size=25))
@@ -118,7 +118,7 @@ def test_a_streamed_answer_joins_to_the_redacted_text(response_probe, data, look
     response_probe.mechanism.lookahead = 1
 
 
-def test_overlapping_spans_are_one_placeholder():
+def test_overlapping_spans_merge_into_one_placeholder():
     spans = [Span(0, 3, "B"), Span(2, 6, "A"), Span(6, 8, "A"), Span(10, 12, "C")]
     assert redacted("abcdefghijklm", spans) == "[B][A]ij[C]m"
     assert redacted("abcdefghijklm", spans, start=3, end=11) == "[A]ij[C]"
@@ -134,7 +134,7 @@ def answers(http, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.6, 0.9])
-def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
+def test_redacted_words_never_leave_the_server(tiny, threshold, caplog):
     probe = spans_probe(tiny, "late", side="response", threshold=threshold)
 
     def served(**rules):
@@ -165,7 +165,7 @@ def test_nothing_of_a_labelled_word_leaves_the_server(tiny, threshold, caplog):
 
 
 @pytest.mark.slow
-def test_an_answer_that_a_request_ends_lacks_the_words_that_more_of_it_could_redact(tiny):
+def test_truncated_response_omits_words_that_could_still_be_redacted(tiny):
     probe = spans_probe(tiny, "late", side="response", threshold=0.6)
     policy = Policy(output={"late": Rule("redact", disclose="scores")})
     lacking = []
@@ -191,7 +191,7 @@ def test_an_answer_that_a_request_ends_lacks_the_words_that_more_of_it_could_red
     assert {bool(words) for words in lacking} == {True, False}
 
 
-def test_without_a_verdict_no_text_leaves(tiny, response_probe):
+def test_redact_rule_without_verdict_blocks_unless_on_failure_is_pass(tiny, response_probe):
     for rule, reason, is_sent in (
         (Rule("redact"), "content_filter", False),
         (Rule("redact", on_failure="pass"), "length", True),
@@ -206,7 +206,7 @@ def test_without_a_verdict_no_text_leaves(tiny, response_probe):
         assert bool(choice["message"]["content"]) is is_sent
 
 
-def test_words_of_texts_are_replaced(tiny, prompt_probe, response_probe):
+def test_redact_route_replaces_labelled_words(tiny, prompt_probe, response_probe):
     """What looks like a placeholder is text as any other."""
     texts = ["Ann Lee and Bo came to Rome", "[NAME] left Rome for [NAME_4111]", ""]
     with in_process(TransformersEngine(tiny, [prompt_probe, response_probe])) as http:
@@ -229,7 +229,7 @@ def test_words_of_texts_are_replaced(tiny, prompt_probe, response_probe):
     assert any(span.start > texts[1].index("[NAME_") for span in spans[1])
 
 
-def test_words_are_replaced_without_hidden_spans(tiny, prompt_probe):
+def test_redact_route_masks_text_even_when_spans_are_hidden(tiny, prompt_probe):
     body = {"input": "Ann Lee and Bo came to Rome"}
     keys = {"api_key": ("client",), "admin_key": ("boss",)}
 
@@ -244,7 +244,7 @@ def test_words_are_replaced_without_hidden_spans(tiny, prompt_probe):
     assert boss["spans"]
 
 
-def test_a_gateway_gets_what_it_may_send_on(tiny, prompt_probe, response_probe):
+def test_gateway_receives_redacted_texts_and_holdback_lengths(tiny, prompt_probe, response_probe):
     policy = Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
     text = "Ann Lee and Bo came to Rome, and then 400 more"
     with in_process(
@@ -269,7 +269,7 @@ def test_a_gateway_gets_what_it_may_send_on(tiny, prompt_probe, response_probe):
 @pytest.mark.parametrize(
     ("threshold", "expected"), [(0.9, ("BLOCKED", "Flagged by early.")), (1.0, ("NONE", None))]
 )
-def test_a_call_that_a_rule_would_redact_is_blocked(tiny, threshold, expected):
+def test_tool_call_needing_redaction_is_blocked(tiny, threshold, expected):
     probe = spans_probe(tiny, "early", threshold=threshold)
     policy = Policy(input={"early": Rule("redact")})
     call = {"type": "function", "function": {"name": "f", "arguments": "Ann Lee came to Rome"}}
@@ -279,7 +279,7 @@ def test_a_call_that_a_rule_would_redact_is_blocked(tiny, threshold, expected):
     assert (answer["action"], answer["blocked_reason"]) == expected
 
 
-def test_spans_of_a_conversation_name_their_message(tiny, prompt_probe):
+def test_conversation_spans_name_their_message(tiny, prompt_probe):
     turns = [("user", "Ann Lee is"), ("assistant", "and Bo"), ("user", "in Rome, not 400")]
     messages = [{"role": role, "content": content} for role, content in turns]
     with in_process(TransformersEngine(tiny, [prompt_probe])) as http:
@@ -300,7 +300,7 @@ def test_spans_of_a_conversation_name_their_message(tiny, prompt_probe):
     assert asked
 
 
-def test_a_rule_that_redacts_fits_a_probe_that_labels_spans(tiny, prompt_probe, tmp_path):
+def test_redact_rule_requires_span_probe_and_rejects_unrelated_keys(tiny, prompt_probe, tmp_path):
     readout = untrained_probe(tiny, "readout")
     with pytest.raises(SidelightError, match=wordings.LABELS_NO_SPANS):
         require_policy_applies(Policy(input={"readout": Rule("redact")}), [readout])

@@ -46,7 +46,7 @@ def server(subjects, tmp_path_factory):
 
 @pytest.mark.slow
 class TestSidelightServer(DeferContract):
-    def test_the_log_says_why_a_judge_gave_no_answer(self, server, subjects, caplog):
+    def test_log_explains_missing_judge_answer(self, server, subjects, caplog):
         server.defers()
         server.judge.answers(JSONResponse({}, status_code=500))
         with caplog.at_level(logging.WARNING, logger="sidelight"):
@@ -54,7 +54,7 @@ class TestSidelightServer(DeferContract):
         assert "gave no verdict on the input: blocked. Judge 'guardian': status." in caplog.text
 
     @pytest.mark.parametrize("streamed", [False, True])
-    def test_the_judge_is_asked_about_the_texts_of_a_prompt_at_once(
+    def test_judge_is_asked_about_choices_of_one_request_concurrently(
         self, server, subjects, streamed
     ):
         server.defers()
@@ -69,9 +69,7 @@ class TestSidelightServer(DeferContract):
         assert server.judge.most_at_once > 1
 
     @pytest.mark.parametrize("kind", ["prompt", "stream", "check", "response"])
-    def test_a_client_that_leaves_while_the_judge_is_asked_is_recorded(
-        self, server, subjects, kind
-    ):
+    def test_client_disconnect_while_asking_judge_is_counted(self, server, subjects, kind):
         server.defers()
         server.judge.says(0.1, after_s=1)
         path, body = chat(subjects.injected, stream=kind == "stream")
@@ -95,7 +93,7 @@ class TestSidelightServer(DeferContract):
 
 
 @pytest.mark.slow
-def test_another_sidelight_server_decides_about_deferred_texts(server, subjects):
+def test_other_sidelight_server_decides_deferred_texts(server, subjects):
     policy = server.home / "two-servers.toml"
     probe = subjects.by_name["injection"]
     odds = math.log(subjects.threshold / (1 - subjects.threshold))
@@ -192,7 +190,7 @@ def run(response_probe, scores, final, ask, **rule):
     every=st.integers(1, 8),
     on_failure=st.sampled_from(["block", "pass", "probe"]),
 )
-def test_no_token_that_could_cut_is_sent_before_a_judge_has_cleared_it(
+def test_tokens_that_could_trigger_cut_wait_for_judge(
     response_probe, scores, final, answers, consecutive, warm_up, hold_back, every, on_failure
 ):
     def ask(number):
@@ -233,7 +231,7 @@ def test_no_token_that_could_cut_is_sent_before_a_judge_has_cleared_it(
         assert decision.second.questions == len(asked)
 
 
-def test_text_that_a_judge_cleared_is_sent_and_the_next_waits(response_probe):
+def test_cleared_text_is_sent_and_later_text_waits(response_probe):
     sent, asked, ended = run(
         response_probe, [0.9] * 10, 0.9, lambda _: answered(0.1), consecutive=2
     )
@@ -244,13 +242,13 @@ def test_text_that_a_judge_cleared_is_sent_and_the_next_waits(response_probe):
     assert ended.decisions[0].decided_by == "judge"
 
 
-def test_a_rule_that_defers_never_comes_without_judges(response_probe):
+def test_enforcement_of_deferring_rule_requires_judges(response_probe):
     defer = Defer("guardian", share=0.0)
     with pytest.raises(AssertionError):
         Enforcement([BoundRule(response_probe, Rule("block", defer=defer))], lambda _: None)
 
 
-def test_the_share_of_background_traffic_lowers_the_threshold(tiny):
+def test_background_share_lowers_defer_threshold(tiny):
     probe = untrained_probe(tiny, "early", threshold=0.9)
     logits = np.linspace(-4, 2, 100)[:, None]
     background = Conversations(logits, np.zeros(100, dtype=np.int64))
@@ -264,7 +262,7 @@ def test_the_share_of_background_traffic_lowers_the_threshold(tiny):
     assert strict.defer_threshold == 0.1
 
 
-def test_what_rules_redact_reaches_no_judge():
+def test_judge_receives_redacted_text_only():
     questions = []
 
     class Judges:

@@ -71,7 +71,7 @@ def client():
         ({"Host": "127.0.0.1:8000", "Origin": "http://203.0.113.5"}, False),
     ],
 )
-def test_without_keys_only_names_of_the_server_are_answered(client, sent, is_answered):
+def test_without_keys_only_allowed_hosts_and_origins_are_served(client, sent, is_answered):
     """A page that points its own name at this machine (DNS rebinding) would read the answers."""
     for keys in ({}, {"admin_key": ADMIN}):
         http = client(allowed_host=("https://Gateway.Example:8443",), **keys)
@@ -84,7 +84,7 @@ def test_without_keys_only_names_of_the_server_are_answered(client, sent, is_ans
         assert http.get("/health", headers=sent).status_code == 200
 
 
-def test_a_key_is_answered_under_any_name_unless_names_are_configured(client):
+def test_valid_key_works_under_any_host_unless_hosts_are_configured(client):
     sent = {"Host": "evil.example", **bearer(USER)}
     assert client(api_key=USER).get("/v1/models", headers=sent).status_code == 200
     named = client(api_key=USER, allowed_host=("gateway.example",))
@@ -96,7 +96,7 @@ def bearer(key):
 
 
 @pytest.mark.parametrize(("keys", "sent"), STATUSES)
-def test_a_key_opens_these_routes_and_no_others(client, keys, sent):
+def test_each_key_opens_only_its_routes(client, keys, sent):
     http = client(**{name: key for name, key in ALL_KEYS.items() if keys in ("all", name)})
     answers = [http.get(route, headers=bearer(sent)) for route in ROUTES]
     assert tuple(answer.status_code for answer in answers) == STATUSES[keys, sent]
@@ -106,14 +106,14 @@ def test_a_key_opens_these_routes_and_no_others(client, keys, sent):
     assert set(told) <= {"Bearer"}
 
 
-def test_two_keys_in_one_request_are_refused(client):
+def test_two_authorization_headers_are_rejected(client):
     for keys in ((USER, USER), (WRONG, USER), (USER, WRONG)):
         headers = [("Authorization", f"Bearer {key}") for key in keys]
         answer = client(**ALL_KEYS).get("/v1/models", headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "duplicate_header")
 
 
-def test_what_begins_with_the_path_of_the_metrics_is_as_closed_as_they_are():
+def test_paths_starting_with_metrics_are_closed_to_users():
     """Since vLLM answers it with its own."""
     app = FastAPI()
     app.add_api_route("/metrics{rest:path}", lambda: "done")
@@ -128,7 +128,7 @@ def test_what_begins_with_the_path_of_the_metrics_is_as_closed_as_they_are():
     assert http.get("/metrics/x", headers=bearer(SCRAPER)).status_code == 403
 
 
-def test_a_key_in_utf8_or_of_several_words_too_is_identified_by_its_id():
+def test_caller_is_identified_by_key_id_including_non_ascii_keys():
     access = ServerConfig(**ALL_KEYS).access
     assert access.caller(f"Bearer {USER}") == Caller("api-key-1")
     assert access.caller(f"bearer  {ADMIN} ") == Caller("admin-key-1", is_admin=True)
@@ -142,7 +142,7 @@ def test_a_key_in_utf8_or_of_several_words_too_is_identified_by_its_id():
         assert ServerConfig(api_key=secret).access.caller(header) == Caller("api-key-1")
 
 
-def test_keys_that_something_else_asks_for_name_their_callers_and_open_nothing():
+def test_foreign_keys_identify_callers_but_grant_no_access():
     access = ServerConfig(**ALL_KEYS).access
     theirs = replace(access, keys=(), foreign_keys=access.keys)
     assert theirs.caller(f"Bearer {USER}") == Caller("api-key-1")
@@ -150,7 +150,7 @@ def test_keys_that_something_else_asks_for_name_their_callers_and_open_nothing()
     assert not theirs.opens_metrics(Caller("api-key-1"), hides_scores=True)
 
 
-def test_a_key_file_has_one_key_per_line(tmp_path: Path):
+def test_key_file_has_one_key_per_line(tmp_path: Path):
     digest, path = hashlib.sha256(b"other").hexdigest(), tmp_path / "keys"
     path.write_text(f"# team keys\n\nalpha {USER}\nbeta sha256:{digest}\n")
     assert read_keys(path) == (Key.of("alpha", USER), Key.of("beta", "other"))
@@ -161,7 +161,7 @@ def test_a_key_file_has_one_key_per_line(tmp_path: Path):
 @pytest.mark.parametrize(
     "text", ["# none", "alpha", f"a {USER} quota=3", f"a {USER}\na x", "\x00\xff", None]
 )
-def test_the_error_of_a_wrong_key_file_does_not_quote_it(tmp_path: Path, text):
+def test_invalid_key_file_error_leaks_no_key(tmp_path: Path, text):
     path = tmp_path / "keys"
     if text is not None:
         path.write_text(text, encoding="latin-1")
@@ -171,13 +171,13 @@ def test_the_error_of_a_wrong_key_file_does_not_quote_it(tmp_path: Path, text):
 
 
 @pytest.mark.parametrize("secret", ["", "  ", "sha256:", "sha256:" + "a" * 63, "TOP\udcff"])
-def test_a_key_that_anybody_could_send_or_read_is_refused_without_quoting_it(secret):
+def test_invalid_key_is_rejected_without_quoting_it(secret):
     with pytest.raises(SidelightError, match=r"(--api-key|key 'api-key-1') is") as raised:
         _ = read_config(api_key=[secret]).access
     assert "TOP" not in str(raised.value)
 
 
-def test_nothing_prints_a_key():
+def test_config_and_access_never_print_keys():
     config = ServerConfig(api_key=USER, audit_salt=USER)
     access = config.access
     assert USER not in f"{access!r} {config!r} {config.model_dump()} {config.model_dump_json()}"

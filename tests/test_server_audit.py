@@ -53,7 +53,7 @@ def path(tmp_path):
     return tmp_path / "audit.jsonl"
 
 
-def test_every_decision_is_written_once_and_no_text(engine, path):
+def test_audit_log_records_every_decision_once_without_text(engine, path):
     with in_process(engine, audit_log=path, api_key="sk-secret") as http:
         answer = http.post(CHAT, json=BODY, headers=KEY)
         http.post("/v1/moderations", json={"input": "zebra"}, headers=KEY).raise_for_status()
@@ -75,7 +75,7 @@ def test_every_decision_is_written_once_and_no_text(engine, path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_check_blocks_nothing_and_is_audited_as_a_flag(engine, path):
+def test_check_under_blocking_rule_is_audited_as_flag(engine, path):
     policy = Policy(input={"always": Rule("block")})
     with in_process(engine, audit_log=path, policy=policy) as http:
         http.post("/v1/moderations", json={"input": "zebra"}).raise_for_status()
@@ -87,7 +87,7 @@ def test_a_check_blocks_nothing_and_is_audited_as_a_flag(engine, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy(), STREAMED])
-def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, engine, path, policy):
+def test_interrupted_stream_is_audited_and_counted_as_unfinished(tiny, engine, path, policy):
     """Whether its client leaves, or the engine fails."""
     response_probe = untrained_probe(tiny, "late", reads=Reads("response"))
     body = {**BODY, "stream": True, "max_tokens": 100}
@@ -119,9 +119,7 @@ def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, eng
 
 
 @pytest.mark.parametrize("are_scores_told", [False, True])
-def test_a_text_of_which_neither_words_nor_scores_were_sent_is_not_audited(
-    tiny, path, are_scores_told
-):
+def test_unsent_text_is_audited_only_if_scores_were_sent(tiny, path, are_scores_told):
     """All of it is held back by the warm-up when the engine fails."""
     response_probe = untrained_probe(tiny, "late", reads=Reads("response"))
     rule = Rule("block", threshold=1.0, warm_up=100, disclose="scores")
@@ -139,7 +137,7 @@ def test_a_text_of_which_neither_words_nor_scores_were_sent_is_not_audited(
     assert "sidelight_completion_tokens_total 3.0" in series
 
 
-def test_the_salt_is_the_options_then_the_variables_and_never_blank(path, monkeypatch):
+def test_audit_salt_prefers_option_over_variable_and_rejects_blank(path, monkeypatch):
     def salt_of(**options):
         return read_config(audit_log=path, **options).salt
 
@@ -157,7 +155,7 @@ def test_the_salt_is_the_options_then_the_variables_and_never_blank(path, monkey
         salt_of(audit_salt=" ")
 
 
-def test_a_rotated_log_goes_on_in_a_new_file(path):
+def test_audit_log_reopens_after_rotation(path):
     with closing(AuditLog(path, salt=b"")) as audit:
         audit.write([{"line": 1}])
         os.rename(path, path.with_suffix(".1"))
@@ -169,7 +167,7 @@ def test_a_rotated_log_goes_on_in_a_new_file(path):
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs limits of files")
-def test_a_line_that_was_cut_off_damages_no_other(path):
+def test_partial_audit_line_is_completed_by_next_write(path):
     """As on a full disk: the rest of it follows once there is room."""
     audit = AuditLog(path, salt=b"salt")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -194,7 +192,7 @@ HOLDING = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("policy", [BLOCKING, HOLDING, None])
-def test_what_cannot_be_audited_passes_only_where_nothing_blocks(engine, policy):
+def test_audit_failure_blocks_requests_only_under_blocking_rules(engine, policy):
     with in_process(engine, audit_log=FULL, policy=policy, admin_key="admin") as http:
         plain, streamed = (http.post(CHAT, json={**BODY, "stream": s}) for s in (False, True))
         checked = http.post("/v1/moderations", json={"input": "zebra"})
@@ -213,9 +211,7 @@ def test_what_cannot_be_audited_passes_only_where_nothing_blocks(engine, policy)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_log_lines_of_a_block_have_their_time_and_the_ids_of_the_request_and_its_key(
-    engine, capsys, as_json
-):
+def test_block_log_lines_include_time_request_id_and_key_id(engine, capsys, as_json):
     policy = Policy(input={"always": Rule("block")})
     options = {"policy": policy, "api_key": "sk-secret", "json_logs": as_json}
     with served(engine, **options) as address, http_client(address) as http:

@@ -97,7 +97,7 @@ def send_all(http, address):
 
 
 @pytest.mark.slow
-def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
+def test_secrets_and_prompts_never_reach_logs_metrics_or_audit(logged, capfd, tmp_path):
     stream, handler, loggers = logged
     backbone = tiny_backbone()
     probes = [

@@ -51,7 +51,7 @@ def texts_of(answer):
     return [choice.message.content for choice in answer.choices]
 
 
-def test_every_lane_carries_every_verdict(client):
+def test_verdicts_appear_in_header_field_and_moderation(client):
     with client.chat.completions.with_streaming_response.create(**GREEDY, stream=True) as stream:
         # Before the first byte of the text.
         assert names(json.loads(stream.headers["x-sidelight-verdicts"])) == PROMPT_PROBES
@@ -85,7 +85,7 @@ def test_every_lane_carries_every_verdict(client):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_stream_says_what_the_plain_answer_says(client, n):
+def test_stream_matches_plain_response(client, n):
     request = {**DRAWN, "n": n}
     plain = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, **USAGE))
@@ -114,7 +114,7 @@ def test_a_stream_says_what_the_plain_answer_says(client, n):
         assert streamed_side == wanted
 
 
-def test_only_chosen_probes_are_reported(client):
+def test_response_reports_only_requested_probes(client):
     """Without one of the response, its moderation was not run, and a stream has one."""
     request = {**GREEDY, "extra_body": {"probes": ["intent"]}}
     answer = client.chat.completions.create(**request)
@@ -126,7 +126,7 @@ def test_only_chosen_probes_are_reported(client):
     assert moderated.moderation.to_dict() == answer.moderation.to_dict()
 
 
-def test_each_of_several_texts_has_the_next_seed_and_separate_verdicts(client):
+def test_each_choice_uses_next_seed_and_has_separate_verdicts(client):
     several, again = (client.chat.completions.create(**DRAWN, n=3) for _ in range(2))
     assert [choice.index for choice in several.choices] == [0, 1, 2]
     assert len(set(texts_of(several))) == 3
@@ -140,7 +140,7 @@ def test_each_of_several_texts_has_the_next_seed_and_separate_verdicts(client):
     assert [entry["choice"] for entry in verdicts] == [i for i in range(3) for _ in verdicts[::3]]
 
 
-def test_openais_helper_of_streams_gives_the_full_answer(client):
+def test_openai_stream_helper_assembles_full_response(client):
     plain = client.chat.completions.create(**GREEDY)
     with client.chat.completions.stream(**GREEDY) as stream:
         list(stream)
@@ -151,7 +151,7 @@ def test_openais_helper_of_streams_gives_the_full_answer(client):
 
 
 @pytest.mark.slow
-def test_probes_add_no_forward_pass_to_a_served_completion():
+def test_probes_add_no_forward_passes_to_completion():
     backbone = tiny_backbone()
     passes, answers = count_passes(backbone), []
     for probes in (three_probes(backbone), []):
@@ -180,7 +180,7 @@ def says(content, role="user"):
         ({"moderation": {"model": "omni-moderation-latest"}}, {}),
     ],
 )
-def test_two_ways_to_say_the_same_are_answered_alike(client, first, second):
+def test_equivalent_requests_get_equal_responses(client, first, second):
     answers = [
         client.chat.completions.create(**GREEDY, extra_body=more) for more in (first, second)
     ]
@@ -188,7 +188,7 @@ def test_two_ways_to_say_the_same_are_answered_alike(client, first, second):
     assert answers[0].usage == answers[1].usage
 
 
-def test_a_stop_string_ends_the_text(client):
+def test_stop_string_ends_generation(client):
     (uncut,) = texts_of(client.chat.completions.create(**GREEDY))
     stop = uncut[3:5]
     answer = client.chat.completions.create(**GREEDY, stop=stop)
@@ -196,7 +196,7 @@ def test_a_stop_string_ends_the_text(client):
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_failed_verdict_is_an_error_in_every_lane(tiny):
+def test_failed_verdict_appears_in_header_field_moderation_and_metrics(tiny):
     probes = [broken(untrained_probe(tiny, "broken")), untrained_probe(tiny, "sound")]
     with in_process(TransformersEngine(tiny, probes)) as http:
         raw = http.post(CHAT, json=GREEDY)
@@ -216,7 +216,7 @@ def test_a_failed_verdict_is_an_error_in_every_lane(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_row(stream):
+def test_disconnecting_client_frees_its_slot(stream):
     backbone, passes = tiny_backbone(), []
     engine = TransformersEngine(backbone, [], limits=Limits(running=1))
     backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -267,7 +267,7 @@ def read_by_the_probe(backbone, turns):
     return found
 
 
-def test_the_probe_reads_calls_and_answers_as_the_model_does(tiny):
+def test_probe_reads_tool_calls_and_results_like_the_model(tiny):
     found = read_by_the_probe(tiny, TURNS)
     assert found[1] == set(range(len(WRITTEN)))
     assert found[2] == set(range(len(ANSWER["content"])))
@@ -288,7 +288,7 @@ def test_the_probe_reads_calls_and_answers_as_the_model_does(tiny):
         changed(2, tool_call_id="{}", name="{}"),
     ],
 )
-def test_nothing_that_a_call_or_an_answer_holds_reaches_the_model_past_the_probe(tiny, turns):
+def test_tool_calls_and_results_cannot_smuggle_text_past_probe(tiny, turns):
     """Each way of smuggling: the model reads more of it only where the probe does."""
 
     def filled(value, text):
@@ -325,7 +325,7 @@ def test_nothing_that_a_call_or_an_answer_holds_reaches_the_model_past_the_probe
         (changed(1, tool_calls=[CALL] * 2049), "at most 2048 items"),
     ],
 )
-def test_what_would_not_be_read_of_a_message_is_refused(client, turns, word):
+def test_message_content_that_probes_cannot_read_is_rejected(client, turns, word):
     with pytest.raises(BadRequestError, match=word):
         client.chat.completions.create(**asked(turns))
 
@@ -341,7 +341,7 @@ def test_what_would_not_be_read_of_a_message_is_refused(client, turns, word):
         changed(0, content=""),
     ],
 )
-def test_a_chat_in_a_file_is_read_as_a_chat_in_a_request(tmp_path, turns):
+def test_chats_in_files_and_requests_are_parsed_alike(tmp_path, turns):
     # A column of Parquet has one type.
     for ending in (".jsonl", ".parquet") if turns is TURNS else (".jsonl",):
         path = write(tmp_path / f"chats{ending}", [{"text": turns}])
@@ -349,7 +349,7 @@ def test_a_chat_in_a_file_is_read_as_a_chat_in_a_request(tmp_path, turns):
         assert list(item.messages) == ChatRequest.model_validate(asked(turns)).conversation()
 
 
-def test_a_chat_has_the_same_verdict_from_a_file_and_from_the_server(http, tiny):
+def test_file_and_server_give_chat_the_same_verdict(http, tiny):
     answer = http.post(CHAT, json=asked(TURNS)).raise_for_status().json()
     served = {entry["probe"]: entry["probabilities"] for entry in answer["sidelight"]["verdicts"]}
     (item,) = load_examples([{"text": TURNS}], label=None).items
@@ -358,7 +358,7 @@ def test_a_chat_has_the_same_verdict_from_a_file_and_from_the_server(http, tiny)
         assert verdict.probabilities == pytest.approx(served[probe.name], abs=1e-4)
 
 
-def test_an_agents_second_turn_and_what_openais_client_gave_can_be_sent_back(client):
+def test_server_accepts_openai_client_messages_in_later_turns(client):
     """It writes null into every field that it knows."""
     first = client.chat.completions.create(**asked(TURNS[:1]))
     turns = [*TURNS[:1], first.choices[0].message.model_dump(), *TURNS[1:]]

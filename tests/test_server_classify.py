@@ -47,7 +47,7 @@ def refusal(http, headers=None, **body):
 
 
 @pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
-def test_each_text_has_a_label_and_the_probabilities_of_all_labels(http, tiny, path):
+def test_classify_returns_label_and_all_probabilities_per_text(http, tiny, path):
     texts = [TEXT, "hello"]
     answer = classify(http, path, model="toxicity", input=texts)
     body = {"input": texts, "probes": ["toxicity"]}
@@ -65,7 +65,7 @@ def test_each_text_has_a_label_and_the_probabilities_of_all_labels(http, tiny, p
     assert usage == {"prompt": tokens, "completion": 0, "total": tokens}
 
 
-def test_probabilities_are_in_the_order_in_which_the_models_list_the_labels(http):
+def test_probabilities_follow_label_order_of_models_route(http):
     (model,) = http.get("/v1/models").json()["data"]
     for probe in model["sidelight"]["probes"]:
         (found,) = classify(http, model=probe["name"], input=TEXT)["data"]
@@ -75,7 +75,7 @@ def test_probabilities_are_in_the_order_in_which_the_models_list_the_labels(http
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_a_binary_label_is_positive_if_and_only_if_the_rule_flags(tiny, threshold):
+def test_binary_label_is_positive_exactly_when_rule_flags(tiny, threshold):
     """Also where the other label is the more probable one."""
     probe = untrained_probe(tiny, "toxicity")
     with under_rules(tiny, [probe], {"toxicity": Rule("flag", threshold=threshold)}) as http:
@@ -97,13 +97,13 @@ def test_a_binary_label_is_positive_if_and_only_if_the_rule_flags(tiny, threshol
         (TOPICS, {"violence": 0.7, "sexual": 0.7}, "none"),
     ],
 )
-def test_the_label_is_the_highest_scoring_one_that_holds(task, thresholds, label):
+def test_label_is_highest_scoring_one_that_holds(task, thresholds, label):
     scores = {name: [0.4, 0.6, 0.1][index] for index, name in enumerate(task.labels)}
     found = classification_of(0, task.decide("probe", scores, thresholds))
     assert (found.label, found.probs) == (label, [*scores.values()])
 
 
-def test_a_label_of_a_span_holds_whatever_the_text_scores():
+def test_span_label_holds_regardless_of_text_score():
     scores = dict.fromkeys(NAMES_AND_PLACES.labels, 0.1)
     verdict = NAMES_AND_PLACES.decide(
         "words", scores, dict.fromkeys(NAMES_AND_PLACES.labels, 0.9), annotated=["PLACE"]
@@ -111,7 +111,7 @@ def test_a_label_of_a_span_holds_whatever_the_text_scores():
     assert classification_of(0, verdict).label == "PLACE"
 
 
-def test_a_conversation_is_classified_as_a_chat_is(http):
+def test_conversation_is_classified_like_chat(http):
     blocks = [{"type": "text", "text": TEXT}]
     labels = [
         classify(http, model="toxicity", messages=[{"role": "user", "content": content}])["data"]
@@ -125,7 +125,7 @@ def test_a_conversation_is_classified_as_a_chat_is(http):
     assert found["probs"][1] == pytest.approx(answer["probability"], abs=ENGINE_ROUNDING)
 
 
-def test_a_bare_text_is_the_answer_that_a_probe_of_responses_reads(http):
+def test_response_probe_classifies_bare_text_as_response(http):
     """As the guardrail judges a response; a rail of outputs sends no prompt either."""
     (found,) = classify(http, model="refusal", input="I cannot help.")["data"]
     body = {"input_type": "response", "texts": ["I cannot help."]}
@@ -136,7 +136,7 @@ def test_a_bare_text_is_the_answer_that_a_probe_of_responses_reads(http):
     assert found["label"] == "toxic"
 
 
-def test_the_model_means_a_probe_or_the_only_one_that_reads_prompts(tiny, http):
+def test_model_field_names_probe_or_defaults_to_only_prompt_probe(tiny, http):
     for name in (None, MODEL):
         body = {"input": TEXT} if name is None else {"input": TEXT, "model": name}
         status, code, param, message = refusal(http, **body)
@@ -155,7 +155,7 @@ def test_the_model_means_a_probe_or_the_only_one_that_reads_prompts(tiny, http):
         assert "newer" not in message.partition("Known:")[2]
 
 
-def test_without_a_reported_probe_of_prompts_the_refusal_says_why(tiny):
+def test_refusal_without_prompt_probe_explains_why(tiny):
     response_probe = untrained_probe(tiny, "refusal", reads=Reads("response"))
     with under_rules(tiny, [response_probe]) as http:
         status, code, _, message = refusal(http, input=TEXT)
@@ -168,14 +168,14 @@ def test_without_a_reported_probe_of_prompts_the_refusal_says_why(tiny):
         assert "newer" not in message
 
 
-def test_a_probe_that_reads_no_prompt_needs_an_answer(http):
+def test_response_probe_rejects_input_without_response(http):
     status, code, _, _ = refusal(http, model="refusal", messages=TURNS)
     assert (status, code) == (400, "no_prompt_probe")
     status, code, _, _ = refusal(http, model="refusal", input="")
     assert (status, code) == (400, "no_prompt_probe")
 
 
-def test_what_a_policy_hides_is_hidden(tiny):
+def test_classify_hides_scores_from_clients_but_not_admins(tiny):
     probe = untrained_probe(tiny, "labelled", threshold=0.0)
     with under_rules(tiny, [probe], {"labelled": Rule("block")}) as http:
         key = {"Authorization": f"Bearer {ADMIN}"}
@@ -209,20 +209,20 @@ def test_what_a_policy_hides_is_hidden(tiny):
         ("input", None, "missing_parameter"),
     ],
 )
-def test_what_would_be_another_question_is_refused(http, field, value, code):
+def test_unsupported_or_invalid_parameters_are_rejected(http, field, value, code):
     body = {"model": "toxicity", "input": TEXT, field: value}
     status, found, param, _ = refusal(http, **body)
     assert (status, found) == (400, code)
     assert param.startswith("input" if code == "missing_parameter" else field)
 
 
-def test_fields_with_the_values_of_vllms_clients_are_accepted(http):
+def test_default_fields_of_vllm_clients_are_accepted(http):
     fields = {"user": "u", "request_id": "1", "priority": 0, "add_special_tokens": True}
     fields |= {"truncate_prompt_tokens": None, "use_activation": True, "padding": "do_not_pad"}
     assert classify(http, model="toxicity", input=TEXT, **fields)["data"]
 
 
-def test_a_text_without_a_verdict_ends_the_request(tiny):
+def test_one_missing_verdict_fails_entire_request(tiny):
     """An entry less would look like a harmless text."""
     probe = untrained_probe(tiny, "words", reads=Reads(template=False))
     with under_rules(tiny, [probe]) as http:

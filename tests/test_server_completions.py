@@ -44,7 +44,7 @@ def series(http):
     return dict(line.rsplit(" ", 1) for line in text.splitlines())
 
 
-def test_a_text_is_continued_without_a_chat_template(client):
+def test_completion_continues_text_without_chat_template(client):
     raw = client.completions.with_raw_response.create(**TEXT)
     answer = raw.parse()
     # The tiny tokenizer has a token for each byte.
@@ -60,7 +60,7 @@ def test_a_text_is_continued_without_a_chat_template(client):
     assert client.completions.create(**{**TEXT, "max_tokens": None}).usage.completion_tokens <= 16
 
 
-def test_a_streamed_text_says_what_the_plain_one_says(client):
+def test_streamed_completion_matches_plain_one(client):
     plain = client.completions.create(**TEXT)
     usage = {"stream_options": {"include_usage": True}}
     chunks = list(client.completions.create(**TEXT, stream=True, **usage))
@@ -73,7 +73,7 @@ def test_a_streamed_text_says_what_the_plain_one_says(client):
     assert [chunk.moderation for chunk in chunks if "moderation" in (chunk.model_extra or {})]
 
 
-def test_several_prompts_are_written_in_their_order(client):
+def test_several_prompts_are_completed_in_order(client):
     prompts = ["one", "two, which is longer", "three"]
     together = client.completions.create(**{**TEXT, "prompt": prompts})
     separate = [client.completions.create(**{**TEXT, "prompt": prompt}) for prompt in prompts]
@@ -87,7 +87,7 @@ def test_several_prompts_are_written_in_their_order(client):
     assert [choice.index for choice in answer.choices] == list(range(256))
 
 
-def test_one_prompt_that_is_too_long_refuses_all_and_frees_every_place(http):
+def test_overlong_prompt_rejects_entire_request_and_frees_slots(http):
     refused = http.post(PATH, json={**TEXT, "prompt": ["x", "y" * 300, "z"]})
     assert refused.json()["error"]["code"] == "context_length_exceeded"
     while series(http)["sidelight_requests_running"] != "0.0":
@@ -95,7 +95,7 @@ def test_one_prompt_that_is_too_long_refuses_all_and_frees_every_place(http):
     assert http.post(PATH, json=TEXT).status_code == 200
 
 
-def test_a_prompt_is_counted_once_however_many_texts_follow(tiny):
+def test_prompt_verdict_is_counted_once_for_several_choices(tiny):
     probes = [
         untrained_probe(tiny, "early", threshold=0.0),
         untrained_probe(tiny, "late", reads=Reads("response"), threshold=0.0),
@@ -120,7 +120,7 @@ def mixed_probes(tiny, chat_probes):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_probes_of_both_formats_classify_plain_text_like_probes_of_raw_texts(
+def test_probes_for_both_formats_classify_plain_text_like_raw_probes(
     tiny, raw, mixed_probes, prompt
 ):
     as_raw = [
@@ -154,7 +154,7 @@ def test_probes_of_both_formats_classify_plain_text_like_probes_of_raw_texts(
         ({"early-both": NEVER, "early": NEVER}, 400),
     ],
 )
-def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_classify(
+def test_blocking_rule_rejects_plain_text_its_probe_cannot_classify(
     tiny, mixed_probes, rules, status
 ):
     policy = Policy(input=rules, output={"late-both": NEVER})
@@ -178,7 +178,7 @@ def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_classify(
         assert "Once" not in error["message"]
 
 
-def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(tiny, chat_probes):
+def test_chat_only_response_probe_with_block_rule_sends_no_text(tiny, chat_probes):
     engine = TransformersEngine(tiny, chat_probes)
     with in_process(engine, policy=Policy(output={"late": NEVER})) as http:
         answers = [http.post(PATH, json={**TEXT, "stream": stream}) for stream in (False, True)]

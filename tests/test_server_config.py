@@ -44,7 +44,7 @@ def toml(value):
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def test_the_file_knows_every_option_by_its_name_with_underscores(path):
+def test_config_file_accepts_every_command_line_option(path):
     options = {word for parameter in serve.params for word in parameter.opts}
     assert {f"--{name.replace('_', '-')}" for name in VALUES} | {"--config"} == options
     path.write_text("\n".join(f"{name} = {toml(value)}" for name, value in VALUES.items()))
@@ -53,7 +53,7 @@ def test_the_file_knows_every_option_by_its_name_with_underscores(path):
     assert not [name for name in VALUES if getattr(plain, name) == getattr(config, name)]
 
 
-def test_an_option_wins_over_its_variable_and_that_over_the_file(path, monkeypatch):
+def test_option_overrides_variable_and_variable_overrides_file(path, monkeypatch):
     path.write_text('api_key = "file"\naudit_salt = "file"\nadmin_key = "file"\nport = 1\n')
     monkeypatch.setenv("SIDELIGHT_API_KEY", "variable")
     # A variable holds one secret, without the line break at its end.
@@ -65,19 +65,19 @@ def test_an_option_wins_over_its_variable_and_that_over_the_file(path, monkeypat
     assert (config.salt.strip(), config.port) == (b"correct horse", 2)
 
 
-def test_options_of_an_engine_join_those_of_the_file(path):
+def test_engine_options_merge_with_those_of_file(path):
     path.write_text("engine_option = { texts = 4, tokens = 512 }")
     config = read_config(config=path, engine_option={"texts": 2, "threads": 1})
     assert config.engine_option == {"texts": 2, "tokens": 512, "threads": 1}
 
 
-def test_a_variable_in_small_letters_counts_too(monkeypatch):
+def test_environment_variables_are_case_insensitive(monkeypatch):
     """Otherwise a server whose operator has set a key would be open."""
     monkeypatch.setenv("sidelight_api_key", "variable")
     assert ServerConfig().access.keys == (Key.of("api-key-1", "variable"),)
 
 
-def test_only_secrets_have_a_variable(monkeypatch):
+def test_only_secrets_are_read_from_environment(monkeypatch):
     """Kubernetes sets SIDELIGHT_PORT=tcp://... for a service named sidelight."""
     for name in ServerConfig.model_fields.keys() - SECRETS:
         monkeypatch.setenv(f"SIDELIGHT_{name.upper()}", "tcp://10.0.0.1:80")
@@ -103,7 +103,7 @@ def test_only_secrets_have_a_variable(monkeypatch):
         (None, "There is no configuration file"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_place_and_without_secrets(path, text, told):
+def test_invalid_config_file_error_names_place_without_leaking_secrets(path, text, told):
     if text is not None:
         path.write_text(text, encoding="latin-1")
     with pytest.raises(SidelightError) as raised:
@@ -112,12 +112,12 @@ def test_a_wrong_file_is_refused_with_the_place_and_without_secrets(path, text, 
     assert "sk-secret" not in str(raised.value)
 
 
-def test_running_requests_have_a_grace_period_in_integer_seconds():
+def test_grace_period_is_rounded_up_to_seconds():
     settings = server_settings(FastAPI(), ServerConfig(drain_s=2.5))
     assert settings.timeout_graceful_shutdown == 3
 
 
-def test_a_wrong_setting_ends_the_command_with_one_line(path, monkeypatch, capsys):
+def test_invalid_setting_ends_serve_with_clear_error(path, monkeypatch, capsys):
     for text, options, told in (
         ("", ("--port", "70000"), "Error: --port: "),
         ("", ("--max-batch-items", "513"), "Error: --max-batch-items: "),

@@ -54,7 +54,7 @@ def verdicts(http, texts):
     return [{v["probe"]: v for v in one["sidelight"]["verdicts"]} for one in results]
 
 
-def test_each_text_has_a_list_of_what_probes_of_prompts_flag_in_it(http):
+def test_contents_lists_detections_of_prompt_probes_per_text(http):
     texts = [TEXT, "hello"]
     first, empty, last = detect(http, "contents", contents=[texts[0], "", texts[1]])
     assert empty == []
@@ -74,7 +74,7 @@ def test_each_text_has_a_list_of_what_probes_of_prompts_flag_in_it(http):
     assert "always" in {one["detection"] for one in first}
 
 
-def test_spans_have_offsets_in_code_points_and_separate_scores(http):
+def test_span_detections_have_code_point_offsets_and_individual_scores(http):
     (entries,) = verdicts(http, [TEXT])
     spans = entries["words"]["spans"]
     assert spans
@@ -90,7 +90,7 @@ def test_spans_have_offsets_in_code_points_and_separate_scores(http):
     assert all(one["text"] == TEXT[one["start"] : one["end"]] for one in placed)
 
 
-def test_the_header_names_the_only_detector(http):
+def test_detector_header_selects_single_probe(http):
     for name in ("always", "toxicity", "topics"):
         for detections in detect(http, "contents", name):
             assert {one["detection"] for one in detections} <= {name}
@@ -100,7 +100,7 @@ def test_the_header_names_the_only_detector(http):
     assert "Did you mean 'always'?" in message
 
 
-def test_a_detector_of_responses_reads_contents_as_answers(http):
+def test_response_detector_reads_contents_as_responses(http):
     (found,) = detect(http, "contents", "refusal", contents=["I cannot help."])
     body = {"input_type": "response", "texts": ["I cannot help."]}
     guarded = http.post("/beta/litellm_basic_guardrail_api", json=body).json()
@@ -108,7 +108,7 @@ def test_a_detector_of_responses_reads_contents_as_answers(http):
     assert found[0]["score"] == pytest.approx(entry["probabilities"]["toxic"], abs=ENGINE_ROUNDING)
 
 
-def test_a_chat_is_a_flat_list_and_an_answer_in_it_is_read_too(http):
+def test_chat_detections_form_flat_list_and_include_responses(http):
     asked, answered = (detect(http, "chat", messages=turns) for turns in (TURNS, ANSWERED))
     assert {one["detection"] for one in asked} >= {"always"}
     assert not {one["detection"] for one in asked} & {"refusal", "names"}
@@ -123,7 +123,7 @@ def test_a_chat_is_a_flat_list_and_an_answer_in_it_is_read_too(http):
     assert refusal(http, "chat", "refusal", messages=TURNS)[0] == 400
 
 
-def test_a_generation_is_read_by_probes_of_responses(http):
+def test_generation_is_classified_by_response_probes(http):
     found = detect(http, "generation")
     assert "refusal" in {one["detection"] for one in found} <= {"refusal", "names"}
     decided = {"model": "tiny/llama", "questions": [{"type": "predicate", "name": "refusal"}]}
@@ -139,7 +139,7 @@ def test_a_generation_is_read_by_probes_of_responses(http):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.9, 1.0])
-def test_the_threshold_of_a_client_changes_nothing(http, threshold):
+def test_client_threshold_has_no_effect(http, threshold):
     """NeMo always sends its own, and compares with it itself."""
     body = {"detector_params": {"threshold": threshold}}
     assert detect(http, "contents", "always", **body) == detect(http, "contents", "always")
@@ -160,13 +160,13 @@ def test_the_threshold_of_a_client_changes_nothing(http, threshold):
         ("generation", {"generated_text": None}, "generated_text"),
     ],
 )
-def test_what_would_be_ignored_is_refused_in_the_words_of_the_api(http, route, body, word):
+def test_unsupported_or_invalid_parameters_are_rejected_in_api_format(http, route, body, word):
     status, message = refusal(http, route, **body)
     assert status == 400
     assert word in message
 
 
-def test_every_failure_has_the_shape_of_the_api(tiny):
+def test_every_failure_uses_detectors_api_error_format(tiny):
     probe = untrained_probe(tiny, "toxicity")
     with under_rules(tiny, [broken(probe)]) as http:
         assert refusal(http, "contents")[0] == 500
@@ -184,7 +184,7 @@ def test_every_failure_has_the_shape_of_the_api(tiny):
         assert h.post("/classify", json={"input": "x"}).json()["error"]["code"] == "invalid_api_key"
 
 
-def test_what_a_policy_hides_is_hidden(tiny):
+def test_detectors_hide_scores_spans_and_shadow_probes_from_clients(tiny):
     flagging = [untrained_probe(tiny, n, threshold=0.0) for n in ("labelled", "newer")]
     probes = [*flagging, spans_probe(tiny, "words", threshold=0.3)]
     rules = {
@@ -207,7 +207,7 @@ def test_what_a_policy_hides_is_hidden(tiny):
         assert 0 < answer[0][0]["score"] < 1
 
 
-def test_probes_in_shadow_mode_are_counted_and_stop_nothing(tiny):
+def test_shadow_probes_are_counted_but_report_nothing(tiny):
     """As behind LiteLLM: a policy that only observes must not take an application down."""
     probes = [
         untrained_probe(tiny, "newer", threshold=0.0),
@@ -224,7 +224,7 @@ def test_probes_in_shadow_mode_are_counted_and_stop_nothing(tiny):
 
 
 @pytest.mark.parametrize("reads_response", [False, True])
-def test_without_a_probe_that_reads_it_nothing_looks_clean(tiny, reads_response):
+def test_detectors_reject_texts_that_no_probe_reads(tiny, reads_response):
     probe = untrained_probe(tiny, "only", reads=Reads("response") if reads_response else Reads())
     with under_rules(tiny, [probe]) as http:
         for route in ("contents", "chat") if reads_response else ("generation",):

@@ -70,7 +70,7 @@ WRONG_VALUES = {
 
 
 @pytest.mark.parametrize("field", WRONG_VALUES)
-def test_a_wrong_value_is_a_400_that_names_the_field(http, field):
+def test_invalid_value_returns_400_naming_the_field(http, field):
     path = TEXT if field == "prompt" else CHAT
     for value in WRONG_VALUES[field]:
         error = error_of(http.post(path, json={**BODIES[path], field: value}), 400)
@@ -87,13 +87,13 @@ def test_a_wrong_value_is_a_400_that_names_the_field(http, field):
         ("/v1/decisions", {"questions": QUESTIONS * 400}),
     ],
 )
-def test_the_outermost_values_are_taken(http, path, values):
+def test_boundary_values_are_accepted(http, path, values):
     answer = http.post(path, json={**BODIES[path], **values})
     assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_an_unknown_field_is_refused_on_every_route(http, path):
+def test_unknown_field_is_rejected_on_every_route(http, path):
     assert http.post(path, json=BODIES[path]).status_code == 200
     for name in ("probe", "policies", "Model", "max-tokens", "extra_body", "top_k"):
         error = error_of(http.post(path, json={**BODIES[path], name: None}), 400)
@@ -109,7 +109,7 @@ NOT_HERE |= {"frequency_penalty": 0.5, "presence_penalty": -0.5, "service_tier":
 NOT_HERE |= {"best_of": 2, "echo": True, "suffix": "x", "modalities": ["audio"]}
 
 
-def test_advice_on_a_field_is_that_of_the_field_and_the_engine(http):
+def test_field_error_advice_matches_field_and_engine(http):
     for path, name, value, advice in (
         (CHAT, "prompt", "hello", "send the prompt to /v1/completions"),
         (TEXT, "messages", HELLO, "the messages to /v1/chat/completions"),
@@ -120,7 +120,7 @@ def test_advice_on_a_field_is_that_of_the_field_and_the_engine(http):
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_what_only_vllm_can_do_is_refused_and_named(http, path):
+def test_vllm_only_features_are_rejected_by_name(http, path):
     for name, value in NOT_HERE.items():
         error = error_of(http.post(path, json={**BODIES[path], name: value}), 400)
         assert (error["code"], error["param"]) == ("unsupported_parameter", name)
@@ -143,7 +143,7 @@ HARMLESS |= {"top_logprobs": 0, "functions": []}
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_what_clients_always_send_is_taken(http, path):
+def test_harmless_client_fields_are_accepted(http, path):
     options = {"include_usage": True, "include_obfuscation": False}
     for stream in ({}, {"stream": True, "stream_options": options}):
         answer = http.post(path, json={**BODIES[path], **HARMLESS, **stream})
@@ -164,13 +164,13 @@ def test_what_clients_always_send_is_taken(http, path):
         (DecisionRequest, {"input": "x", "questions": [{"type": "choice", "choices": WRONG}]}),
     ],
 )
-def test_only_the_first_of_many_wrong_items_is_checked(model, body):
+def test_validation_stops_at_first_invalid_item(model, body):
     with pytest.raises(ValidationError) as raised:
         model.model_validate({"model": MODEL, **body})
     assert raised.value.error_count() == 1
 
 
-def test_a_very_long_name_of_a_field_is_compared_with_none():
+def test_very_long_field_name_does_not_slow_validation():
     """That would hold up every client for seconds."""
     start = time.process_time()
     with suppress(ValidationError):
@@ -179,7 +179,7 @@ def test_a_very_long_name_of_a_field_is_compared_with_none():
 
 
 @pytest.mark.parametrize("path", [CHAT, MODERATIONS])
-def test_an_unknown_model_is_a_404_and_an_unknown_probe_a_400_with_the_known_ones(http, path):
+def test_unknown_model_returns_404_and_unknown_probe_returns_400(http, path):
     body = BODIES[path]
     error_of(http.post(path, json={**body, "model": "x" * 4096}), 404)
     error_of(http.post(path, json={**body, "model": "x" * 4097}), 400)
@@ -208,17 +208,19 @@ TOO_LONG = [{"role": "user", "content": "x" * 300}]
         ("POST", MODERATIONS, {"json": {"input": ["x", "y" * 300]}}, 400, "tokens"),
     ],
 )
-def test_what_cannot_be_served_is_refused_not_cut(http, method, path, options, status, word):
+def test_unservable_requests_are_rejected_instead_of_truncated(
+    http, method, path, options, status, word
+):
     assert word in error_of(http.request(method, path, **options), status)["message"]
 
 
-def test_a_large_body_without_a_declared_length_is_a_413(http):
+def test_oversized_body_without_content_length_returns_413(http):
     headers, chunks = {"Content-Type": "application/json"}, (b" " * 1000 for _ in range(100))
     error_of(http.post(CHAT, content=chunks, headers=headers), 413)
 
 
 @pytest.mark.slow
-def test_a_busy_engine_is_a_429_with_a_time_to_retry(tiny):
+def test_busy_engine_returns_429_with_retry_after(tiny):
     engine = TransformersEngine(tiny, [], limits=Limits(running=1, waiting=1))
     long = {**VALID, "max_tokens": 50}
     with served(engine) as address, http_client(address) as http, ThreadPoolExecutor(6) as pool:
@@ -230,9 +232,7 @@ def test_a_busy_engine_is_a_429_with_a_time_to_retry(tiny):
         assert int(response.headers["retry-after"]) >= 1
 
 
-def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message(
-    capfd, monkeypatch, tiny
-):
+def test_server_crash_returns_500_and_logs_id_without_message(capfd, monkeypatch, tiny):
     engine = TransformersEngine(tiny, [])
     crash = Mock(side_effect=ZeroDivisionError(HELLO[0]["content"]))
     monkeypatch.setattr(engine, "generate", crash)
@@ -249,7 +249,7 @@ def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message
 
 
 @pytest.mark.slow
-def test_asyncio_logs_no_text_of_failures_that_were_not_fetched():
+def test_asyncio_logs_omit_exception_messages():
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LogFormatter(as_json=False))

@@ -107,9 +107,7 @@ LIMITS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "body", "most", "code"), LIMITS)
-def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
-    http, path, body, most, code
-):
+def test_request_at_limit_passes_and_one_beyond_is_rejected(http, path, body, most, code):
     assert post(http, path, body(most)).status_code == 200
     assert error_of(post(http, path, body(most + 1))) == (400, code)
 
@@ -151,7 +149,7 @@ def test_messages_and_content_items_are_limited(http, path, body):
     assert f"at most {MAX_ITEMS} items" in refused.json()["error"]["message"]
 
 
-def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
+def test_body_size_and_worst_case_tokens_are_limited(http):
     body = json.dumps({"input": "x"}).encode()
     assert post(http, MODERATIONS, body.ljust(BYTES)).status_code == 200
     assert error_of(post(http, MODERATIONS, body.ljust(BYTES + 1))) == (413, "request_too_large")
@@ -160,7 +158,7 @@ def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
     assert error_of(post(http, CHAT, chat(n=2, max_tokens=None))) == (400, "request_too_large")
 
 
-def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
+def test_total_tokens_per_request_are_limited_by_default(tiny):
     """Otherwise one request of 500 long texts would run for minutes."""
     engine = TransformersEngine(tiny, three_probes(tiny))
     with in_process(engine) as http, patch.object(engine, "classify", Mock(side_effect=OSError)):
@@ -176,7 +174,7 @@ def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
 
 
 @pytest.mark.parametrize("first", ["Content-Length: 5", "Transfer-Encoding: chunked"])
-def test_two_lengths_of_a_body_are_refused_and_the_connection_closed(tiny, first):
+def test_ambiguous_body_length_is_rejected_and_connection_closed(tiny, first):
     """RFC 9112, section 6.1: a proxy may have read another body than the server."""
     both = ["Content-Length: 5", "Transfer-Encoding: chunked"]
     lines = [f"POST {MODERATIONS} HTTP/1.1", "Host: localhost", first, *set(both) - {first}]
@@ -203,7 +201,7 @@ def test_two_lengths_of_a_body_are_refused_and_the_connection_closed(tiny, first
         b'{"a":' * 100_000,
     ],
 )
-def test_what_two_readers_could_take_differently_is_no_json(http, body):
+def test_ambiguous_json_is_rejected(http, body):
     refused = post(http, CHAT, body)
     assert refused.status_code == 400
     assert "not valid JSON" in refused.json()["error"]["message"]
@@ -234,7 +232,7 @@ def ending(kind=None, *, deadline=0.001):
     )
 
 
-def test_a_request_that_outlasts_the_servers_end_is_told_so():
+def test_request_interrupted_by_shutdown_gets_shutting_down_error():
     async def cancelled(kind, sent):
         task = asyncio.create_task(answer(ending(kind, deadline=60), sent))
         await asyncio.sleep(0)
@@ -256,7 +254,7 @@ def test_a_request_that_outlasts_the_servers_end_is_told_so():
     assert cut[-1]["body"] == b"begun"
 
 
-def test_a_cancellation_within_the_application_is_a_crash():
+def test_cancellation_inside_application_returns_500():
     async def app(scope, receive, send):
         raise asyncio.CancelledError
 
@@ -266,7 +264,7 @@ def test_a_cancellation_within_the_application_is_a_crash():
     assert sent[0]["status"] == 500
 
 
-def test_uvicorn_logs_no_traceback_of_what_it_has_cancelled(capsys):
+def test_uvicorn_logs_no_traceback_for_cancelled_requests(capsys):
     logging.config.dictConfig(log_settings("info", as_json=False))
     for error in (asyncio.CancelledError(), ValueError()):
         logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
@@ -274,7 +272,7 @@ def test_uvicorn_logs_no_traceback_of_what_it_has_cancelled(capsys):
     assert "Cancelled" not in logged
 
 
-def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():
+def test_request_past_deadline_ends_with_deadline_error():
     plain, streamed = [], []
     asyncio.run(answer(ending(), plain))
     code = json.loads(plain[1]["body"])["error"]["code"]
@@ -292,7 +290,7 @@ def test_a_request_past_its_deadline_is_an_error_and_its_stream_has_no_done():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_after_a_signal_running_requests_finish_and_no_other_is_taken(first):
+def test_signal_lets_running_requests_finish_and_rejects_new_ones(first):
     one, backbone = engine()
     gate, port, seen = Gate(backbone), free_port(), {}
 
@@ -325,7 +323,7 @@ def test_after_a_signal_running_requests_finish_and_no_other_is_taken(first):
 
 
 @pytest.mark.slow
-def test_who_connects_while_the_model_loads_is_answered_once_it_is_loaded():
+def test_request_during_model_loading_waits_until_server_is_ready():
     port, (loaded, _) = free_port(), engine()
 
     def ask():

@@ -69,9 +69,7 @@ ALWAYS = Rule("block", threshold=0.0)
         (("input",), [(CHATS, SHORT)], Policy(), [1, 0]),
     ],
 )
-def test_the_classification_of_each_text_counts_once_on_each_side(
-    tiny, sides, asked, policy, counts
-):
+def test_classification_time_is_counted_once_per_text_and_side(tiny, sides, asked, policy, counts):
     values = series(engine_of(tiny, *sides), asked, policy)
     assert classification_seconds(values) == counts
     assert [seconds > 0 for seconds in classification_seconds(values, "sum")] == [
@@ -82,7 +80,7 @@ def test_the_classification_of_each_text_counts_once_on_each_side(
     assert values["sidelight_time_to_verdict_seconds_count"] == texts
 
 
-def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch):
+def test_classification_time_includes_slow_probe(tiny, monkeypatch: pytest.MonkeyPatch):
     """Its projection inside the forward pass, and its state: of each pass, once for each text."""
 
     def delay(owner: type, name: str) -> None:
@@ -98,7 +96,7 @@ def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch
     assert of_output >= steps * (layers + 1) * DELAY_S
 
 
-def test_requests_are_logged_but_for_what_an_operator_asks_every_other_second(tiny, caplog):
+def test_access_log_demotes_health_checks_to_debug(tiny, caplog):
     engine, user = TransformersEngine(tiny, []), {"Authorization": "Bearer user"}
     logged_at = caplog.at_level(logging.DEBUG, logger="sidelight.access")
     with in_process(engine, api_key="user") as http, logged_at:
@@ -113,7 +111,7 @@ def test_requests_are_logged_but_for_what_an_operator_asks_every_other_second(ti
     }
 
 
-def test_metrics_count_requests_tokens_and_verdicts_and_repeat_no_text(tiny):
+def test_metrics_count_requests_tokens_and_verdicts_without_exposing_text(tiny):
     engine = TransformersEngine(tiny, [untrained_probe(tiny, "always", threshold=0.0)])
     with in_process(engine) as http:
         before = http.get("/metrics").text

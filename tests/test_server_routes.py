@@ -38,7 +38,7 @@ def counted(http, name: str) -> float:
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 
-def test_every_route_is_tried(server):
+def test_bodies_cover_every_post_route(server):
     http, _ = server
     http.headers.update(KEY)
     paths = post_paths(http)
@@ -47,7 +47,7 @@ def test_every_route_is_tried(server):
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_route_requires_a_key_and_audits_and_counts_what_it_classifies(server, path):
+def test_route_requires_key_and_audits_and_counts_verdicts(server, path):
     http, audit = server
     assert http.post(path, json=BODIES[path]).status_code == 401
     before, lines = counted(http, "sidelight_verdicts_total"), len(audit.read_text().splitlines())
@@ -64,6 +64,6 @@ def test_a_route_requires_a_key_and_audits_and_counts_what_it_classifies(server,
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_route_refuses_a_body_that_is_too_large(server, path):
+def test_route_rejects_oversized_body(server, path):
     body = {**BODIES[path], "filler": "x" * 3000}
     assert server[0].post(path, json=body, headers=KEY).status_code == 413

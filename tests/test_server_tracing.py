@@ -81,7 +81,7 @@ class Instrumented:
 
 
 @pytest.mark.slow
-def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_refused():
+def test_request_span_carries_verdicts_and_request_id():
     server = Instrumented(FLAGGING)
     body = {**BODY, "n": 2}
     with TestClient(server, "http://localhost") as http:
@@ -112,7 +112,7 @@ def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_re
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_span_has_an_event_for_each_verdict_that_the_policy_discloses(stream):
+def test_span_has_one_event_per_visible_verdict(stream):
     policy = Policy(
         input={"toxicity": Rule("block", threshold=1.0), "topics": Rule("shadow")},
         output={"late": Rule("flag", threshold=0.0)},
@@ -141,7 +141,7 @@ def test_a_span_has_an_event_for_each_verdict_that_the_policy_discloses(stream):
 
 
 @pytest.mark.slow
-def test_a_verdict_that_failed_is_an_event_with_an_error():
+def test_failed_verdict_becomes_event_with_error():
     server = Instrumented(
         Policy(input={"toxicity": Rule("block", max_tokens=1)}), trace_events=True
     )
@@ -152,7 +152,7 @@ def test_a_verdict_that_failed_is_an_event_with_an_error():
 
 
 @pytest.mark.slow
-def test_a_text_whose_client_leaves_while_a_chunk_waits_to_be_sent_is_unfinished():
+def test_client_disconnect_during_blocked_send_is_traced_as_unfinished():
     """No work on the next piece is in progress then."""
     server = Instrumented(FLAGGING)
     body = json.dumps({**BODY, "stream": True, "max_tokens": 200}).encode()

@@ -42,17 +42,17 @@ SOME = report_on(BINARY, [0.9, 0.8, 0.1, 0.7, 0.2], [1, 1, 1, 0, 0])
         ),
     ],
 )
-def test_the_summary_of_a_binary_probe_counts_both_errors_and_background(background, expected):
+def test_binary_summary_reports_both_errors_and_background(background, expected):
     assert summary(SOME, background) == expected
 
 
-def test_the_summary_leaves_out_a_side_that_no_text_is_on():
+def test_binary_summary_omits_classes_without_texts():
     positive, negative = (report_on(BINARY, [0.9, 0.1], [label] * 2) for label in (1, 0))
     assert summary(positive, (0, 0)) == "Finds 1 of 2 'urgent' texts."
     assert summary(negative, (0, 0)) == "Flags 1 of 2 other texts."
 
 
-def test_the_summary_of_several_classes_counts_correct_texts():
+def test_multiclass_summary_counts_correct_texts():
     chance = [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]
     assert summary(report_on(CLASSES, chance, [0, 1, 1]), (0, 0)) == (
         "Classifies 2 of 3 texts correctly."
@@ -64,14 +64,14 @@ def test_the_summary_of_several_classes_counts_correct_texts():
     )
 
 
-def test_the_summary_of_several_labels_counts_labels():
+def test_multilabel_summary_counts_labels():
     chance = [[0.9, 0.9], [0.1, 0.8], [0.2, 0.1]]
     report = report_on(LABELS, chance, [[1, 0], [1, 1], [0, 0]])
     assert summary(report, (0, 0)) == ("Finds 2 of 3 labels in 3 texts and assigns 1 wrongly.")
     assert summary(report, (5, 200)).endswith("; flags 2.5 % of background traffic.")
 
 
-def test_the_summary_of_spans_counts_complete_and_partial_spans():
+def test_span_summary_counts_complete_and_partial_spans():
     text = "call Ann Lee at noon"
     name, time = Span(5, 12, "NAME"), Span(16, 20, "TIME")
     labelled = [{"start": s.start, "end": s.end, "label": s.label} for s in (name, time)]

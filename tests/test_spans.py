@@ -74,12 +74,12 @@ SERVED = 1e-4
         ([{**NAME, "label": ["a"]}], "expected one label"),
     ],
 )
-def test_a_malformed_span_is_refused_with_its_place_and_the_remedy(cell, says):
+def test_malformed_spans_raise_specific_errors(cell, says):
     with pytest.raises(SidelightError, match=says):
         load_spans([{"text": TEXT, "spans": cell}])
 
 
-def test_a_missing_column_is_named_with_its_file_and_spans_with_their_option(tmp_path):
+def test_missing_column_error_names_file_and_option(tmp_path):
     path = tmp_path / "letters.jsonl"
     path.write_text(json.dumps({"text": TEXT, "spans": []}) + "\n")
     with pytest.raises(
@@ -101,7 +101,7 @@ def test_a_missing_column_is_named_with_its_file_and_spans_with_their_option(tmp
         load_examples(path)
 
 
-def test_spans_overlap_and_rows_without_any_are_negatives(warned):
+def test_spans_may_overlap_and_rows_without_spans_are_negatives(warned):
     place = {"start": 9, "end": 17, "label": "PLACE", "probability": 0.5}
     cells = [[NAME, place], [], None, json.dumps([NAME])]
     examples = load_spans([{"text": TEXT, "spans": cell} for cell in cells])
@@ -118,7 +118,7 @@ def test_spans_overlap_and_rows_without_any_are_negatives(warned):
         load_spans([{"text": TEXT, "spans": []}])
 
 
-def test_spans_of_a_chat_need_a_response():
+def test_chat_spans_require_response_column():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     row = {"text": chat, "answer": TEXT, "spans": [NAME]}
     assert load_spans([row], response="answer").spans == ((Span(5, 12, "NAME"),),)
@@ -128,7 +128,7 @@ def test_spans_of_a_chat_need_a_response():
         load_spans([row])
 
 
-def test_a_token_has_the_labels_of_its_characters_without_the_blanks_around():
+def test_token_labels_ignore_surrounding_whitespace():
     tokens = [(0, 4), (4, 8), (8, 12), (12, 13), (13, 17), (8, 9)]
     flags = token_labels(
         TEXT, tokens, [Span(5, 8, "NAME"), Span(9, 17, "PLACE")], ["NAME", "PLACE"]
@@ -136,7 +136,7 @@ def test_a_token_has_the_labels_of_its_characters_without_the_blanks_around():
     assert flags.T.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
 
 
-def test_scripts_without_blanks_have_a_word_a_character():
+def test_scripts_without_spaces_use_one_word_per_character():
     text = "我叫李安, Bob's"
     assert [text[start:end] for start, end in words(text)] == [*"我叫李安,", "Bob's"]
     assert [final_characters(text, n) for n in (3, 5, 6, 8, 11)] == [3, 5, 5, 5, 5]
@@ -153,14 +153,14 @@ def test_scripts_without_blanks_have_a_word_a_character():
         "Jo\u00adhn\u2019s",
     ],
 )
-def test_a_word_has_its_combining_characters(word):
+def test_word_includes_its_combining_characters(word):
     assert words(word) == [(0, len(word))]
     assert words(f"{word}\u200b. {word}")[0] == (0, len(word))
     # Any character of it may be the last so far.
     assert all(final_characters(word[:end], end) == 0 for end in range(len(word) + 1))
 
 
-def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
+def test_word_takes_highest_token_score_and_neighbours_merge():
     # "Call", " A", "nn", " Lee", ",", " now"; "now" has not been read.
     tokens = [(0, 4), (4, 6), (6, 8), (8, 12), (12, 13)]
     scores = np.array([[0.1], [0.2], [0.9], [0.6], [0.3]])
@@ -178,7 +178,7 @@ def test_words_have_the_score_of_their_highest_token_and_neighbours_join():
     assert read(1.0) == []
 
 
-def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
+def test_words_far_below_the_highest_score_are_dropped():
     scores = np.array([0.1, 0.5, 0.8, 0.0])
     odds = np.log(np.array([1 / 9, 1, 4]))
     for margin in (0.5, 1.5, 4.0):
@@ -193,7 +193,7 @@ def test_a_word_far_less_likely_than_the_surest_of_its_text_is_left_out():
 @pytest.mark.parametrize(
     "task", [NAMES_AND_PLACES, Task("binary", ("none", "NAME"))], ids=["many", "one"]
 )
-def test_a_label_holds_where_the_text_reaches_its_threshold_or_a_span_has_it(tiny, side, task):
+def test_label_holds_by_text_threshold_or_by_span(tiny, side, task):
     """Tokens and texts are calibrated apart, and judged in other pieces."""
     draw, labels = np.random.default_rng(0), task.output_labels
     reads, count = Reads(side, template=False), len(labels)
@@ -254,7 +254,7 @@ class CountedPlace(Place):
         return super().__getattribute__(name)
 
 
-def test_spans_of_many_messages_are_found_in_one_pass_over_their_tokens(tiny):
+def test_spans_of_many_messages_are_found_in_one_pass(tiny):
     probe, messages = spans_probe(tiny, "pii"), 50
     places = [CountedPlace(message, 0, 2) for message in range(messages)]
     prompt = EncodedPrompt(
@@ -272,7 +272,7 @@ def test_spans_of_many_messages_are_found_in_one_pass_over_their_tokens(tiny):
     assert max(place.asked for place in places) <= 2
 
 
-def test_without_places_of_tokens_a_label_of_any_token_holds(tiny):
+def test_label_of_any_token_holds_without_token_positions(tiny):
     """As of ids that vLLM is sent: any of them may be a word."""
     probe = spans_probe(tiny, "pii", threshold=0.6).changed(thresholds=(0.8, 0.8))
     banks, prompt = ProbeBanks([probe]), tiny.encoder.encode(USER)
@@ -293,7 +293,7 @@ def test_without_places_of_tokens_a_label_of_any_token_holds(tiny):
     assert seen == {(False, False), (True, False), (True, True)}
 
 
-def test_character_f1_is_that_of_the_shared_task():
+def test_character_f1_matches_shared_task_definition():
     def f1(actual, predicted):
         spans = [[Span(*place, "toxic")] if place else [] for place in (actual, predicted)]
         return character_f1(
@@ -305,7 +305,7 @@ def test_character_f1_is_that_of_the_shared_task():
     assert f1((5, 12), (9, 13)) == pytest.approx(2 * (3 / 4) * (3 / 7) / (3 / 4 + 3 / 7))
 
 
-def test_the_f1_of_all_thresholds_is_that_of_each():
+def test_threshold_f1_matches_f1_at_each_threshold():
     draw = np.random.default_rng(0)
     scores = [draw.integers(1, 9, 20) / 10 for _ in range(6)]
     actual = [draw.random(20) < 0.2 for _ in range(4)] + [np.zeros(20, dtype=bool)] * 2
@@ -315,7 +315,7 @@ def test_the_f1_of_all_thresholds_is_that_of_each():
     np.testing.assert_allclose(threshold_f1(actual, scores, points), expected)
 
 
-def test_a_report_counts_characters_and_exact_spans(capsys):
+def test_span_report_counts_characters_and_exact_spans(capsys):
     texts = [{"text": TEXT, "spans": [NAME]}, {"text": TEXT, "spans": []}]
     texts += [{"text": TEXT, "spans": [{"start": 14, "end": 17, "label": "TIME"}]}]
     examples = load_spans(texts)
@@ -349,7 +349,7 @@ def fitted(tiny, tmp_path_factory):
     return fit(tiny, load_spans(span_rows(160)), None, name="pii", options=options)
 
 
-def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, fitted, tmp_path):
+def test_trained_probe_finds_spans_in_new_texts_after_reload(tiny, fitted, tmp_path):
     examples = load_spans(span_rows(30, seed=1))
     probe = load_probe(save_probe(fitted.probe, tmp_path))
     assert probe.spans == fitted.probe.spans
@@ -373,7 +373,7 @@ def test_what_is_trained_finds_spans_in_new_texts_also_after_it_was_saved(tiny, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Of the rarest class")
-def test_python_trains_and_measures_spans(tiny, fitted, temporary_cache):
+def test_python_api_trains_and_evaluates_spans(tiny, fitted, temporary_cache):
     texts = [{"letter": row["text"], "pii": row["spans"]} for row in span_rows(45, seed=1)]
     columns = {"text": "letter", "spans": "pii"}
     trained = train(tiny, texts[:30], validation=texts[30:], mechanism="spans", **columns)
@@ -396,7 +396,7 @@ def test_python_trains_and_measures_spans(tiny, fitted, temporary_cache):
         ({"positive": "SHOUT"}, r"Leave them out, or spans="),
     ],
 )
-def test_python_refuses_what_is_for_labels_of_texts_beside_spans(tiny, options, says):
+def test_python_api_rejects_text_label_options_for_spans(tiny, options, says):
     texts = span_rows(20)
     for arguments in ({"data": texts, "spans": "spans"}, {"data": load_spans(texts)}):
         with pytest.raises(SidelightError, match=says):
@@ -411,9 +411,7 @@ def test_python_refuses_what_is_for_labels_of_texts_beside_spans(tiny, options, 
         Classifier(tiny, probe).evaluate(texts, spans="spans")
 
 
-def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prompt_is_cut(
-    tiny, fitted
-):
+def test_server_matches_predict_however_prompt_is_chunked(tiny, fitted):
     texts = [row["text"] for row in span_rows(12, seed=4)]
     examples = [Example((Message("user", text),)) for text in texts]
     logits, found = find_spans(tiny, fitted.probe, examples)
@@ -434,7 +432,7 @@ def test_a_server_gives_a_text_the_verdict_and_spans_of_predict_however_its_prom
             assert scores == pytest.approx([span.probability for span in spans], abs=SERVED)
 
 
-def test_spans_are_found_only_in_what_the_probe_reads(tiny, fitted):
+def test_find_spans_rejects_texts_that_probe_does_not_read(tiny, fitted):
     answered = Example((Message("user", "12"),), response="XX")
     with pytest.raises(SidelightError, match=wordings.FINDS_IN_PROMPTS):
         find_spans(tiny, fitted.probe, [answered])
@@ -446,7 +444,7 @@ def test_spans_are_found_only_in_what_the_probe_reads(tiny, fitted):
         fit(tiny, load_spans(span_rows(40)), None, name="pii", options=options)
 
 
-def test_thresholds_follow_the_rule_over_words():
+def test_span_threshold_rules_apply_to_words():
     texts = load_spans(span_rows(200, seed=2))
     draw = np.random.default_rng(0)
     places = [[(i, i + 1) for i in range(len(item.text))] for item in texts.items]
@@ -480,7 +478,7 @@ def test_thresholds_follow_the_rule_over_words():
     assert rates["fpr=0.01"][1] < rates["recall=0.99"][1]
 
 
-def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
+def test_response_probe_finds_spans_in_responses(tiny, tmp_path):
     """Here with a single label."""
     answers = [
         {
@@ -509,9 +507,7 @@ def test_a_probe_of_responses_finds_spans_in_them(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
-    tiny, temporary_cache, tmp_path, capsys
-):
+def test_commands_train_evaluate_and_predict_spans(tiny, temporary_cache, tmp_path, capsys):
     def write(name, count, seed):
         lines = [{"letter": row["text"], "pii": row["spans"]} for row in span_rows(count, seed)]
         (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
@@ -560,7 +556,7 @@ def test_the_commands_train_measure_and_find_spans_in_the_form_that_they_read(
 
 
 @pytest.mark.slow
-def test_a_terminal_shows_labelled_words_in_colour_and_no_text_can_steer_it(
+def test_terminal_highlights_spans_and_escapes_control_characters(
     tiny, fitted, tmp_path, monkeypatch, capsys
 ):
     probe, model = str(tmp_path / "probe"), saved(tiny, tmp_path / "model")

@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
 MEAN, WEIGHTS, SCALE = normal(3, 32), normal(3, 32, 5, seed=1), 0.1 + normal(3, 32, seed=2).abs()
 
 
-def test_standardisation_folds_away_even_where_means_dwarf_the_spread():
+def test_standardisation_folds_into_projection_despite_large_means():
     mean = 100 * MEAN
     states = mean[:, None] + SCALE[:, None] * normal(3, 200, 32)
     folded = Standardisation(mean, SCALE).fold(WEIGHTS)
@@ -30,14 +30,14 @@ def test_standardisation_folds_away_even_where_means_dwarf_the_spread():
     assert not same.shift.any()
 
 
-def test_rounding_the_folded_weight_does_not_move_the_mean():
+def test_rounding_folded_weight_does_not_shift_mean():
     folded = Standardisation(100 * MEAN, torch.ones(3, 32)).fold(WEIGHTS, dtype=torch.bfloat16)
     assert folded.weight.dtype == torch.bfloat16
     at_mean = 100 * MEAN[:, None] @ folded.weight.float() + folded.shift[:, None]
     torch.testing.assert_close(at_mean, torch.zeros_like(at_mean), **CANCELLATION)
 
 
-def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants():
+def test_measured_standardisation_yields_mean_zero_scale_one_and_skips_constants():
     states = 5 + 3 * normal(2, 500, 4)
     states[:, :, 0] = 7
     scaling = Standardisation.measured(states.bfloat16())
@@ -48,7 +48,7 @@ def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants(
     torch.testing.assert_close(scaled[..., 1:].std(1), torch.ones(2, 3), rtol=0, atol=0.02)
 
 
-def test_normalised_states_fold_away_and_ignore_the_norm():
+def test_folded_normalisation_is_exact_and_ignores_norm():
     states = 40 * normal(3, 200, 32)
     normalised = states / states.square().mean(2, keepdim=True).sqrt()
     folded = Standardisation(MEAN, SCALE, is_normalised=True).fold(WEIGHTS)
@@ -60,7 +60,7 @@ def test_normalised_states_fold_away_and_ignore_the_norm():
         torch.testing.assert_close(actual, expected, **ROUNDING)
 
 
-def test_a_norm_that_overflows_gives_no_number():
+def test_overflowing_norm_yields_non_finite_value():
     states = torch.tensor([[[1e20, 1.0], [3.0, 4.0], [0.0, 0.0]]])
     scaling = Standardisation(torch.zeros(1, 2), torch.ones(1, 2), is_normalised=True)
     numbers = scaling.fold(torch.ones(1, 2, 1)).layers(states)

@@ -41,7 +41,7 @@ def folder(tmp_path, tiny):
     return saved(tiny, tmp_path / "model")
 
 
-def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeypatch):
+def test_model_larger_than_free_memory_is_not_loaded(folder, monkeypatch):
     load_backbone(folder)
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
@@ -51,7 +51,7 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeyp
         load_backbone(folder)
 
 
-def test_a_device_without_an_operation_that_probes_need_is_refused(monkeypatch):
+def test_device_lacking_required_operation_is_rejected(monkeypatch):
     """As Apple's GPUs are."""
     assert find_device("cpu") == torch.device("cpu")
     monkeypatch.setattr("torch.segment_reduce", Mock(side_effect=NotImplementedError))
@@ -71,7 +71,7 @@ def test_a_device_without_an_operation_that_probes_need_is_refused(monkeypatch):
         ("bfloat16", 10**12, 1000, "0.0 GB are free on cpu"),
     ],
 )
-def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_converted(
+def test_gpu_loading_checks_gpu_memory_and_cpu_memory_for_conversion(
     folder, monkeypatch, dtype, gpu, cpu, room
 ):
     monkeypatch.setattr(f"{BACKBONE}.find_device", torch.device)
@@ -84,7 +84,7 @@ def test_weights_for_a_gpu_need_its_memory_and_that_of_the_cpu_if_they_are_conve
         load_backbone(folder, dtype=dtype, device="cuda:1")
 
 
-def test_memory_is_counted_in_the_dtype_that_is_loaded(tmp_path, monkeypatch):
+def test_memory_check_uses_loaded_dtype(tmp_path, monkeypatch):
     folder = saved(family_backbone("llama", dtype=torch.bfloat16), tmp_path / "model")
     stored = stored_bytes(Path(folder))
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 2 * stored - 1)
@@ -112,9 +112,7 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
-    folder, hub_cache, monkeypatch
-):
+def test_oversized_hub_model_is_rejected_before_download(folder, hub_cache, monkeypatch):
     snapshot = hub_cache("some/model", folder)
     assert load_backbone("some/model").fingerprint.name == "some/model"
     monkeypatch.setattr(f"{BACKBONE}.free_memory", lambda: 1000)
@@ -159,7 +157,7 @@ def hub(hub_at, monkeypatch):
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_model])
-def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, load):
+def test_hub_failures_raise_one_line_error_without_retries(hub, load):
     for answer, says in (
         ({}, "the Hugging Face hub cannot be reached"),
         ({"status": 404, "x_error_code": "RepoNotFound"}, "neither a local folder nor a model"),
@@ -174,7 +172,7 @@ def test_a_wrong_name_of_the_hub_is_refused_at_once(hub, load):
         assert "\n" not in str(caught.value)
 
 
-def test_the_memory_that_ran_out_is_named(folder, monkeypatch):
+def test_out_of_memory_error_names_exhausted_memory(folder, monkeypatch):
     monkeypatch.setattr(f"{BACKBONE}.find_device", torch.device)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (3 * 10**9, 10**12))
     for error, room in (
@@ -187,7 +185,7 @@ def test_the_memory_that_ran_out_is_named(folder, monkeypatch):
             load_backbone(folder, device="cuda:1")
 
 
-def test_free_memory_is_that_of_the_system_and_of_the_cgroup(tmp_path):
+def test_free_memory_respects_system_and_cgroup_limits(tmp_path):
     assert free_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4000 kB\n")
@@ -202,7 +200,7 @@ def test_free_memory_is_that_of_the_system_and_of_the_cgroup(tmp_path):
     assert free_memory(tmp_path) == 500_000
 
 
-def test_a_cache_that_cannot_be_written_or_has_no_place_is_one_line(tmp_path, monkeypatch, capsys):
+def test_unusable_cache_folder_raises_clear_error(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "file"))
     # Installed or not: what is unpacked is never looked at.
@@ -254,7 +252,7 @@ SERVE = "serve --port 0 --model {model} --probe {probe} "
         ("parity {probe} --data nowhere --quantised ./nowhere", "Cannot load './nowhere'"),
     ],
 )
-def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
+def test_model_independent_mistakes_fail_before_loading_data_or_model(
     command, remedy, folder, probe, tmp_path, monkeypatch, capsys
 ):
     named = replace(load_probe(probe).card.backbone, name="/moved/away")
@@ -270,7 +268,7 @@ def test_a_mistake_that_needs_no_model_is_refused_before_data_and_model(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_names_the_probes(
+def test_signal_stops_server_with_documented_exit_code(
     folder, probe, number, code, monkeypatch, capfd
 ):
     started = threading.Event()
@@ -300,7 +298,7 @@ def test_a_signal_stops_the_server_with_the_documented_exit_code_and_its_log_nam
         ("score", {}, False),
     ],
 )
-def test_a_shadow_without_metrics_or_audit_log_is_warned_of(tiny, caplog, mode, options, is_warned):
+def test_unobservable_shadow_rule_triggers_warning(tiny, caplog, mode, options, is_warned):
     engine = TransformersEngine(tiny, [untrained_probe(tiny, "toxicity")])
     with in_process(engine, policy=Policy(input={"toxicity": Rule(mode)}), **options):
         warnings = [line for line in caplog.messages if "shadow" in line]
@@ -338,7 +336,7 @@ def can_unshare():
 
 
 @pytest.mark.parametrize("is_first", [False, True], ids=["any process", "process 1"])
-def test_sigterm_ends_a_server_that_is_still_starting(is_first, probe):
+def test_sigterm_ends_server_during_startup(is_first, probe):
     if is_first and not can_unshare():
         pytest.skip("'unshare --pid' is not allowed here, so no process can be the first")
     command = [sys.executable, "-c", IMPORTING, "serve", "--port", "0", "--probe", str(probe)]
@@ -356,9 +354,7 @@ def test_sigterm_ends_a_server_that_is_still_starting(is_first, probe):
 
 @needs_llama
 @pytest.mark.slow
-def test_a_server_of_a_gguf_file_starts_again_after_a_kill_and_ends_its_answers_at_sigterm(
-    tmp_path, monkeypatch, capfd
-):
+def test_gguf_server_restarts_after_kill_and_drains_on_sigterm(tmp_path, monkeypatch, capfd):
     # Long enough that the signal comes while it writes.
     config = LlamaConfig(**CONFIGS["llama"].to_dict() | {"max_position_embeddings": 4096})
     tiny = tiny_backbone(config)

@@ -30,7 +30,7 @@ def die_while_writing(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_or_failed_write_leaves_the_old_file(tmp_path):
+def test_interrupted_write_preserves_old_file(tmp_path):
     path = tmp_path / "table.json"
     write_json(path, {"rows": 1})
     before = path.read_bytes()
@@ -46,7 +46,7 @@ def test_a_killed_or_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_write_removes_what_a_killed_one_left_an_hour_ago(tmp_path):
+def test_write_removes_only_its_stale_partial_files(tmp_path):
     path = tmp_path / "[1].md"
     stale, fresh = (path.with_name(f"{path.name}.{name}.partial") for name in ("old", "new"))
     for left in (stale, fresh, path.with_name("other.md.old.partial")):
@@ -61,14 +61,14 @@ def test_a_write_removes_what_a_killed_one_left_an_hour_ago(tmp_path):
     }
 
 
-def test_a_write_makes_its_folder_and_leaves_nothing_beside(tmp_path):
+def test_write_creates_folder_and_leaves_no_temporary_files(tmp_path):
     path = tmp_path / "new" / "folder" / "report.md"
     write_text(path, "é\n")
     assert path.read_bytes() == b"\xc3\xa9\n"
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_checking_a_folder_leaves_none_and_refuses_one_below_a_file(tmp_path):
+def test_check_folder_creates_nothing_and_rejects_paths_below_files(tmp_path):
     (tmp_path / "old").mkdir()
     check_folder(tmp_path / "old" / "new" / "newer")
     check_folder(tmp_path / "old")
@@ -83,7 +83,7 @@ def age(folder, seconds):
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_a_folder_is_removed_once_no_process_holds_it(tmp_path):
+def test_folder_is_removed_only_when_no_process_holds_it(tmp_path):
     folder = tmp_path / "run"
     with holding(folder), holding(folder):
         (folder / "states").mkdir()
@@ -98,7 +98,7 @@ def test_a_folder_is_removed_once_no_process_holds_it(tmp_path):
     assert not remove_unused(folder)
 
 
-def test_a_folder_that_was_written_to_lately_is_not_abandoned(tmp_path):
+def test_recently_modified_folder_is_not_removed(tmp_path):
     folder = tmp_path / "run"
     with holding(folder):
         (folder / "states").mkdir()
@@ -110,7 +110,7 @@ def test_a_folder_that_was_written_to_lately_is_not_abandoned(tmp_path):
     assert remove_unused(folder, idle_s=50)
 
 
-def test_who_waits_for_a_folder_that_is_being_removed_gets_a_new_one(tmp_path, monkeypatch):
+def test_holder_waiting_during_removal_gets_new_folder(tmp_path, monkeypatch):
     folder, began = tmp_path / "run", threading.Event()
     with holding(folder):
         (folder / "old").write_text("")
@@ -131,6 +131,6 @@ def test_who_waits_for_a_folder_that_is_being_removed_gets_a_new_one(tmp_path, m
     assert {path.name for path in folder.iterdir()} == {"new", "in-use.lock"}
 
 
-def test_an_error_in_a_locked_folder_is_raised(tmp_path):
+def test_holding_propagates_errors(tmp_path):
     with pytest.raises(FileNotFoundError), holding(tmp_path / "run"):
         (tmp_path / "absent").read_text()

@@ -48,7 +48,7 @@ rows = st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=2, max_si
 )
 
 
-def test_a_rule_is_read_back_from_its_text_or_answered_with_the_forms():
+def test_threshold_rule_round_trips_and_rejects_invalid_text():
     for text in (*RULES, "fpr=.01", "cost=1:4", "recall=0.999"):
         rule = ThresholdRule.parse(text)
         assert ThresholdRule.parse(str(rule)) == rule
@@ -67,7 +67,7 @@ def measured(rows):
 
 @settings(max_examples=30, deadline=None)
 @given(rows=rows)
-def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_better(rows):
+def test_curve_counts_flags_and_yields_optimal_thresholds(rows):
     scores, holds, curve = measured(rows)
     assert (curve.positives, curve.negatives) == (holds.sum(), (~holds).sum())
     counts = zip(curve.true_positives, curve.false_positives, curve.expected, strict=True)
@@ -105,7 +105,7 @@ def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_
 
 @settings(max_examples=30, deadline=None)
 @given(rows=rows)
-def test_an_operating_point_finds_most_within_its_rate(rows):
+def test_operating_points_maximise_recall_within_rate(rows):
     _, _, curve = measured(rows)
     for rate in (0.0, 0.1, 0.5):
         for threshold, found, flagged in curve.operating_points([rate]):
@@ -116,7 +116,7 @@ def test_an_operating_point_finds_most_within_its_rate(rows):
     assert len(curve.operating_points()) <= 6
 
 
-def test_thresholds_of_the_calibration_are_those_of_bayes():
+def test_calibration_only_thresholds_match_bayes_decision_rule():
     scores, holds = draw_calibrated(20_000, seed=0)
     curve = OperatingCurve.of(scores, holds, points=20_001)
     for miss, alarm in ((10, 1), (1, 1), (1, 4)):
@@ -130,7 +130,7 @@ def test_thresholds_of_the_calibration_are_those_of_bayes():
     assert threshold == pytest.approx(expected / 2, abs=2e-3)
 
 
-def test_with_few_positives_a_smoothed_threshold_has_a_higher_f1_on_other_texts():
+def test_smoothing_improves_f1_with_few_positives():
     scores, holds = draw_calibrated(100_000, seed=1)
     found = {LABELS_ONLY: [], PRIOR_TEXTS: []}
     for seed in range(200):
@@ -142,7 +142,7 @@ def test_with_few_positives_a_smoothed_threshold_has_a_higher_f1_on_other_texts(
     assert gains.mean() > 3 * gains.std() / np.sqrt(len(gains))
 
 
-def test_many_texts_speak_for_themselves():
+def test_labels_outweigh_poor_calibration_with_many_texts():
     scores, holds = draw_calibrated(40_000, seed=0)
     # A calibration that is far off.
     curve = OperatingCurve.of(scores**4, holds)
@@ -152,14 +152,14 @@ def test_many_texts_speak_for_themselves():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_saturated_scores_still_get_a_threshold_within_reach(rule):
+def test_saturated_scores_still_get_reachable_threshold(rule):
     rule, labels = ThresholdRule.parse(rule), np.array([0, 0, 1])
     for scores in ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1 - 1e-14, 1.0, 1 - 1e-12], [0.0, 1e-12, 1]):
         (threshold,) = choose_thresholds(BINARY, np.array(scores)[:, None], labels, rule=rule)
         assert 0 < threshold < 1
 
 
-def test_each_label_gets_a_threshold_midway_and_half_without_positives():
+def test_each_label_gets_midpoint_threshold_and_half_without_positives():
     scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.7], [0.9, 0.5, 0.3]])
     labels = np.array([[0, 0, 1], [1, 0, 0], [1, 0, 0]])
     many = np.tile(scores, (1000, 1)), np.tile(labels, (1000, 1))
@@ -172,7 +172,7 @@ def test_each_label_gets_a_threshold_midway_and_half_without_positives():
 
 @pytest.mark.parametrize("texts", [300, 30_000])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_curve_is_bounded_and_loses_little(texts, rule):
+def test_bounded_curve_loses_little_accuracy(texts, rule):
     scores, holds = draw_calibrated(texts, seed=2)
     exact = OperatingCurve.of(scores, holds, points=texts + 1)
     bounded = OperatingCurve.of(scores, holds)
@@ -194,7 +194,7 @@ def curves_read(stored):
     return TrainingRecord.model_validate({"validation": {"curves": stored}}).curves
 
 
-def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
+def test_curves_survive_json_and_reject_damaged_data():
     scores = np.random.default_rng(0).random((50, 3))
     curves = operating_curves(MULTILABEL, scores, (scores > 0.6).astype(int))
     stored = {label: asdict(curve) for label, curve in curves.items()}
@@ -226,9 +226,7 @@ def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
         (BINARY, {"safe": 200, "toxic": 60}, 260, "fpr=0.05", []),
     ],
 )
-def test_a_threshold_that_rests_on_few_texts_is_warned_of(
-    task, counts, texts, rule, doubts, warned
-):
+def test_threshold_from_few_texts_triggers_warning(task, counts, texts, rule, doubts, warned):
     assert warn_of_few_texts(task, counts, texts, ThresholdRule.parse(rule)) == bool(doubts)
     found = warned()
     assert len(found) == len(doubts)

@@ -31,7 +31,7 @@ def texts():
     return LabelledExamples(items, ({},) * 60, labels=np.arange(60) % 2, task=TOXICITY)
 
 
-def test_the_disk_is_what_a_training_writes(tiny, texts, tmp_path, monkeypatch):
+def test_disk_estimate_matches_bytes_written(tiny, texts, tmp_path, monkeypatch):
     with little_traffic(tmp_path, monkeypatch):
         options = FitOptions(cache_root=tmp_path / "states", background=load_background("packaged"))
         prepare(tiny, texts, None, options=options)
@@ -41,7 +41,7 @@ def test_the_disk_is_what_a_training_writes(tiny, texts, tmp_path, monkeypatch):
     assert estimate.disk_bytes == pytest.approx(written, rel=OF_CONTEXTS)
 
 
-def test_a_wider_and_deeper_model_takes_more_of_both(tiny, texts):
+def test_estimate_grows_with_model_width_and_depth(tiny, texts):
     fingerprint, blocks = tiny.fingerprint, tiny.fingerprint.layers - 1
     larger = replace(fingerprint, width=4 * fingerprint.width, layers=2 * blocks + 1)
     small, large = (
@@ -53,19 +53,19 @@ def test_a_wider_and_deeper_model_takes_more_of_both(tiny, texts):
     assert large.disk_bytes == small.disk_bytes * 4 * larger.layers / fingerprint.layers
 
 
-def test_over_10_gib_takes_a_quarter_of_the_disk(tiny, texts):
+def test_disk_estimate_is_quartered_above_10_gib(tiny, texts):
     model = replace(tiny.fingerprint, layers=33, width=8192)
     large = estimate_training(texts, tiny.encoder, model, operations_per_s=SPEED)
     assert large.tokens * 33 * 8192 * 2 > 10 * 2**30
     assert large.disk_bytes == large.tokens * 33 * 8192 // 2
 
 
-def test_time_is_measured_on_this_cpu(tiny, texts):
+def test_time_estimate_measures_current_cpu(tiny, texts):
     measured = estimate_training(texts, tiny.encoder, tiny.fingerprint)
     assert 0 < measured.seconds < 60
 
 
-def test_texts_with_responses_or_spans_are_trained_without_contexts(tiny, texts):
+def test_estimate_omits_contexts_for_responses_and_spans(tiny, texts):
     tokens_of_texts = sum(training_tokens(texts, tiny.encoder))
     spans = SpanExamples(**vars(texts), spans=((),) * len(texts))
     answers = replace(texts, items=tuple(replace(item, response="") for item in texts.items))
@@ -78,7 +78,7 @@ def test_texts_with_responses_or_spans_are_trained_without_contexts(tiny, texts)
     assert with_contexts.tokens > 10 * tokens_of_texts
 
 
-def test_an_estimate_says_minutes_or_hours_and_gigabytes():
+def test_estimate_prints_minutes_or_hours_and_gigabytes():
     lines = [
         str(TrainingEstimate(1, 14_300_000_000, seconds)) for seconds in (20.0, 840.0, 36_000.0)
     ]
@@ -88,7 +88,7 @@ def test_an_estimate_says_minutes_or_hours_and_gigabytes():
     assert lines[0].endswith("14.3 GB of disk")
 
 
-def test_the_documented_estimates_are_those_of_a_guard_on_a_cpu():
+def test_documented_guard_estimates_match_calculation():
     measured, *rows = documented_table("guards.md", "model", "blocks x width", "hours")
     assert len(rows) == 3
     tokens = TOKENS_ON_CPU + context_budget(TOKENS_ON_CPU)

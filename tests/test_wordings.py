@@ -24,7 +24,7 @@ def pinned(tree: ast.AST) -> Iterator[ast.expr]:
             yield from (word.value for word in call.keywords if word.arg == "match")
 
 
-def test_no_test_pins_a_wording_beside_the_table():
+def test_no_test_pins_a_wording_outside_the_table():
     found = {
         f"{path.relative_to(ROOT)}:{value.lineno}": prose[0]
         for path in TESTS

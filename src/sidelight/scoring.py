@@ -22,7 +22,7 @@ from sidelight.states.extraction import text_logits
 from sidelight.states.reader import Backbone
 from sidelight.statistics.metrics import Predictions, decide
 from sidelight.statistics.thresholds import OperatingPoint, operating_curves
-from sidelight.training.dataset import span_places
+from sidelight.training.encoding import span_places
 from sidelight.training.measuring import trained_texts, warn_of_trained_texts
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.training.traffic import excerpt
@@ -32,8 +32,10 @@ from sidelight.types import Span
 _LISTED_MISTAKES = 5
 
 
-def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedPrompt]:
-    """Encode the examples as token ids.
+def encode(
+    encoder: PromptEncoder, examples: Sequence[Example], *, with_places: bool = False
+) -> list[EncodedPrompt]:
+    """Encode the examples as token ids, optionally with the characters of each token.
 
     Raises:
         ContextLengthError: A text exceeds the backbone's context length.
@@ -42,7 +44,9 @@ def encode(encoder: PromptEncoder, examples: Sequence[Example]) -> list[EncodedP
     prompts: list[EncodedPrompt] = []
     for index, example in enumerate(examples):
         with located(example, index):
-            prompts.append(encoder.encode(example.conversation, example.response))
+            prompts.append(
+                encoder.encode(example.conversation, example.response, with_places=with_places)
+            )
     return prompts
 
 
@@ -56,8 +60,17 @@ def classify(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> l
         VerdictError: A logit is not finite; the message names the first text with one.
     """
     require_side(probe.card, examples)
+    return _classified(backbone, probe, examples, encode(backbone.encoder, examples))
+
+
+def _classified(
+    backbone: Backbone,
+    probe: Probe,
+    examples: Sequence[Example],
+    prompts: Sequence[EncodedPrompt],
+) -> list[ProbeOutput]:
     bank = Bank([probe], device=backbone.device)
-    (outputs,) = text_logits(backbone, bank, encode(backbone.encoder, examples))
+    (outputs,) = text_logits(backbone, bank, prompts)
     for index, text in enumerate(outputs):
         with located(examples[index], index):
             probe.require_finite(text.logits)
@@ -97,10 +110,12 @@ def score_characters(
     for index, example in enumerate(examples):
         with located(example, index):
             texts.append(example.span_text)
-    outputs = classify(backbone, probe, examples)
+    require_side(probe.card, examples)
+    prompts = encode(backbone.encoder, examples, with_places=True)
+    outputs = _classified(backbone, probe, examples, prompts)
     calibration = probe.spans.calibration
     tokens = [calibration.apply(text.tokens) for text in outputs if text.tokens is not None]
-    places = span_places(backbone.encoder, examples, [*map(len, tokens)])
+    places = span_places(examples, prompts, [*map(len, tokens)])
     scores = map(character_scores, texts, places, tokens)
     return list(zip(outputs, scores, strict=True))
 

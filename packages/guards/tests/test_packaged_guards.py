@@ -42,7 +42,7 @@ def sources(name: str, test: str = "") -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_guard_is_installed_from_here_with_texts_of_both_classes(name):
+def test_installed_guard_has_examples_of_both_classes(name):
     guard = find_guard(name)
     assert guard.folder == PACKAGE / name
     assert (guard.card.reads == "response") == (name == "refusal")
@@ -53,7 +53,7 @@ def test_a_guard_is_installed_from_here_with_texts_of_both_classes(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_names_a_licence_for_every_source_of_a_row(name):
+def test_card_names_a_licence_for_every_source(name):
     card = find_guard(name).card
     assert set(sources(name)) == set(card.sources)
     origins = [*card.sources.values(), *card.tests.values()]
@@ -61,12 +61,12 @@ def test_the_card_names_a_licence_for_every_source_of_a_row(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_row_is_of_a_source_whose_licence_is_unconfirmed(name):
+def test_guard_texts_exclude_sources_with_unconfirmed_licences(name):
     tests = [sources(name, test) for test in find_guard(name).card.tests]
     assert [s for s in sum(tests, sources(name)) if UNCONFIRMED.search(s)] == []
 
 
-def test_the_notice_counts_the_rows_of_every_source_and_test():
+def test_notice_counts_rows_of_every_source_and_test():
     told = dict(re.findall(r"^[^|]+ \| ([^|]+) \| ([\d,]+) \| \S", NOTICE, re.MULTILINE))
     trained = sum((sources(name) for name in NAMES), Counter[str]())
     tested = {
@@ -81,7 +81,7 @@ def test_the_notice_counts_the_rows_of_every_source_and_test():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tests_of_a_card_are_the_files_beside_it_and_at_most_450_rows(name):
+def test_card_tests_match_files_and_have_at_most_450_rows(name):
     tests = find_guard(name).card.tests
     files = {path.name for path in (PACKAGE / name).glob("*.jsonl.gz")}
     assert files == {"train.jsonl.gz", *(f"test_{test}.jsonl.gz" for test in tests)}
@@ -92,7 +92,7 @@ def test_the_tests_of_a_card_are_the_files_beside_it_and_at_most_450_rows(name):
     }
 
 
-def test_the_page_counts_the_texts_and_names_the_tests():
+def test_guards_page_lists_example_counts_and_tests():
     page = (PACKAGE.parents[3] / "docs" / "guards.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) / ([\d,]+) \| (.+) \|$", page, re.MULTILINE)
     assert [name for name, *_ in rows] == sorted(NAMES, key=[row[0] for row in rows].index)
@@ -104,7 +104,7 @@ def test_the_page_counts_the_texts_and_names_the_tests():
 
 
 @pytest.mark.parametrize("name", ["docs/guards.md", "README.md"])
-def test_the_tables_of_the_pages_are_those_of_the_packaged_files(name):
+def test_documented_tables_match_packaged_files(name):
     root = PACKAGE.parents[3]
     page = (root / name).read_text("utf-8")
     assert "<!-- table of guards" in page
@@ -116,7 +116,7 @@ def packaged(name: str, file: str) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_packaged_probe_was_trained_on_the_packaged_texts(name):
+def test_packaged_probe_was_trained_on_packaged_texts(name):
     """After a change of the texts, `make guards` trains it again."""
     build, probe = packaged(name, "build.json"), load_probe(PACKAGE / name)
     assert (probe.name, probe.version) == (name, build["probe"])
@@ -127,7 +127,7 @@ def test_the_packaged_probe_was_trained_on_the_packaged_texts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_packaged_results_are_those_of_the_packaged_probe_on_the_packaged_tests(name):
+def test_packaged_results_match_packaged_probe_and_tests(name):
     results, version = packaged(name, "figures.json"), load_probe(PACKAGE / name).version
     tests = {test: examples(name, test).content_hash for test in find_guard(name).card.tests}
     assert {test: result["texts_sha256"] for test, result in results.items()} == tests
@@ -135,7 +135,7 @@ def test_the_packaged_results_are_those_of_the_packaged_probe_on_the_packaged_te
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_guard_is_found_by_its_name_and_by_the_model(name):
+def test_probe_folder_resolves_guards_by_name_and_model(name):
     assert probe_folder(f"guard:{name}") == PACKAGE / name
     for folder in packaged_folders(find_guard(name)):
         digest = read_card(folder).backbone.digest
@@ -144,7 +144,7 @@ def test_a_guard_is_found_by_its_name_and_by_the_model(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
+def test_gguf_copy_matches_probe_logits(name):
     probe, copy = (load_probe(PACKAGE / name / folder) for folder in ("", "smollm2.gguf"))
     assert copy.card.training.copy_of == probe.version
     build = packaged(name, "build.json")["gguf"]
@@ -165,7 +165,7 @@ def test_the_copy_for_gguf_has_the_logits_of_the_probe(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_packaged_probe_holds_a_text(name):
+def test_packaged_probes_contain_no_example_or_background_text(name):
     texts = {turn.content for turns in load_background("packaged").conversations for turn in turns}
     texts |= {turn.content for item in examples(name).items for turn in item.messages}
     for folder in packaged_folders(find_guard(name)):
@@ -176,7 +176,7 @@ def test_no_packaged_probe_holds_a_text(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_no_training_text_is_a_near_duplicate_of_a_test(name):
+def test_training_texts_are_not_near_duplicates_of_test_texts(name):
     training = examples(name)
     tests = [examples(name, test) for test in find_guard(name).card.tests]
     keys = [item.text_key for dataset in (training, *tests) for item in dataset.items]
@@ -202,7 +202,7 @@ KINDS = {
 }
 
 
-def test_training_has_no_tool_result_of_the_kinds_that_are_tested():
+def test_training_data_excludes_tested_tool_result_kinds():
     tested = examples("injection", "tool_results")
     kinds = [str(cells["subset"]) for cells in tested.rows]
     assert Counter(zip(kinds, tested.labels.tolist(), strict=True)) == {
@@ -222,7 +222,7 @@ def test_training_has_no_tool_result_of_the_kinds_that_are_tested():
 
 
 @pytest.mark.slow
-def test_no_conversation_of_the_background_holds_a_near_duplicate_of_a_test():
+def test_background_contains_no_near_duplicates_of_test_texts():
     """It would train as a text without the label."""
     tests = [examples(name, test) for name in NAMES for test in find_guard(name).card.tests]
     keys = sorted({item.text_key for test in tests for item in test.items})
@@ -236,7 +236,7 @@ def test_no_conversation_of_the_background_holds_a_near_duplicate_of_a_test():
     assert not alike.any(), [asked[row] for row in np.flatnonzero(alike)]
 
 
-def test_a_row_of_shared_alike_texts_names_its_author():
+def test_share_alike_rows_name_their_authors():
     coded = [row for row in examples("injection").rows if "url" in row]
     assert len(coded) > 50
     assert all("stackoverflow.com/" in str(row["url"]) and row["authors"] for row in coded)

@@ -67,7 +67,7 @@ def all_projections(classifier, texts):
 
 
 @pytest.mark.parametrize(("mechanism", "options"), EVERY)
-def test_what_is_left_out_is_at_its_mean_or_not_read(tiny, make, mechanism, options):
+def test_ablation_sets_layers_to_mean_and_masks_tokens(tiny, make, mechanism, options):
     classifier, texts = make(mechanism, options), examples("binary", 12, 3)
     prompts, rows, tokens = all_projections(classifier, texts)
     groups = [token_groups(prompts[row], classifier.probe.reads) for row in rows]
@@ -103,7 +103,7 @@ def test_what_is_left_out_is_at_its_mean_or_not_read(tiny, make, mechanism, opti
             torch.testing.assert_close(found[ablation][place], logits[0], **CLOSE)
 
 
-def test_a_text_left_without_tokens_is_scored_as_one_mean_token(make):
+def test_text_without_tokens_is_scored_as_one_mean_token(make):
     classifier = make("readout")
     _, _, tokens = all_projections(classifier, examples("binary", 5, 3))
     template = torch.tensor([[False, False, True, False]]).expand(len(tokens.values), -1)
@@ -112,7 +112,7 @@ def test_a_text_left_without_tokens_is_scored_as_one_mean_token(make):
     torch.testing.assert_close(classifier.probe.mechanism.logits(left), bias, **CLOSE)
 
 
-def test_a_probe_that_reads_one_layer_is_attributed_to_it(make):
+def test_single_layer_probe_is_attributed_to_that_layer(make):
     classifier, is_unread = make("readout"), torch.arange(4) != 2
     for parameter in (classifier.probe.mechanism.value, classifier.probe.mechanism.last):
         parameter[is_unread] = 0
@@ -125,7 +125,7 @@ def test_a_probe_that_reads_one_layer_is_attributed_to_it(make):
     assert scores["drop"][2] != pytest.approx(found.score)
 
 
-def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt(tiny, make):
+def test_token_groups_partition_tokens_and_match_token_roles(tiny, make):
     prompts = encode(tiny.encoder, examples("binary", 9, 0).items)
     groups = torch.cat([token_groups(prompt, make().probe.reads) for prompt in prompts])
     assert bool((groups.sum(1) == 1).all())
@@ -141,7 +141,7 @@ def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt
     ("mechanism", "kind"),
     [("attention", "binary"), ("readout", "multiclass"), ("gate", "multilabel")],
 )
-def test_all_files_are_written_for_every_task(make, tmp_path, mechanism, kind):
+def test_write_anatomy_writes_all_files_for_every_task_kind(make, tmp_path, mechanism, kind):
     found = examine(make(mechanism, kind=kind), examples(kind, 40, 0))
     paths = write_anatomy(found, tmp_path / "new")
     assert sorted(paths) == sorted((tmp_path / "new").iterdir())
@@ -155,9 +155,7 @@ def test_all_files_are_written_for_every_task(make, tmp_path, mechanism, kind):
     assert all(f"| {name}" in report for name in found.use)
 
 
-def test_the_command_writes_the_report_of_a_stored_probe_and_refuses_a_single_class(
-    tiny, make, tmp_path
-):
+def test_command_writes_report_and_examine_rejects_single_class(tiny, make, tmp_path):
     save_probe(make().probe, tmp_path / "probe")
     data = write_rows(tmp_path / "rows.jsonl", 12, 5, labels=TASKS["binary"].labels)
     options = ["--label", "toxic", "--model", saved(tiny, tmp_path / "model")]
@@ -170,7 +168,7 @@ def test_the_command_writes_the_report_of_a_stored_probe_and_refuses_a_single_cl
         examine(make(), alike)
 
 
-def test_every_label_of_spans_is_drawn_over_its_thresholds(tmp_path):
+def test_plot_thresholds_handles_odd_names_and_absent_labels(tmp_path):
     scores = np.random.default_rng(0).random((200, 4))
     holds = scores > 0.5
     # No character has the last label.
@@ -180,7 +178,7 @@ def test_every_label_of_spans_is_drawn_over_its_thresholds(tmp_path):
     assert imread(path).std() > 0.01
 
 
-def test_a_page_has_the_worst_texts_first_and_annotates_what_is_found_missed_and_wrong():
+def test_worst_spans_page_sorts_texts_and_annotates_span_errors():
     rows = [("all <b> right", 0, 3), ("Call Ann Lee, now", 5, 12), ("Ann and Lee", 0, 3)]
     texts = load_examples(
         [
@@ -199,7 +197,7 @@ def test_a_page_has_the_worst_texts_first_and_annotates_what_is_found_missed_and
     assert "right" not in page
 
 
-def test_the_command_draws_the_spans_of_a_probe_that_labels_spans(tiny, tmp_path):
+def test_command_writes_threshold_plot_and_worst_spans_page(tiny, tmp_path):
     probe = spans_probe(tiny, "pii")
     probe = probe.changed(task=replace(probe.task, labels=("NUMBER", "SHOUT")))
     save_probe(probe, tmp_path / "probe")

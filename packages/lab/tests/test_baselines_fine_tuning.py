@@ -38,7 +38,7 @@ def dataset(tiny, tmp_path_factory):
     return dataset_without_states(tiny, tmp_path_factory.mktemp("states"))
 
 
-def test_lora_learns_counts_adapters_and_head_and_leaves_the_backbone_as_it_was(dataset):
+def test_lora_learns_counts_parameters_and_restores_the_backbone(dataset):
     backbone = dataset.reader
 
     def hooks():
@@ -81,9 +81,7 @@ def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
     assert found == pytest.approx(max(scores), abs=0.01)
 
 
-def test_a_batch_in_several_passes_is_one_step_from_where_the_seed_begins(
-    dataset, tmp_path, monkeypatch
-):
+def test_gradient_accumulation_matches_a_single_pass(dataset, tmp_path, monkeypatch):
     subset = subset_of(dataset, 32)
     lora = Lora(epochs=1, batch_size=16, dropout=0.0)
     untrained, another = (
@@ -102,13 +100,13 @@ def test_a_batch_in_several_passes_is_one_step_from_where_the_seed_begins(
     assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0] - untrained).max()
 
 
-def test_a_fine_tuning_that_diverges_names_its_rate(dataset):
+def test_diverged_fine_tuning_error_names_learning_rate(dataset):
     lora = Lora(learning_rate=1e30, batch_size=4)
     with pytest.raises(SidelightError, match=wordings.BASELINE_DIVERGED.format(rate=r"1e\+30")):
         lora.fit(subset_of(dataset, 16), seed=0)
 
 
-def test_batches_have_no_influence(dataset):
+def test_scores_do_not_depend_on_batching(dataset):
     body = dataset.reader.model.base_model
     model = SequenceClassifier(body, dataset).eval()
     together = score_items(model, prompt_items(dataset.validation))
@@ -121,7 +119,7 @@ def test_batches_have_no_influence(dataset):
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
-def test_lora_takes_every_kind_of_task(tiny, tmp_path, kind):
+def test_lora_supports_multiclass_and_multilabel_tasks(tiny, tmp_path, kind):
     dataset = dataset_without_states(tiny, tmp_path, kind, training=24, validation=12)
     logits = Lora(epochs=1).fit(dataset, seed=0).logits(dataset.validation)
     assert logits.shape == (12, 3)
@@ -133,7 +131,7 @@ def encoder_folder(tmp_path_factory):
     return tiny_bert(tmp_path_factory.mktemp("encoder"), "abcdefghijklmnopqrstuvwxyzXYZ")
 
 
-def test_a_fine_tuned_encoder_and_its_embeddings_learn_a_separable_task(dataset, encoder_folder):
+def test_fine_tuned_encoder_and_sentence_embeddings_learn_a_separable_task(dataset, encoder_folder):
     plain = BertModel.from_pretrained(encoder_folder)
     for baseline, least in (
         (FineTunedEncoder(path=encoder_folder, **QUICK), 0.95),
@@ -145,7 +143,7 @@ def test_a_fine_tuned_encoder_and_its_embeddings_learn_a_separable_task(dataset,
         assert fitted.parameters == sum(p.numel() for p in plain.parameters()) + 32 + 1
 
 
-def test_an_embedding_does_not_depend_on_the_texts_beside_it(dataset, encoder_folder):
+def test_embeddings_do_not_depend_on_other_texts_in_the_batch(dataset, encoder_folder):
     encoder = Encoder(encoder_folder, max_tokens=32)
     together = encoder.embeddings(dataset.validation)
     single = encoder.embeddings(dataset.validation.select(np.array([3])))
@@ -153,6 +151,6 @@ def test_an_embedding_does_not_depend_on_the_texts_beside_it(dataset, encoder_fo
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-6)
 
 
-def test_a_missing_encoder_is_named_with_its_remedy(dataset):
+def test_missing_encoder_is_rejected_with_a_remedy(dataset):
     with pytest.raises(SidelightError, match=wordings.NO_ENCODER):
         FineTunedEncoder(path="/nowhere").fit(dataset, seed=0)

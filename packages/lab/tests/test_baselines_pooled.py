@@ -79,7 +79,7 @@ def fitted(datasets):
 
 @every_kind
 @every_baseline
-def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen):
+def test_baselines_find_planted_signal_in_unseen_texts(baseline, kind, fitted, unseen):
     logits = fitted(baseline, kind).logits(unseen[kind])
     labels = unseen[kind].labels
     # Chance: the share of positives (.4), or one in three.
@@ -88,9 +88,7 @@ def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen)
 
 
 @every_baseline
-def test_the_same_seed_gives_the_same_logits_whatever_texts_are_beside_one(
-    baseline, fitted, datasets, unseen
-):
+def test_same_seed_gives_same_logits_regardless_of_batch(baseline, fitted, datasets, unseen):
     logits = fitted(baseline, "multiclass").logits(unseen["multiclass"])
     again = baseline.fit(datasets["multiclass"], seed=0)
     assert np.array_equal(logits, again.logits(unseen["multiclass"]))
@@ -102,7 +100,7 @@ def test_the_same_seed_gives_the_same_logits_whatever_texts_are_beside_one(
 @pytest.mark.filterwarnings("ignore:Label .* is present in all training examples")
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @every_baseline
-def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, datasets, unseen):
+def test_classes_without_training_texts_are_rarely_predicted(baseline, kind, datasets, unseen):
     labels = datasets[kind].training.labels
     present = labels != 2 if kind == "multiclass" else labels[:, 2] == 0
     few = datasets[kind].training.select(np.flatnonzero(present)[:24])
@@ -114,9 +112,7 @@ def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind,
 
 
 @every_kind
-def test_every_fitted_number_is_counted_and_the_best_layer_is_no_worse_than_the_last(
-    kind, fitted, datasets
-):
+def test_parameters_are_counted_and_best_layer_never_trails_last_layer(kind, fitted, datasets):
     outputs, held_out = TASKS[kind].outputs, datasets[kind].validation
     models = {type(baseline): fitted(baseline, kind) for baseline in BASELINES}
     counts = {name: model.parameters for name, model in models.items()}
@@ -153,7 +149,7 @@ def standardised(inputs: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("penalty", [1.0, 0.01])
 @every_kind
-def test_logistic_regression_minimises_the_stated_loss(kind, penalty):
+def test_logistic_regression_matches_scikit_learn(kind, penalty):
     inputs, labels = blobs(kind, rows=300, features=6, seed=0)
     if kind == "multiclass":
         labels = np.where(np.arange(300) % 7 == 0, labels, 0)  # classes of unequal size
@@ -211,7 +207,7 @@ def test_sparse_regression_satisfies_its_optimality_conditions(kind):
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
-def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kind):
+def test_gaussian_discriminant_converges_to_linear_discriminant_analysis(kind):
     inputs, labels = blobs(kind, rows=20_000, features=4, seed=6)
     mine = gaussian_discriminant(inputs, labels, TASKS[kind])(inputs)
     logits = mine if kind == "multiclass" else np.hstack([np.zeros_like(mine), mine])
@@ -222,7 +218,7 @@ def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kin
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
-def test_muli_reads_the_models_first_token(name, tmp_path):
+def test_muli_log_odds_match_the_models_first_token_probabilities(name, tmp_path):
     backbone = family_backbone(name)
     split = split_of(backbone, tmp_path, "binary", 6, 7)
     first = FirstToken.of(backbone)
@@ -237,7 +233,7 @@ def test_muli_reads_the_models_first_token(name, tmp_path):
     assert (odds - torch.log(chance / (1 - chance))).abs().max() < 0.15
 
 
-def test_muli_refuses_models_and_states_that_it_cannot_read(tiny, tmp_path):
+def test_muli_rejects_unsupported_models_and_states(tiny, tmp_path):
     gemma = family_backbone("gemma2")
     prompt = gemma.encoder.encode([Message("user", "hello")])
     with pytest.raises(SidelightError, match=wordings.NOT_A_PLAIN_HEAD):

@@ -21,7 +21,7 @@ def dataset(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
-def test_prompting_takes_every_kind_of_task(tiny, tmp_path, kind):
+def test_prompting_supports_multiclass_and_multilabel_tasks(tiny, tmp_path, kind):
     dataset = dataset_without_states(tiny, tmp_path, kind, training=24, validation=12)
     for baseline in (ZeroShot(), FewShot(shots=3, max_tokens=250)):
         logits = baseline.fit(dataset, seed=0).logits(dataset.validation)
@@ -37,7 +37,7 @@ def one_pass(backbone, prompt, answer):
     return chances[range(len(answer)), answer].mean().item()
 
 
-def test_answers_score_as_by_one_pass_each(tiny):
+def test_score_answers_matches_one_pass_per_answer(tiny):
     random = np.random.default_rng(0)
     shared = [1, 7, 9]
     prompts = [shared + random.integers(5, 300, size).tolist() for size in (4, 9, 1, 6)]
@@ -50,7 +50,7 @@ def test_answers_score_as_by_one_pass_each(tiny):
         np.testing.assert_allclose(found, expected[some], atol=ROUNDING)
 
 
-def test_zero_shot_is_the_log_odds_of_the_names(dataset):
+def test_zero_shot_logits_are_log_odds_of_label_names(dataset):
     few = dataset.validation.select(range(5))
     found = ZeroShot(names=("good", "bad"), question="How?").fit(dataset, seed=0).logits(few)
     for row, text in enumerate(few.texts):
@@ -67,7 +67,7 @@ def test_zero_shot_is_the_log_odds_of_the_names(dataset):
         ZeroShot(names=("bad",)).fit(dataset, seed=0)
 
 
-def test_shots_are_balanced_and_drawn_by_seed(dataset):
+def test_few_shot_examples_are_balanced_and_drawn_by_seed(dataset):
     def shots(seed):
         return FewShot(shots=6).examples(dataset, seed=seed)
 

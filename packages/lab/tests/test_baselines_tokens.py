@@ -76,9 +76,7 @@ PARAMETERS = {
 
 @EVERY
 @pytest.mark.parametrize("kind", TASKS)
-def test_every_baseline_learns_a_planted_signal_and_counts_its_parameters(
-    tiny, splits, baseline, kind
-):
+def test_baselines_learn_planted_signal_and_count_parameters(tiny, splits, baseline, kind):
     fitted, test = baseline.fit(dataset_of(tiny, splits, kind), seed=0), splits[kind]["held out"]
     # Chance is 0.4 for the binary and multi-label tasks, a third for the multi-class one.
     assert validation_score(test.task, fitted.logits(test), test.labels) > 0.8
@@ -86,7 +84,7 @@ def test_every_baseline_learns_a_planted_signal_and_counts_its_parameters(
 
 
 @EVERY
-def test_the_seed_decides_every_byte_and_logits_follow_the_texts(tiny, splits, baseline):
+def test_seed_determines_logits_and_leaves_global_random_state_unchanged(tiny, splits, baseline):
     dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
     quick = replace(baseline, settings=BRIEF)
     fitted = quick.fit(dataset, seed=0)
@@ -114,7 +112,7 @@ def shaken(module):
     return module.requires_grad_(False)
 
 
-def test_attention_equals_a_padded_dense_computation():
+def test_attention_matches_a_padded_dense_computation():
     torch.manual_seed(0)
     tokens, heads = random_tokens(), shaken(TokenHeads(6, 2, heads=3))
     padded = torch.nn.utils.rnn.pad_sequence([text.values for text in tokens.split()], True, 1e3)
@@ -126,7 +124,7 @@ def test_attention_equals_a_padded_dense_computation():
     torch.testing.assert_close(heads(tokens), dense, rtol=1e-4, atol=1e-4)
 
 
-def test_rolling_attention_and_its_gradients_equal_a_literal_loop():
+def test_rolling_attention_and_gradients_match_a_literal_loop():
     torch.manual_seed(0)
     tokens, rolling = random_tokens(), TokenHeads(6, 2, heads=3, window=10)
     shaken(rolling).requires_grad_(True)
@@ -147,7 +145,7 @@ def test_rolling_attention_and_its_gradients_equal_a_literal_loop():
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_smoothed_probe_and_its_loss_equal_a_literal_loop(kind):
+def test_smoothed_probe_and_loss_match_a_literal_loop(kind):
     torch.manual_seed(0)
     # A dimension far from zero, as residual streams have: its part of a logit is in the hundreds.
     hidden = torch.randn(4, int(LENGTHS.sum()), 6) + torch.tensor([400.0, 0, 0, 0, 0, 0])
@@ -183,7 +181,7 @@ def test_smoothed_probe_and_its_loss_equal_a_literal_loop(kind):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_layers_are_ranked_by_what_they_tell_of_the_classes(tiny, tmp_path, kind):
+def test_layers_are_ranked_by_class_separation(tiny, tmp_path, kind):
     random, labels = np.random.default_rng(0), planted(kind, 400, seed=0)[1]
     targets = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(400, -1)
     layers = [targets + noise * random.normal(size=targets.shape) for noise in (3.0, 0.3, 1.0)]
@@ -220,7 +218,7 @@ class FixedLayer(BestLayer):
 
 
 @pytest.mark.parametrize("seeing", [0, 2])
-def test_the_best_of_the_tried_layers_is_chosen_and_read(tiny, splits, seeing):
+def test_best_of_the_tried_layers_is_selected(tiny, splits, seeing):
     dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
     networks = [TokenHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)]
     left = iter(networks)
@@ -274,7 +272,7 @@ def trained(model, settings, *, validation=((1.0, 2.0), (0, 1))):
     )
 
 
-def test_training_stops_when_its_patience_is_over_and_keeps_the_first_of_equals():
+def test_early_stopping_keeps_the_first_of_equal_epochs():
     model, after_one = Counting(), Counting()
     trained(model, replace(QUICK, epochs=9, patience=2))
     assert model.steps == 3 * 40

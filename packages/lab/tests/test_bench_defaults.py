@@ -20,7 +20,7 @@ from worlds.data import planted_rows
     ("kind", "figure"),
     [("binary", "auprc in contexts"), ("multiclass", "accuracy in contexts")],
 )
-def test_the_default_and_every_rival_have_metrics(tiny, tmp_path, monkeypatch, kind, figure):
+def test_default_and_every_rival_have_metrics(tiny, tmp_path, monkeypatch, kind, figure):
     monkeypatch.setitem(SUGGESTED, "readout", TrainingSettings(epochs=2, least_steps=0))
     turns = (Message("assistant", "Yes."), Message("user", "Thanks."))
     conversations = tuple((Message("user", f"Hello {i}."), *turns) for i in range(10))

@@ -23,7 +23,7 @@ def models(tmp_path_factory):
     return saved(model.reference, folder / "model"), str(model.backbone.path)
 
 
-def test_the_command_compares_a_file_with_the_same_model_in_transformers(models, tmp_path, capsys):
+def test_command_compares_gguf_file_with_same_model_in_transformers(models, tmp_path, capsys):
     # Two processes begin, which takes seconds.
     options = ("--tokens", "4,8", "--written", "4", "--rounds", "2", "--out", str(tmp_path))
     assert cli("bench", "engines", *models, *options) == 0
@@ -44,7 +44,7 @@ def test_the_command_compares_a_file_with_the_same_model_in_transformers(models,
     assert f" {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |" in output
 
 
-def test_rounds_that_were_measured_before_a_kill_are_reused(models, tmp_path):
+def test_bench_reuses_rounds_measured_before_a_kill(models, tmp_path):
     options = ("--tokens", "4", "--written", "2", "--out", str(tmp_path))
     spent = []
     for rounds in ("1", "2"):
@@ -57,7 +57,7 @@ def test_rounds_that_were_measured_before_a_kill_are_reused(models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["transformers", "llama"])
-def test_probes_are_of_prompts_and_of_answers_and_leave_for_the_rounds_without(models, kind):
+def test_subject_adds_prompt_and_response_probes_and_removes_them(models, kind):
     subject = Subject(models[kind], "auto", 1)
     for probes in (PROBES, 0):
         seconds = subject.measure(probes, [4], 2)

@@ -37,7 +37,7 @@ def words(text):
     return len(text.split())
 
 
-def test_paddings_have_the_stated_words_and_attacks_stand_intact_where_the_row_says():
+def test_padded_attacks_stay_intact_with_the_stated_word_counts():
     paddings = long_texts(PROMPTS, 3, words=max(PADDING_WORDS))
     for count in PADDING_WORDS:
         assert [words(first_words(text, count)) for text in paddings] == [count] * 3
@@ -54,25 +54,25 @@ def test_paddings_have_the_stated_words_and_attacks_stand_intact_where_the_row_s
         assert padded[f"{count} words"] == [count] * 3
 
 
-def test_a_text_is_halved_where_a_sentence_ends():
+def test_halves_split_at_a_sentence_end():
     assert halves("One two. Three four. Five.") == ("One two.", "Three four. Five.")
     assert halves("one two three") in (("one", "two three"), ("one two", "three"))
 
 
-def test_turns_hold_four_words_each_and_answers_of_forty_stand_between():
+def test_in_turns_alternates_four_word_turns_and_forty_word_answers():
     turns = in_turns(ATTACK, ANSWERS)
     assert [turn.role for turn in turns] == ["user", "assistant"] * 2 + ["user"]
     assert [words(turn.content) for turn in turns] == [4, 40, 4, 40, 1]
     assert " ".join(turn.content for turn in turns[::2]) == ATTACK[0].content
 
 
-def test_the_auroc_counts_every_attack_that_the_model_could_read():
+def test_auroc_ignores_attacks_without_scores():
     assert auroc_of(np.array([2, 3, np.nan]), np.array([1, 0, np.nan])) == 1
     assert auroc_of(np.array([1.0, 0]), np.array([0, 1.0])) == 0.5
     assert auroc_of(np.array([np.nan]), np.array([1.0])) is None
 
 
-def test_agents_call_a_tool_and_end_with_its_result_or_a_question():
+def test_agent_conversations_contain_a_tool_call_and_its_result():
     for turns in AGENTS:
         call = json.loads(turns[1].content)
         assert call["name"]
@@ -103,7 +103,7 @@ def metrics_of(backbone, threshold, prompts):
 
 
 @pytest.mark.slow
-def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_has_no_attacks(
+def test_degenerate_thresholds_yield_no_net_recall(
     backbone,
 ):
     everything = metrics_of(backbone, 0.0, PROMPTS)

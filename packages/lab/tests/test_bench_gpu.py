@@ -15,7 +15,7 @@ from sidelight_lab.bench.gpu import (
 from sidelight_lab.bench.gpu_engine import Setting
 
 
-def test_a_report_names_no_folder_machine_or_key(monkeypatch, tmp_path):
+def test_reports_contain_no_paths_host_names_or_keys(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
     output = (
         f"Cannot read {tmp_path}/model\nwith hf_secret_value on {socket.gethostname()}:8000/v1/x"
@@ -30,7 +30,7 @@ def test_a_report_names_no_folder_machine_or_key(monkeypatch, tmp_path):
     assert not any(word in told for word in ("hf_other", "home/me", socket.gethostname()))
 
 
-def test_vllm_that_cannot_be_installed_leaves_our_engine_and_a_reason(monkeypatch, tmp_path):
+def test_failed_vllm_install_is_reported_and_keeps_our_engine(monkeypatch, tmp_path):
     root = Path(__file__).parents[3]
     order = ["make", "-n", "-B", ".venv-gpu/.ready"]
     output = subprocess.run(order, cwd=root, capture_output=True, text=True, check=True).stdout
@@ -49,7 +49,7 @@ def test_vllm_that_cannot_be_installed_leaves_our_engine_and_a_reason(monkeypatc
         assert told == "not installed ERROR: No matching distribution found"
 
 
-def test_the_error_of_another_process_is_read_from_the_log(tmp_path):
+def test_subprocess_error_is_read_from_the_log(tmp_path):
     log = tmp_path / "log"
     place = '  File "/home/me/src/sidelight/probes/bank.py", line 155, in __init__\n'
     write_text(

@@ -77,7 +77,7 @@ def record(measure):
     return measure()
 
 
-def test_every_row_has_every_figure_on_every_test_and_their_mean(record):
+def test_record_has_every_metric_for_every_row_and_test(record):
     for name in NAMES:
         measured = record.results["guards"][name]
         assert measured["traffic"] > 0
@@ -97,13 +97,13 @@ def test_every_row_has_every_figure_on_every_test_and_their_mean(record):
     assert json.loads(record.to_json())["guards"].keys() == {*NAMES}
 
 
-def test_a_planted_signal_is_found_by_ours_and_by_words(record):
+def test_probe_and_tfidf_find_planted_signal(record):
     rows = record.results["guards"]["shouts"]["tests"]["unseen"]["rows"]
     assert rows[OURS]["auroc"]["value"] > 0.8
     assert rows["tfidf"]["recall"]["value"] > 0.8
 
 
-def test_a_finished_guard_is_not_measured_again_and_other_settings_are(measure, record, ran):
+def test_finished_guards_are_reused_only_with_unchanged_settings(measure, record, ran):
     again = measure()
     assert not ran
     assert again.results == record.results
@@ -111,7 +111,7 @@ def test_a_finished_guard_is_not_measured_again_and_other_settings_are(measure, 
     assert ran
 
 
-def test_a_row_whose_model_is_not_installed_is_left_out_by_name(measure, record, monkeypatch):
+def test_rows_with_missing_models_are_skipped_and_named(measure, record, monkeypatch):
     monkeypatch.setattr(encoders, "_PACKAGE", "not_installed")
     record_without = measure(rivals=(*ROWS, "encoder"))
     assert record_without.results == record.results
@@ -120,7 +120,7 @@ def test_a_row_whose_model_is_not_installed_is_left_out_by_name(measure, record,
     )
 
 
-def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, ran, tmp_path):
+def test_backbone_processes_each_text_once_with_tests_last(tiny, measure, ran, tmp_path):
     measure(names=["shouts"], rivals=["mean_last_layer"], seeds=2, rows=20, out=tmp_path)
     passed = [prompt.token_ids for prompt in ran]
     assert len(set(passed)) == len(passed)
@@ -130,9 +130,7 @@ def test_each_text_passes_the_backbone_once_and_tests_come_last(tiny, measure, r
     assert not (tmp_path / "states").exists()
 
 
-def test_each_draw_trains_on_other_texts_and_metrics_are_means_over_draws(
-    measure, background, tmp_path
-):
+def test_draws_use_different_texts_and_metrics_average_over_draws(measure, background, tmp_path):
     first, second = (Texts.of("shouts", background, 20, draw) for draw in range(2))
     assert {*first.training.items} != {*second.training.items}
     assert first.traffic.items == second.traffic.items
@@ -146,7 +144,7 @@ def test_each_draw_trains_on_other_texts_and_metrics_are_means_over_draws(
         measure(names=["shouts"], rows=None, draws=2, out=tmp_path / "all")
 
 
-def test_recall_is_counted_where_so_much_traffic_is_flagged():
+def test_recall_is_measured_at_fixed_shares_of_flagged_traffic():
     task = Task("binary", ("other", "shouting"))
     row = Row("one", Calibration("none", "binary", (1.0,), (0.0,)), (0.9,), lambda split: split)
     scores, labels = np.array([0.5, 0.955, 0.985, 0.999, 0.1, 0.95]), np.array([1, 1, 1, 1, 0, 0])
@@ -162,7 +160,7 @@ def test_recall_is_counted_where_so_much_traffic_is_flagged():
     }
 
 
-def test_traffic_is_of_sources_that_no_row_is_trained_on(background):
+def test_traffic_excludes_sources_used_for_training(background):
     texts = Texts.of("shouts", background, rows=20)
     source_of = dict(zip(background.conversations, background.sources or (), strict=True))
     unseen = {source_of[item.messages] for item in texts.traffic.items}
@@ -175,7 +173,7 @@ def test_traffic_is_of_sources_that_no_row_is_trained_on(background):
     assert answers.items[0].response is not None
 
 
-def test_published_results_are_of_packaged_tests_and_stand_below_them(record):
+def test_published_results_cover_packaged_tests_and_appear_in_report(record):
     published = published_results()
     assert {name: {*tests} for name, tests in published.items()} == {
         "harmful": {"simplesafetytests", "xstest"},
@@ -196,7 +194,7 @@ def test_published_results_are_of_packaged_tests_and_stand_below_them(record):
     assert "No comparable figure" in record.to_markdown()
 
 
-def test_what_cannot_be_measured_is_refused_and_named(tiny, tmp_path, capsys):
+def test_unsupported_guards_and_unknown_names_are_rejected_with_hints(tiny, tmp_path, capsys):
     command = ["bench", "guards", f"--out={tmp_path / 'out'}"]
     command += [f"--model={saved(tiny, tmp_path / 'model')}"]
     assert cli(*command, "--only=letters") == 2

@@ -45,7 +45,7 @@ def named(subjects, name) -> Subject:
     return next(subject for subject in subjects if subject.name == name)
 
 
-def test_every_row_writes_the_token_of_the_bare_llm_and_the_bank_gives_ten_verdicts(tiny, subjects):
+def test_all_subjects_generate_same_token_and_bank_returns_ten_verdicts(tiny, subjects):
     prompts = encoded(tiny, RAGGED)
     expected = subjects[0].run(prompts).tokens
     assert len(set(expected)) > 1
@@ -56,7 +56,7 @@ def test_every_row_writes_the_token_of_the_bare_llm_and_the_bank_gives_ten_verdi
     assert [len({v.probe for v in verdicts}) for verdicts in answer.verdicts] == [10, 10, 10]
 
 
-def test_every_mechanism_is_served_and_naive(tiny, subjects):
+def test_every_mechanism_has_a_served_and_a_naive_subject(tiny, subjects):
     names = {subject.name for subject in subjects}
     assert len(names) == len(subjects)
     for name in mechanism_names():
@@ -69,7 +69,7 @@ def test_every_mechanism_is_served_and_naive(tiny, subjects):
     assert not naive.accepts([long, prompt])
 
 
-def test_served_and_naive_give_the_same_verdicts():
+def test_served_and_naive_verdicts_agree():
     # transformers gives the last hidden state after the final norm, a tap gives it before.
     without_norm = tiny_backbone()
     without_norm.model.base_model.norm = nn.Identity()
@@ -87,7 +87,7 @@ def test_served_and_naive_give_the_same_verdicts():
         assert mechanism == "spans" or np.ptp(served) > 10 * ROUNDING, mechanism
 
 
-def test_ratios_are_paired_with_the_first_row_where_its_subject_accepts_the_batch(tiny, subjects):
+def test_ratios_are_paired_with_first_subject_and_skip_rejected_batches(tiny, subjects):
     batches = random_batches(tiny, [4, 8], batch_sizes=[2])
     another = Subject("other", lambda batch: Answer((0,) * len(batch), ()), most_pairs=2 * 4**2)
     rows = compare_latency([subjects[0], another], batches, rounds=3)
@@ -101,7 +101,7 @@ def test_ratios_are_paired_with_the_first_row_where_its_subject_accepts_the_batc
         assert 0 < row.ms.low <= row.ms.median <= row.ms.high
 
 
-def test_batches_have_prompts_of_the_length(tiny):
+def test_random_batches_have_prompts_of_the_requested_length(tiny):
     (first,), (again,) = (random_batches(tiny, [17], batch_sizes=[3]) for _ in range(2))
     assert first == again
     assert [len(prompt) for prompt in first] == [17] * 3
@@ -110,9 +110,7 @@ def test_batches_have_prompts_of_the_length(tiny):
         random_batches(tiny, [16, 257], batch_sizes=[1])
 
 
-def test_the_command_writes_a_row_for_each_subject_size_and_length(
-    tiny, subjects, tmp_path, capsys
-):
+def test_command_writes_a_row_per_subject_size_and_length(tiny, subjects, tmp_path, capsys):
     options = ["--tokens", "4,8", "--batch-sizes", "1,2", "--rounds", "1"]
     model = saved(tiny, tmp_path / "model")
     assert cli("bench", "latency", "--model", model, *options, "--out", str(tmp_path)) == 0
@@ -124,13 +122,13 @@ def test_the_command_writes_a_row_for_each_subject_size_and_length(
 
 
 @pytest.mark.parametrize("tokens", [65, 125])
-def test_a_text_to_check_has_the_tokens_that_are_asked_for(tiny, tokens):
+def test_text_to_check_has_the_requested_token_count(tiny, tokens):
     words = words_for(tiny.encoder, tokens)
     for number in (0, 123_456):
         assert len(tiny.encoder.encode([Message("user", text_of(words, number))])) == tokens
 
 
-def test_a_length_that_no_text_has_is_refused(tiny):
+def test_unattainable_text_lengths_are_rejected(tiny):
     with pytest.raises(ContextLengthError, match=wordings.MODEL_READS.format(tokens=256)):
         words_for(tiny.encoder, 257)
     for tokens in (3, 66):
@@ -138,7 +136,7 @@ def test_a_length_that_no_text_has_is_refused(tiny):
             words_for(tiny.encoder, tokens)
 
 
-def test_the_command_times_a_check_by_probes_at_full_depth_and_less(tiny, tmp_path, capsys):
+def test_command_times_checks_at_full_and_reduced_depth(tiny, tmp_path, capsys):
     model = saved(tiny, tmp_path / "model")
     probe = str(save_probe(untrained_probe(tiny, "a"), tmp_path / "a"))
     options = ["--tokens", "65,125", "--rounds", "4", "--out", str(tmp_path), "--layers"]

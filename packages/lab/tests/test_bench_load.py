@@ -43,18 +43,18 @@ def found(*answers):
         ({"id": None, "ending": "APITimeoutError"}, "failed requests"),
     ],
 )
-def test_each_fault_of_an_answer_is_found(answer, fault):
+def test_each_fault_in_an_answer_is_detected(answer, fault):
     assert found(SOUND, replace(SOUND, **{"id": "b", **answer})) == {fault: 1}
 
 
-def test_sound_answers_and_refusals_have_no_fault():
+def test_sound_answers_and_blocked_requests_have_no_faults():
     blocked = Answer(replace(QUESTION, is_blocked=True), None, 0.1, (), (), "content_filter")
     assert found(SOUND, replace(SOUND, id="b"), blocked) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spans", [False, True])
-def test_questions_have_separate_verdicts_and_one_of_eight_is_blocked(tmp_path, spans):
+def test_load_questions_have_distinct_verdicts_and_few_are_blocked(tmp_path, spans):
     backbone = tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 640}))
     backbone.encoder.max_tokens = 640
     folders, policy, questions = prepare(backbone, tmp_path, spans=spans)
@@ -68,7 +68,7 @@ def test_questions_have_separate_verdicts_and_one_of_eight_is_blocked(tmp_path, 
     assert [load_probe(folder).name for folder in folders] == [*PROBES]
 
 
-def test_what_probes_add_is_paired_with_the_same_round_without_them():
+def test_probe_costs_are_paired_with_the_same_round():
     # The machine gets three times slower, which no comparison within a round notices.
     without = [[10.0 * n, 1.0 * n, 5.0 * n, 8.0 / n, 4.0 * n, 2.0 * n] for n in (1, 2, 3)]
     shares = (1.2, 1.0, 1.1, 0.9, 1.3, 1.4)

@@ -39,7 +39,7 @@ def recorded(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_draws_are_measured_once_and_a_perfect_judge_finds_all(tiny, tmp_path, recorded):
+def test_finished_draws_are_reused_and_perfect_judge_has_full_auprc(tiny, tmp_path, recorded):
     out = tmp_path / "out"
     measured = {"texts": 40, "negatives": 10, "out": out}
     record = measure_second_stage(tiny, "xstest", **measured, draws=1)
@@ -55,7 +55,7 @@ def test_draws_are_measured_once_and_a_perfect_judge_finds_all(tiny, tmp_path, r
     assert again.results["draws"][0]["rows"] == 12345
 
 
-def test_a_slow_judge_lets_pass_after_its_time_and_notes_when_it_was_asked():
+def test_slow_judge_answers_after_its_delay_and_records_request_time():
     async def ask(url):
         client = JudgeClient(JudgeSettings(url=url, model="slow", criterion="A rule."))
         try:

@@ -24,7 +24,7 @@ from worlds.servers import cli
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 
 
-def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tmp_path, capsys):
+def test_command_measures_every_rival_and_compares_it_with_ours(tiny, tmp_path, capsys):
     for name, seed in {"train": 0, "validation": 1, "test": 2}.items():
         lines = "\n".join(map(json.dumps, span_rows(60, seed)))
         (tmp_path / f"{name}.jsonl").write_text(lines, "utf-8")
@@ -55,7 +55,7 @@ def test_all_rows_are_measured_on_the_same_texts_and_compared_with_ours(tiny, tm
     assert "Did you mean 'lexicon'" in capsys.readouterr().err
 
 
-def test_an_encoder_learns_to_label_its_tokens(tiny, tmp_path):
+def test_encoder_learns_to_label_spans(tiny, tmp_path):
     path = tiny_bert(tmp_path / "bert", sorted({*"".join(ALPHABETS.values())} | {*"andor,"}))
     options = FitOptions(reads=Reads("prompt", template=False), cache_root=tmp_path)
     texts = [load_examples(span_rows(80, seed), spans="spans") for seed in (0, 1)]

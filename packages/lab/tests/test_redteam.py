@@ -67,7 +67,7 @@ def only_message(name, **options):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_changes_the_text_repeatably_and_leaves_the_last_turn_to_the_user(name):
+def test_attacks_are_repeatable_and_end_with_a_user_turn(name):
     conversations = rewritten(name)
     assert conversations == rewritten(name)
     for turns in conversations:
@@ -77,7 +77,7 @@ def test_every_attack_changes_the_text_repeatably_and_leaves_the_last_turn_to_th
 
 
 @pytest.mark.parametrize("name", CONTROL)
-def test_the_token_that_ends_texts_is_always_tried_and_others_beside_it(name):
+def test_control_attacks_try_the_eos_token_first(name):
     tokenizer = tiny_tokenizer()
     names = [re.search(r"<\|\w+\|>", turns[0].content)[0] for turns in rewritten(name)]
     assert names[0] == tokenizer.eos_token
@@ -91,7 +91,7 @@ def test_the_token_that_ends_texts_is_always_tried_and_others_beside_it(name):
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_an_injected_template_renders_as_the_conversation_that_it_fakes(family):
+def test_injected_template_renders_as_the_faked_conversation(family):
     tokenizer = merging_tokenizer(TEMPLATES[family])
     ((message,),) = rewritten("template", tokenizer=tokenizer)
 
@@ -104,13 +104,13 @@ def test_an_injected_template_renders_as_the_conversation_that_it_fakes(family):
 
 
 @pytest.mark.parametrize("name", ["template", *CONTROL])
-def test_what_has_no_template_or_control_tokens_has_none_to_write(name):
+def test_template_and_control_attacks_require_matching_markup(name):
     markup = Markup.of(tiny_tokenizer(), "raw") if name == "template" else Markup()
     with pytest.raises(SidelightError, match=wordings.NO_CHATS):
         ATTACKS[name].rewrite(TEXT, Surroundings(BENIGN, markup, Random(0)))
 
 
-def test_turns_are_added_or_a_text_is_spread_over_them():
+def test_turn_attacks_add_turns_or_spread_the_text():
     for name, turns in (("earlier-turn", 1), ("earlier-turn-6", 6)):
         (conversation,) = rewritten(name)
         assert conversation[0] == user(TEXT)
@@ -127,7 +127,7 @@ def test_turns_are_added_or_a_text_is_spread_over_them():
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name.startswith("padding")])
-def test_padding_has_the_words_that_its_name_says_on_each_side(name):
+def test_padding_adds_the_named_word_count_on_each_side(name):
     _, words, side = name.split("-")
     before, after = only_message(name).split(TEXT)
     sides = {"before": (1, 0), "after": (0, 1), "both": (1, 1)}[side]
@@ -149,7 +149,7 @@ UNDONE = {
 REPLACED = {"homoglyph": "CYRILLIC", "leet": "DIGIT", "capitals": "CAPITAL"}
 
 
-def test_what_a_disguise_hides_can_be_read_again():
+def test_disguised_texts_can_be_recovered():
     disguises = {name for name, attack in ATTACKS.items() if attack.group == "disguises"}
     assert disguises == {*UNDONE, *REPLACED}
     for name, undo in UNDONE.items():
@@ -161,7 +161,7 @@ def test_what_a_disguise_hides_can_be_read_again():
         assert all(kind in unicodedata.name(b) for _, b in changed)
 
 
-def test_attacks_are_chosen_by_their_names_and_groups_in_the_order_of_the_table():
+def test_attacks_are_selected_by_name_or_group_in_table_order():
     assert attack_names() == [*ATTACKS, SEARCH]
     assert attack_names(["search", "leet", "control"]) == [*CONTROL, "leet", "search"]
     with pytest.raises(
@@ -210,7 +210,7 @@ def measured(classifier, attacks, **options):
     return measure(target_of(classifier), loaded(), attacks=attacks, **options)
 
 
-def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
+def test_rates_match_verdicts_on_the_same_conversations(classifier):
     names = ["earlier-turn", "leet", "capitals"]
     thresholds = flagging_thresholds(classifier.probe)
     subjects = draw_subjects(loaded(), thresholds, texts=50, seed=0)
@@ -238,9 +238,7 @@ def rate(target, conversations):
     return Rate(sum(verdict.flagged for verdict in verdicts), len(verdicts))
 
 
-def test_of_several_ways_to_carry_an_attack_out_the_worst_for_the_probe_counts(
-    classifier, monkeypatch
-):
+def test_worst_variant_of_an_attack_counts(classifier, monkeypatch):
     verdicts = classifier.predict([text for text, _ in rows()])
     flagged, passed = (
         next(text for (text, _), v in zip(rows(), verdicts, strict=True) if v.flagged is is_flagged)
@@ -252,7 +250,7 @@ def test_of_several_ways_to_carry_an_attack_out_the_worst_for_the_probe_counts(
     assert (result.recall.share, result.false_alarms.share) == (0, 1)
 
 
-def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
+def test_texts_exceeding_the_context_are_skipped_and_reported(classifier):
     result, full = measured(classifier, ["padding-600-both", "capitals"])
     assert result.skipped == {"longer than the model's context of 256 tokens": 20}
     for rate in (
@@ -271,7 +269,7 @@ def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
         measure(target_of(classifier), loaded(pairs), attacks=["leet"])
 
 
-def test_the_search_passes_more_the_more_it_may_ask(classifier):
+def test_larger_budget_never_reduces_search_evasions(classifier):
     passed = []
     for budget in (1, 8, 30):
         (result,) = measured(classifier, [SEARCH], budget=budget)
@@ -282,7 +280,7 @@ def test_the_search_passes_more_the_more_it_may_ask(classifier):
     assert passed[-1] > 0
 
 
-def test_a_seed_draws_the_texts_and_what_the_attacks_draw(classifier):
+def test_seed_determines_the_drawn_subjects(classifier):
     thresholds = flagging_thresholds(classifier.probe)
 
     def drawn(seed):
@@ -298,7 +296,7 @@ def test_a_seed_draws_the_texts_and_what_the_attacks_draw(classifier):
             draw_subjects(loaded(pairs), thresholds, texts=5, seed=0)
 
 
-def test_earlier_turns_of_a_chat_stay_before_the_attacked_one(classifier):
+def test_earlier_chat_turns_precede_the_attacked_turn(classifier):
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     pairs = [{"text": [*chat, {"role": "user", "content": t}], "label": n} for t, n in rows()]
     thresholds = flagging_thresholds(classifier.probe)
@@ -308,7 +306,7 @@ def test_earlier_turns_of_a_chat_stay_before_the_attacked_one(classifier):
         assert conversation[2:] == (user(subject.text.upper()),)
 
 
-def test_what_counts_as_flagged_is_what_a_policy_says_and_other_probes_are_refused(backbone):
+def test_flagging_thresholds_follow_the_policy_and_reject_unsupported_probes(backbone):
     topics = untrained_probe(backbone, "topics", task=TOPICS, threshold=0.4)
     assert flagging_thresholds(topics) == {"violence": 0.4, "sexual": 0.4}
     assert flagging_thresholds(topics, labels=["sexual"], threshold=0.9) == {"sexual": 0.9}
@@ -341,7 +339,7 @@ def redteam(backbone, artifact, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_prints_and_writes_what_is_measured(
+def test_command_prints_and_writes_the_measurements(
     redteam, artifact, classifier, tmp_path, capsys
 ):
     written = ("--out", str(tmp_path / "e.json"))
@@ -359,7 +357,7 @@ def test_the_command_prints_and_writes_what_is_measured(
 
 
 @pytest.mark.slow
-def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
+def test_live_server_blocks_exactly_what_its_probe_flags(
     redteam, classifier, tmp_path, monkeypatch
 ):
     names = attack_names(["places", "leet", "padding-600-both"])
@@ -386,7 +384,7 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
         assert row["false_alarms"]["flagged"] == result.false_alarms.flagged
 
 
-def test_a_mistake_is_one_line_with_its_remedy(redteam, capsys):
+def test_invalid_options_print_one_line_with_a_remedy(redteam, capsys):
     for arguments, remedy in (
         (["--attacks", "leat"], "Did you mean 'leet'"),
         (["--out", "."], "--out"),

@@ -19,14 +19,14 @@ from worlds.servers import cli
         (["sst2", "--only", " , "], "No row is named. Choose from: .*pooling"),
     ],
 )
-def test_options_that_cannot_apply_are_refused_with_the_remedy(arguments, remedy, tmp_path):
+def test_inapplicable_options_are_rejected_with_a_remedy(arguments, remedy, tmp_path):
     with pytest.raises(SidelightError, match=remedy):
         CliRunner().invoke(command, [*arguments, "--out", str(tmp_path)], catch_exceptions=False)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("temporary_cache")
-def test_the_command_makes_a_table_of_user_files(tiny, tmp_path, capsys):
+def test_command_builds_a_table_from_user_files(tiny, tmp_path, capsys):
     columns = {"columns": ("message", "kind"), "labels": ("good", "bad")}
     files = [write_rows(tmp_path / f"{seed}.jsonl", 80, seed, **columns) for seed in (1, 2)]
     common = ["reproduce", "own", "--model", saved(tiny, tmp_path / "model"), "--seeds", "1"]

@@ -62,7 +62,7 @@ def configurations(trials):
 
 
 @pytest.mark.parametrize("trained", [0, 3])
-def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, tmp_path, trained):
+def test_killed_search_resumes_to_the_same_result(dataset, found, tmp_path, trained):
     storage = tmp_path / "journal"
     plan = {**PLAN, "storage": storage}
     if trained:
@@ -89,9 +89,7 @@ def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, tmp_p
     assert numbers == ([6] if trained else [3, 6])
 
 
-def test_a_generation_shares_reads_and_a_finished_search_reads_nothing(
-    dataset, tmp_path, monkeypatch
-):
+def test_generations_share_reads_and_finished_searches_read_nothing(dataset, tmp_path, monkeypatch):
     storage, reads, read = tmp_path / "journal", [], states_cache.read_tensors
     monkeypatch.setattr(states_cache, "read_tensors", lambda path: reads.append(path) or read(path))
     short = search_settings(dataset, "pooling", storage=storage, **BRIEF)
@@ -110,9 +108,7 @@ def test_a_generation_shares_reads_and_a_finished_search_reads_nothing(
     assert len(longer) == 3
 
 
-def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_best(
-    dataset, found
-):
+def test_trial_score_matches_separate_training_and_highest_score_is_best(dataset, found):
     trial = found[2]
     (separate,) = train_mechanisms(
         [(trial.spec, trial.settings)],
@@ -125,7 +121,7 @@ def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_
     assert [trial.number for trial in found] == list(range(6))
 
 
-def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_path):
+def test_validation_labels_determine_the_selected_settings(tiny, cache, found, tmp_path):
     flipped = dataset_at(tiny, cache, flipped=True)
     another = search_settings(flipped, "gate", storage=tmp_path / "journal", **PLAN)
     # The first generation is proposed without scores.
@@ -134,7 +130,7 @@ def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_p
 
 
 @pytest.mark.parametrize("name", mechanism_names())
-def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, dataset, tmp_path):
+def test_every_search_space_is_valid_and_starts_at_the_defaults(name, dataset, tmp_path):
     defaults, drawn = search_settings(dataset, name, storage=tmp_path / "journal", **BRIEF)
     space = SPACES.get(name, Space())
     # Not adapted to few texts: a search says what it trains.
@@ -147,7 +143,7 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
     assert None not in (defaults.score, drawn.score)
 
 
-def test_impossible_options_are_not_tried_and_refused_where_none_is_left():
+def test_impossible_options_are_skipped_or_rejected_if_none_remain():
     smollm2 = Geometry(layers=31, width=576, outputs=1)
     specs = possible_specs("attention", smollm2, SPACES["attention"].options)
     for spec in specs:
@@ -163,7 +159,7 @@ def test_impossible_options_are_not_tried_and_refused_where_none_is_left():
 
 
 @pytest.mark.usefixtures("found")
-def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache):
+def test_journal_rejects_a_different_search(dataset, tiny, cache):
     journal = cache / "journal"
     with pytest.raises(SidelightError, match=wordings.SEED_DIFFERS):
         search_settings(dataset, "gate", storage=journal, **{**PLAN, "seed": 1})
@@ -174,9 +170,7 @@ def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache):
     search_settings(dataset, "pooling", storage=journal, **{**BRIEF, "seed": 1})
 
 
-def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
-    dataset, tmp_path, monkeypatch
-):
+def test_diverged_trials_do_not_end_the_search(dataset, tmp_path, monkeypatch):
     def search_with(decay: tuple[float, float], trials: int):
         explosive = Space(weight_decay=decay)
         monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
@@ -192,7 +186,7 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
         search_with((1e37, 1e38), 2)
 
 
-def test_a_search_leaves_a_table_and_the_best(found, tmp_path):
+def test_write_search_writes_all_trials_and_the_best(found, tmp_path):
     write_search({"gate": found}, tmp_path)
     with (tmp_path / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -207,7 +201,7 @@ def test_a_search_leaves_a_table_and_the_best(found, tmp_path):
 
 @pytest.mark.usefixtures("temporary_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
-def test_the_printed_options_train_what_was_found(tiny, tmp_path, capfd, has_validation):
+def test_printed_options_reproduce_the_best_trial(tiny, tmp_path, capfd, has_validation):
     out, data = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", 80, 1)
     arguments = ["--data", data, "--label", "toxic", "--model", saved(tiny, tmp_path / "model")]
     # Without validation texts, so few rows are cross-fitted.

@@ -36,7 +36,7 @@ def drawn(
     return [mean_draws(TASKS["binary"], runs, labels, **options) for runs in rows]
 
 
-def test_a_difference_is_that_of_a_plain_bootstrap():
+def test_difference_matches_a_plain_bootstrap():
     labels = np.random.default_rng(0).integers(0, 2, 150)
     ours = scored_row(1, 1, labels, 2.0)
     theirs = scored_row(2, 1, labels, 1.4)
@@ -63,14 +63,14 @@ def test_a_difference_is_that_of_a_plain_bootstrap():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_row_does_not_differ_from_itself(metric: str):
+def test_row_does_not_differ_from_itself(metric: str):
     labels = np.random.default_rng(0).integers(0, 2, 150)
     row = scored_row(1, 2, labels, 2.0)
     same = difference(*drawn(metric, row, row, labels=labels, resamples=50))
     assert same == Difference(Estimate(0.0, 0.0, 0.0), 1.0)
 
 
-def test_a_test_over_draws_counts_sign_flips_and_leaves_out_what_is_undefined():
+def test_difference_over_draws_counts_sign_flips_and_ignores_undefined_draws():
     ours, theirs = np.array([0.5, 0.6, 0.7, 0.8]), np.array([0.4, 0.4, 0.4, 0.4])
     found = difference_over_draws(ours, theirs)
     assert found.estimate.value == pytest.approx(0.25)
@@ -85,7 +85,7 @@ def test_a_test_over_draws_counts_sign_flips_and_leaves_out_what_is_undefined():
     assert undefined == Difference(Estimate(None, None, None), None)
 
 
-def test_names_cannot_break_a_table():
+def test_tables_escape_special_characters_in_names():
     table = "50 % of {a}", ("row", "x"), (("a|b $x_1^2~\\", "1"),)
     markdown, latex = (
         re.sub(" +", " ", render(*table)) for render in (markdown_table, latex_table)

@@ -60,7 +60,7 @@ def make(tiny, cache, tmp_path):
     return run
 
 
-def test_a_comparison_runs_end_to_end(finished):
+def test_comparison_runs_end_to_end(finished):
     table, folder = finished.table, finished.folder
     assert [table.title for table in table.tables] == [
         "Planted, all", "Planted, odd", "Planted, no, positives",
@@ -85,7 +85,7 @@ def test_a_comparison_runs_end_to_end(finished):
         assert words in page
 
 
-def test_metrics_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, cache):
+def test_table_metrics_match_evaluate_on_stored_probes(finished, tiny, cache):
     folders = sorted((finished.folder / "runs").glob("*/probe"))
     probes = [load_probe(path).changed(name=path.parent.name) for path in folders]
     split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
@@ -115,7 +115,7 @@ def test_metrics_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, c
         assert values_in_table == pytest.approx(values, abs=0.02)
 
 
-def test_table_cells_hold_the_metrics(finished):
+def test_table_cells_contain_the_metrics(finished):
     table, folder = finished.table, finished.folder
     row = rows_of(table)["readout"]
     f1 = row["metrics"]["f1"]
@@ -131,9 +131,7 @@ def test_table_cells_hold_the_metrics(finished):
     assert (folder / "table.json").read_text() == json.dumps(table.to_dict(), indent=2) + "\n"
 
 
-def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
-    finished, make, tmp_path
-):
+def test_second_run_recomputes_only_deleted_or_changed_rows(finished, make, tmp_path):
     shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
     before = stored(tmp_path)
     assert rows_of(make()) == rows_of(finished.table)
@@ -159,9 +157,7 @@ def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
     assert any("had been read before" in note for note in changed.notes)
 
 
-def test_a_killed_run_goes_on_from_its_finished_rows_and_the_test_is_opened_after_them(
-    make, tmp_path, monkeypatch
-):
+def test_killed_run_resumes_and_opens_the_test_set_last(make, tmp_path, monkeypatch):
     opened: list[tuple[int, bool]] = []
 
     def kill(*_: object, **__: object) -> None:
@@ -191,7 +187,7 @@ def test_a_killed_run_goes_on_from_its_finished_rows_and_the_test_is_opened_afte
     assert {name: after[name] for name in probes} == probes
 
 
-def test_rows_can_be_chosen_and_data_cut(make):
+def test_rows_can_be_selected_and_data_limited(make):
     chosen = recipe().only(["pooling", "tfidf"])
     data = Data(splits={"odd": np.arange(1, 70, 2)})
     table = make(data=data, recipe=chosen, limit=40)
@@ -204,7 +200,7 @@ def test_rows_can_be_chosen_and_data_cut(make):
     assert not any("Ours is" in note for note in table.notes)
 
 
-def test_a_transfer_is_tested_on_the_other_data_set(make):
+def test_transfer_recipe_evaluates_on_the_other_dataset(make):
     # The same question, its labels named otherwise.
     renamed = replace(TASKS["binary"], labels=("0", "1"))
     tested = replace(examples("binary", 70, 3), task=renamed)
@@ -221,7 +217,7 @@ def test_a_transfer_is_tested_on_the_other_data_set(make):
     assert rows_of(table)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
-def test_a_few_shot_draw_has_as_many_texts_of_each_class(make, tmp_path):
+def test_few_shot_draws_balance_the_classes(make, tmp_path):
     table = make(TABLE.replace('"comparison"', '"few-shot"\nlabels_per_class = 8\ndraws = 3'))
     rows = rows_of(table)
     assert [len(row["seeds"]) for row in rows.values()] == [3, 3, 3]
@@ -235,7 +231,7 @@ def test_a_few_shot_draw_has_as_many_texts_of_each_class(make, tmp_path):
     assert "draws" in table.how
 
 
-def test_a_sweep_trains_every_probe_with_every_value(make):
+def test_sweep_trains_every_probe_with_every_value(make):
     text = ONE_SEED.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
     text = text.replace('ours = ["readout"]', "")
     table = make(text + '[sweep]\nparameter = "learning_rate"\nvalues = [1e-3, 1e-2]\n')
@@ -244,13 +240,13 @@ def test_a_sweep_trains_every_probe_with_every_value(make):
     ]
 
 
-def test_a_run_that_diverges_is_left_out_and_told(make):
+def test_diverged_runs_are_left_out_and_noted(make):
     table = make(ONE_SEED.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
     assert list(rows_of(table)) == ["readout", "tfidf"]
     assert sum("'pooling' with seed" in note and "diverged" in note for note in table.notes) == 1
 
 
-def test_other_test_texts_are_another_opening(make, tmp_path):
+def test_changed_test_texts_count_as_a_separate_opening(make, tmp_path):
     head, _, tail = TABLE.partition("[[probe]]")
     text = head.replace('ours = ["readout"]', "") + "".join(tail.rpartition("[[baseline]]")[1:])
     longer = Data(tested=examples("binary", 80, 4))

@@ -51,7 +51,9 @@ def status(random, *errors):
         (0.95, 0.45, False),
     ],
 )
-def test_the_gate_is_right_in_19_of_20_draws(prevalence, sensitivity, specificity, passes):
+def test_gate_decides_correctly_in_95_percent_of_draws(
+    prevalence, sensitivity, specificity, passes
+):
     random = np.random.default_rng(7)
     states = [status(random, prevalence, sensitivity, specificity).state for _ in range(DRAWS)]
     right = states.count("passed") if passes else DRAWS - states.count("passed")
@@ -59,14 +61,14 @@ def test_the_gate_is_right_in_19_of_20_draws(prevalence, sensitivity, specificit
 
 
 @pytest.mark.parametrize("answer", [False, True])
-def test_a_judge_that_always_gives_the_same_answer_is_stopped_before_a_person_works(answer):
+def test_constant_judge_is_stopped_before_human_labelling(answer):
     sample = BlindSample.draw(range(FIRST), None)
     gate = decide_gate(sample, {}, dict.fromkeys(range(FIRST), answer))
     assert gate.state == "stopped"
     assert not gate.left
 
 
-def test_the_interval_covers_the_agreement_of_all_texts():
+def test_agreement_interval_covers_the_population_agreement():
     random = np.random.default_rng(1)
     hits = 0
     for _ in range(DRAWS):
@@ -79,7 +81,7 @@ def test_the_interval_covers_the_agreement_of_all_texts():
     assert hits >= 0.93 * DRAWS
 
 
-def test_agreement_is_the_mean_of_both_labels_and_unknown_without_one():
+def test_agreement_averages_both_labels_and_is_unknown_without_one():
     found = measure_agreement([True] * 2 + [False] * 8, [True, False] + [False] * 8, [1.0] * 10)
     assert found.value == pytest.approx((0.5 + 1) / 2)
     assert (found.texts, found.positives) == (10, 2)
@@ -88,7 +90,7 @@ def test_agreement_is_the_mean_of_both_labels_and_unknown_without_one():
     assert measure_agreement([False] * 3, [False] * 3, [1.0] * 3).value is None
 
 
-def test_a_sample_takes_the_same_of_each_stratum_and_grows_until_it_has_enough_of_each_label():
+def test_blind_sample_is_stratified_and_grows_until_labels_suffice():
     scores = np.concatenate([np.full(400, 0.01), np.full(60, 0.3), np.full(40, 0.9)])
     sample = BlindSample.draw(range(500), scores)
     first = sample.first(SAMPLE)
@@ -110,7 +112,7 @@ def test_a_sample_takes_the_same_of_each_stratum_and_grows_until_it_has_enough_o
     assert (gate.state, len(gate.left)) == ("open", SAMPLE - 50)
 
 
-def test_the_sample_grows_while_its_interval_includes_the_least_agreement():
+def test_sample_grows_while_interval_includes_the_agreement_threshold():
     person = {row: row % 2 == 0 for row in range(500)}
     # Wrong on one of five texts.
     judge = {row: each != (row % 10 in (0, 1)) for row, each in person.items()}
@@ -119,7 +121,7 @@ def test_the_sample_grows_while_its_interval_includes_the_least_agreement():
     assert decide_gate(BlindSample.draw(range(500), None), person, person).agreement.texts == SAMPLE
 
 
-def test_a_text_is_doubtful_if_the_probe_is_sure_of_the_other_label():
+def test_confident_probe_disagreement_makes_a_label_doubtful():
     probabilities = np.array([0.95, 0.99, 0.5, 0.02, 0.97])
     labels = {0: False, 1: False, 2: False, 3: True, 4: True}
     assert [*doubtful(probabilities, labels)] == [1, 3, 0]

@@ -40,7 +40,7 @@ def http(untouched) -> Iterator[httpx.Client]:
         assert saved_labels(untouched) == []
 
 
-def test_who_does_not_know_the_token_learns_and_changes_nothing(untouched, http):
+def test_requests_without_token_cannot_read_or_change_labels(untouched, http):
     wrong = [{}, {"Authorization": "Bearer x"}, {"Authorization": TOKEN}, {"Cookie": TOKEN}]
     with httpx.Client(base_url=http.base_url) as stranger:
         for headers in wrong:
@@ -55,7 +55,7 @@ def test_who_does_not_know_the_token_learns_and_changes_nothing(untouched, http)
     assert http.get("/api/state").status_code == 200
 
 
-def test_other_hosts_and_origins_are_refused_even_with_the_token(http):
+def test_foreign_hosts_and_origins_are_rejected_despite_the_token(http):
     port = http.base_url.port
     body = {"row": 0, "labels": ["fine"]}
     for headers in (
@@ -74,7 +74,7 @@ def test_other_hosts_and_origins_are_refused_even_with_the_token(http):
     assert http.get("/api/state", headers=same_origin).status_code == 200
 
 
-def test_no_path_leads_to_another_file(http):
+def test_path_traversal_and_unknown_paths_return_404(http):
     for path in (
         "/../pyproject.toml", "/%2e%2e/%2e%2e/etc/passwd", "/static/..%2fapp.py", "//etc/passwd",
         "/label.js/../../queue.py", "/docs", "/openapi.json",
@@ -84,7 +84,7 @@ def test_no_path_leads_to_another_file(http):
         assert http.send(asked).status_code == 404, path
 
 
-def test_pages_ask_nothing_of_other_sites_and_run_no_inline_script(http):
+def test_pages_forbid_external_requests_and_inline_scripts(http):
     for path in labelling_app.FILES:
         headers = http.get(path).headers
         policy = headers["content-security-policy"]
@@ -95,7 +95,7 @@ def test_pages_ask_nothing_of_other_sites_and_run_no_inline_script(http):
         assert headers["referrer-policy"] == "no-referrer"
 
 
-def test_a_malformed_decision_and_one_of_no_text_are_refused(http):
+def test_malformed_and_out_of_range_decisions_are_rejected(http):
     headers = {"Content-Type": "application/json"}
     for body in (
         "{",
@@ -106,7 +106,7 @@ def test_a_malformed_decision_and_one_of_no_text_are_refused(http):
         assert http.post("/api/label", content=body, headers=headers).status_code == 400, body
 
 
-def test_decisions_at_the_same_time_are_each_saved_once(tiny, tmp_path):
+def test_concurrent_decisions_are_saved_exactly_once(tiny, tmp_path):
     """Four tabs label all texts at once: each text is in the file once, and no row is torn."""
     sitting = Sitting(tiny, tmp_path)
     codes = []
@@ -129,7 +129,7 @@ def test_decisions_at_the_same_time_are_each_saved_once(tiny, tmp_path):
     assert sorted(ids) == list(range(60))
 
 
-def test_a_training_that_fails_is_told_and_labelling_goes_on(tiny, tmp_path):
+def test_failed_training_is_reported_and_labelling_continues(tiny, tmp_path):
     sitting = Sitting(tiny, tmp_path)
     with client_of(sitting) as http:
         assert http.post("/api/train").status_code == 400
@@ -143,7 +143,7 @@ def test_a_training_that_fails_is_told_and_labelling_goes_on(tiny, tmp_path):
         assert http.post("/api/label", json=body).is_success
 
 
-def test_the_command_ends_without_waiting_for_a_training(tiny, tmp_path):
+def test_command_exits_without_waiting_for_training(tiny, tmp_path):
     sitting, ended = Sitting(tiny, tmp_path), threading.Event()
     sitting.label(40)
     trainers = []
@@ -162,7 +162,7 @@ def test_the_command_ends_without_waiting_for_a_training(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("seen", ["The rule.", "an older rule"])
-def test_the_criterion_is_displayed_and_edited_only_by_a_current_tab(tiny, tmp_path, seen):
+def test_criterion_is_displayed_and_only_current_tabs_edit_it(tiny, tmp_path, seen):
     rule = tmp_path / "rule.md"
     rule.write_text("The rule.\n")
     sitting = Sitting(tiny, tmp_path)
@@ -181,5 +181,5 @@ def test_the_criterion_is_displayed_and_edited_only_by_a_current_tab(tiny, tmp_p
         assert judge is None
 
 
-def test_without_a_criterion_none_is_written(http):
+def test_criterion_edit_is_rejected_without_a_criterion(http):
     assert http.post("/api/criterion", json={"text": "x", "seen": ""}).status_code == 400

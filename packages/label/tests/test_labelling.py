@@ -61,7 +61,7 @@ def trained(tiny, first_sitting, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
-def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
+def test_sitting_produces_a_probe_from_unlabelled_texts(tiny, tmp_path, kind):
     sitting = Sitting(tiny, tmp_path, kind, count=90)
     with pytest.raises(SidelightError, match=wordings.TOO_FEW_OF_LABEL.format(count=5)):
         sitting.queue.train()
@@ -88,9 +88,7 @@ def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_the_comparisons_are_of_texts_that_the_probe_did_not_learn_from(
-    tiny, first_sitting, trained
-):
+def test_comparisons_use_held_out_predictions(tiny, first_sitting, trained):
     (overall,) = first_sitting.queue.comparisons
     (report,) = overall["rows"].values()
     assert report["rows"] == 40
@@ -117,14 +115,14 @@ def test_the_comparisons_are_of_texts_that_the_probe_did_not_learn_from(
 
 
 @pytest.mark.slow
-def test_a_folder_of_any_name_gets_a_probe_that_can_be_loaded(trained, tmp_path):
+def test_any_folder_name_yields_a_loadable_probe(trained, tmp_path):
     trained.queue.folder = tmp_path / "my texts & more"
     trained.queue.train()
     assert load_probe(trained.queue.folder).name == "my-texts-more"
 
 
 @pytest.mark.slow
-def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
+def test_queue_mixes_uncertain_texts_with_one_in_four_at_random(trained):
     chances = trained.probabilities(range(len(trained.rows)))[:, 0]
     order = [row for row in shuffled(trained.pool.examples) if row not in trained.queue.decided]
     rows = trained.label(12)
@@ -136,7 +134,7 @@ def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
 
 
 @pytest.mark.slow
-def test_the_random_texts_lack_no_kind_of_text(trained):
+def test_random_sample_includes_texts_chosen_by_uncertainty(trained):
     """They are the first of a random order, whichever of them were chosen early."""
     trained.label(40)
     at_random = trained.at_random()
@@ -145,7 +143,7 @@ def test_the_random_texts_lack_no_kind_of_text(trained):
     assert trained.queue.comparisons[0]["title"] == f"The {len(at_random)} texts drawn at random"
 
 
-def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():
+def test_certainty_is_lower_for_uncertain_and_disputed_texts():
     binary, several = Task("binary", ("a", "b")), Task("multiclass", ("a", "b", "c"))
     for task, unsure, sure in (
         (binary, [[0.4], [0.5]], [[0.9], [0.8]]),
@@ -159,7 +157,7 @@ def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():
 
 
 @pytest.mark.slow
-def test_the_users_probes_order_the_texts_from_the_start(tiny, tmp_path):
+def test_user_probes_order_the_texts_from_the_start(tiny, tmp_path):
     save_probe(untrained_probe(tiny, "one"), tmp_path / "one")
     save_probe(untrained_probe(tiny, "two", mechanism="gate"), tmp_path / "two")
     probes = [load_probe(tmp_path / name) for name in ("one", "two")]
@@ -179,7 +177,7 @@ def test_the_users_probes_order_the_texts_from_the_start(tiny, tmp_path):
 
 @needs_llama
 @pytest.mark.slow
-def test_texts_are_labelled_on_a_gguf_file(tmp_path, temporary_cache):
+def test_labelling_works_with_a_gguf_model(tmp_path, temporary_cache):
     backbone = gguf_model(tmp_path, "llama").backbone
     sitting = Sitting(backbone, tmp_path)
     sitting.label(40)
@@ -192,7 +190,7 @@ def test_texts_are_labelled_on_a_gguf_file(tmp_path, temporary_cache):
     np.testing.assert_allclose(probe.calibration.apply(live), known, atol=ROUNDING_TO_BF16)
 
 
-def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced(tiny, tmp_path):
+def test_incompatible_probes_are_rejected_and_foreign_probes_never_replaced(tiny, tmp_path):
     with pytest.raises(SidelightError, match=wordings.PROBE_DECIDES.format(labels="billing")):
         Sitting(tiny, tmp_path, probes=[untrained_probe(tiny, "a", task=task_of(["billing", "x"]))])
     probe = untrained_probe(tiny, "b", reads=Reads("response"))
@@ -204,9 +202,7 @@ def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced
 
 
 @pytest.mark.slow
-def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothing_again(
-    first_sitting, trained, ran
-):
+def test_sitting_resumes_without_running_the_backbone_again(first_sitting, trained, ran):
     trained.begin()
     assert trained.queue.next() == first_sitting.queue.next()
     assert [*trained.queue.decided] == [*first_sitting.queue.decided]
@@ -217,7 +213,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothin
     assert not ran
 
 
-def test_undo_takes_back_labels_and_skips_and_shows_their_texts_again(sitting):
+def test_undo_reverts_labels_and_skips_and_redisplays_their_texts(sitting):
     first, second = sitting.label(2)
     skipped = sitting.queue.next()
     sitting.queue.skip(skipped)
@@ -237,7 +233,7 @@ def test_undo_takes_back_labels_and_skips_and_shows_their_texts_again(sitting):
     assert sitting.queue.next() is None
 
 
-def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
+def test_first_tab_to_label_a_text_wins(sitting):
     row = sitting.queue.next()
     sitting.queue.label(row, ["toxic"])
     with pytest.raises(SidelightError, match=wordings.ALREADY_DECIDED):
@@ -251,7 +247,7 @@ def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
     assert len(sitting.read()) == 1
 
 
-def test_labels_that_the_task_does_not_have_are_refused(sitting):
+def test_invalid_label_selections_are_rejected(sitting):
     for labels in ([], ["fine", "toxic"], ["other"]):
         with pytest.raises(
             SidelightError, match=wordings.EXPECTED_ONE_OF.format(labels="fine, toxic")
@@ -261,7 +257,7 @@ def test_labels_that_the_task_does_not_have_are_refused(sitting):
 
 
 @pytest.mark.slow
-def test_each_text_is_displayed_once_and_labelled_ones_train_although_their_rows_are_gone(trained):
+def test_duplicates_appear_once_and_removed_labelled_rows_still_train(trained):
     trained.rows = trained.rows[:10] * 2
     trained.begin()
     gone = [row for row in trained.read().rows if row["id"] >= 10]
@@ -270,7 +266,7 @@ def test_each_text_is_displayed_once_and_labelled_ones_train_although_their_rows
     trained.queue.train()
 
 
-def test_a_file_that_another_program_changed_or_removed_is_not_written(sitting):
+def test_label_file_changed_by_another_program_is_not_overwritten(sitting):
     (first,) = sitting.label(1)
     with sitting.out.open("a") as file:
         file.write('{"text": "mine", "label": "fine"}\n')
@@ -287,7 +283,7 @@ def test_a_file_that_another_program_changed_or_removed_is_not_written(sitting):
         sitting.label(1)
 
 
-def test_of_two_sittings_at_one_file_the_one_that_is_behind_writes_nothing(tmp_path):
+def test_stale_label_file_handle_cannot_write(tmp_path):
     path = tmp_path / "labels.jsonl"
     first, second = LabelFile(path), LabelFile(path)
     first.append({"text": "a", "label": "x"})
@@ -297,7 +293,7 @@ def test_of_two_sittings_at_one_file_the_one_that_is_behind_writes_nothing(tmp_p
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
-def test_a_full_disk_leaves_the_file_intact(sitting, monkeypatch):
+def test_full_disk_leaves_the_label_file_intact(sitting, monkeypatch):
     import resource
 
     sitting.label(2)
@@ -317,14 +313,14 @@ def test_a_full_disk_leaves_the_file_intact(sitting, monkeypatch):
     assert sitting.label(1) == [row]
 
 
-def test_a_row_without_a_line_break_is_read(tmp_path):
+def test_append_handles_a_missing_trailing_newline(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"text": "a", "label": "x"}')
     LabelFile(path).append({"text": "c", "label": "y"})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
-def test_a_new_file_of_labels_is_private_and_an_existing_one_keeps_its_mode(tmp_path):
+def test_new_label_file_is_private_and_existing_mode_is_preserved(tmp_path):
     """Its texts may be what users wrote."""
     path = tmp_path / "labels.jsonl"
     before = os.umask(0o022)
@@ -338,7 +334,7 @@ def test_a_new_file_of_labels_is_private_and_an_existing_one_keeps_its_mode(tmp_
         os.umask(before)
 
 
-def test_every_cell_of_a_row_can_be_written_and_read_again(tmp_path):
+def test_label_file_round_trips_every_cell(tmp_path):
     path = tmp_path / "labels.jsonl"
     row = {"text": "\u2028 日本 <b>", "half": "\ud800", "when": date(2026, 1, 2), "label": "x"}
     LabelFile(path).append(row)
@@ -347,7 +343,7 @@ def test_every_cell_of_a_row_can_be_written_and_read_again(tmp_path):
     assert "日本".encode() in path.read_bytes()
 
 
-def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_refused(sitting):
+def test_long_texts_are_truncated_and_oversized_pools_are_rejected(sitting):
     sitting.rows[0]["text"] = "a long text " * 100
     sitting.begin()
     cut = [prompt.dropped for prompt in sitting.pool.prompts]
@@ -357,7 +353,7 @@ def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_r
         sitting.begin(memory_bytes=10_000)
 
 
-def test_texts_that_are_left_out_or_repeated_are_counted(warned):
+def test_empty_and_duplicate_texts_are_counted_in_warnings(warned):
     texts = load_examples([{"text": text} for text in ("a", "b", "a", "", "a")], label=None)
     examples, _ = merged(texts, None)
     assert [item.text for item in examples.items] == ["a", "b"]
@@ -368,7 +364,7 @@ def test_texts_that_are_left_out_or_repeated_are_counted(warned):
 
 
 @pytest.mark.slow
-def test_chats_and_responses_are_labelled_like_texts(tiny, tmp_path):
+def test_chats_and_responses_can_be_labelled(tiny, tmp_path):
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     rows = [{"text": turns, "answer": f"{'X' if n % 2 else 'a'} {n}"} for n in range(24)]
     file = LabelFile(tmp_path / "labels.jsonl")
@@ -384,7 +380,7 @@ def test_chats_and_responses_are_labelled_like_texts(tiny, tmp_path):
     assert read.items[0].messages[0] == Message("system", "s")
 
 
-def test_labels_are_spelt_as_training_spells_them_and_other_names_are_refused():
+def test_label_names_are_normalised_and_invalid_ones_rejected():
     assert task_of(["No", "1.0"]).labels == ("no", "1")
     assert task_of(["a", "b", "c"]).kind == "multiclass"
     assert task_of(["a", "b"], is_multilabel=True).kind == "multilabel"
@@ -393,7 +389,7 @@ def test_labels_are_spelt_as_training_spells_them_and_other_names_are_refused():
             task_of(names)
 
 
-def test_the_command_refuses_at_once(tmp_path, monkeypatch, capsys):
+def test_command_rejects_invalid_options_immediately(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("texts.jsonl").write_text('{"text": "a"}\n')
     for options, message in (

@@ -33,7 +33,7 @@ def drawn(kind):
 
 
 @every_task
-def test_the_solution_is_that_of_a_regression_on_all_features(kind, monkeypatch):
+def test_regression_matches_scikit_learn_on_all_features(kind, monkeypatch):
     monkeypatch.setattr(regression, "relative_weights", torch.ones_like)
     monkeypatch.setattr(regression, "STRENGTHS", (10.0,))
     pooled, labels, folds = drawn(kind)
@@ -58,7 +58,7 @@ def test_the_solution_is_that_of_a_regression_on_all_features(kind, monkeypatch)
 
 
 @every_task
-def test_the_readout_gives_the_logits_of_the_regression(kind):
+def test_readout_reproduces_the_regression_logits(kind):
     pooled, labels, folds = drawn(kind)
     solution = fit_regression(pooled, labels, TASKS[kind], folds)
     # Three tokens whose mean and last one are those of a text.
@@ -70,7 +70,7 @@ def test_the_readout_gives_the_logits_of_the_regression(kind):
 
 
 @every_task
-def test_the_labels_of_a_fold_do_not_affect_its_logits(kind, monkeypatch):
+def test_fold_logits_do_not_depend_on_labels_of_that_fold(kind, monkeypatch):
     """Not by the weights of the views either, which follow the labels."""
     monkeypatch.setattr(regression, "STRENGTHS", (1.0,))
     pooled, labels, folds = drawn(kind)
@@ -88,7 +88,7 @@ def test_the_labels_of_a_fold_do_not_affect_its_logits(kind, monkeypatch):
 
 
 @every_task
-def test_the_strength_has_the_lowest_loss_on_texts_left_out(kind, monkeypatch):
+def test_selected_strength_minimises_the_held_out_loss(kind, monkeypatch):
     pooled, labels, folds = drawn(kind)
     chosen = fit_regression(pooled, labels, TASKS[kind], folds).strength
     assert min(regression.STRENGTHS) < chosen < max(regression.STRENGTHS)
@@ -100,7 +100,7 @@ def test_the_strength_has_the_lowest_loss_on_texts_left_out(kind, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_label_of_all_texts_is_likely():
+def test_label_present_in_all_texts_is_predicted():
     pooled, labels, folds = drawn("multilabel")
     labels[:, 1] = 1
     solution = fit_regression(pooled, labels, TASKS["multilabel"], folds)

@@ -44,7 +44,7 @@ def sitting(tiny, tmp_path, judge):
 
 
 @pytest.mark.slow
-def test_from_a_rule_to_a_probe_whose_card_says_who_labelled(sitting, judge):
+def test_judge_labels_train_a_probe_whose_card_names_annotators(sitting, judge):
     sitting.queue.ask()
     assert len(judge.asked) == FIRST
     assert all("capital X" in body["messages"][0]["content"] for body in judge.asked)
@@ -75,7 +75,7 @@ def test_from_a_rule_to_a_probe_whose_card_says_who_labelled(sitting, judge):
 
 
 @pytest.mark.slow
-def test_the_sample_is_blind_and_labels_count_only_after_it(sitting):
+def test_sample_is_blind_and_judge_labels_count_only_afterwards(sitting):
     sitting.queue.ask()
     for _ in range(3):
         row = sitting.queue.next()
@@ -90,7 +90,7 @@ def test_the_sample_is_blind_and_labels_count_only_after_it(sitting):
 
 
 @pytest.mark.slow
-def test_a_judge_below_the_gate_is_asked_no_more_and_its_disagreements_are_listed(sitting, judge):
+def test_judge_below_the_gate_is_stopped_and_disagreements_are_listed(sitting, judge):
     judge.reply = lambda body: JSONResponse(yes_no(float("a" in displayed_text(body))))
     sitting.queue.ask()
     sitting.check()
@@ -105,7 +105,7 @@ def test_a_judge_below_the_gate_is_asked_no_more_and_its_disagreements_are_liste
     assert sitting.rows_of_judge() == []
 
 
-def test_a_judge_that_always_says_no_is_stopped_at_once(sitting, judge):
+def test_judge_that_always_says_no_is_stopped_immediately(sitting, judge):
     judge.says(0.01)
     sitting.queue.ask()
     assert sitting.state == "stopped"
@@ -113,7 +113,7 @@ def test_a_judge_that_always_says_no_is_stopped_at_once(sitting, judge):
 
 
 @pytest.mark.slow
-def test_an_edit_of_the_criterion_asks_again_and_takes_a_fresh_sample(sitting, judge):
+def test_editing_the_criterion_asks_again_and_draws_a_fresh_sample(sitting, judge):
     sitting.queue.ask()
     earlier = sitting.check()
     assert sitting.rows_of_judge()
@@ -143,7 +143,7 @@ def test_an_edit_of_the_criterion_asks_again_and_takes_a_fresh_sample(sitting, j
     assert len(judge.asked) == asked
 
 
-def test_a_criterion_that_another_program_changed_is_not_written(sitting):
+def test_criterion_changed_by_another_program_is_not_overwritten(sitting):
     sitting.rule.write_text("Mine.")
     with pytest.raises(SidelightError, match=wordings.FILE_CHANGED):
         sitting.queue.change_criterion("Yours.", seen=sitting.criterion.text)
@@ -153,7 +153,7 @@ def test_a_criterion_that_another_program_changed_is_not_written(sitting):
 
 
 @pytest.mark.slow
-def test_a_kill_costs_no_answer(sitting, judge):
+def test_killed_review_loses_no_judge_answers(sitting, judge):
     killed = 0
 
     def reply(body):
@@ -184,7 +184,7 @@ def test_a_kill_costs_no_answer(sitting, judge):
 
 
 @pytest.mark.slow
-def test_texts_without_an_answer_and_doubtful_ones_go_to_the_person(sitting, judge):
+def test_unanswered_and_doubtful_texts_go_to_the_person(sitting, judge):
     prose, wrong = set(), set()
 
     def reply(body):
@@ -217,7 +217,7 @@ def test_texts_without_an_answer_and_doubtful_ones_go_to_the_person(sitting, jud
     assert {n: labels[n] for n in wanted} == {n: sitting.truth[n][0] for n in wanted}
 
 
-def test_a_judge_that_is_down_is_told_once_and_people_label_on(tiny, tmp_path, judge):
+def test_unavailable_judge_raises_an_error_and_manual_labelling_continues(tiny, tmp_path, judge):
     judge.answers(JSONResponse({}, status_code=503))
     sitting = ReviewSitting(tiny, tmp_path, judge, count=COUNT)
     with pytest.raises(SidelightError, match=wordings.JUDGE_SILENT):
@@ -227,7 +227,7 @@ def test_a_judge_that_is_down_is_told_once_and_people_label_on(tiny, tmp_path, j
     assert sitting.label(3)
 
 
-def test_a_label_that_a_person_changed_in_the_file_is_a_persons(tmp_path):
+def test_label_changed_by_a_person_is_attributed_to_people(tmp_path):
     path = tmp_path / "labels.jsonl"
     cell = {"judge": "m 0", "probability": 0.9, "agreement": AGREEMENT}
     rows = [{"text": f"t{n}", "label": label, "labelled": cell} for n, label in enumerate("xxy")]
@@ -245,19 +245,19 @@ def test_a_label_that_a_person_changed_in_the_file_is_a_persons(tmp_path):
 AGREEMENT = {"texts": 100, "positives": 40, "value": 0.9, "low": 0.8, "high": 0.95}
 
 
-def test_cells_of_other_programs_are_no_judges_labels():
+def test_foreign_cells_are_not_parsed_as_judge_labels():
     for cell in (None, "x", 3, {"judge": "m"}, {"judge": "m", "probability": 0.9, "agreement": 1}):
         assert JudgeLabel.of({"labelled": cell}, is_positive=True) is None
 
 
-def test_answers_hold_no_text_and_are_private(sitting, judge):
+def test_judge_answers_file_contains_no_texts_and_is_private(sitting, judge):
     sitting.queue.ask()
     content = sitting.answers.path.read_text()
     assert not any(row["text"] in content for row in sitting.rows)
     assert sitting.answers.path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_criterion_replaces_the_one_that_a_judges_file_names(tmp_path):
+def test_read_judge_requires_a_criterion_from_file_or_argument(tmp_path):
     (tmp_path / "judge.toml").write_text('url = "http://127.0.0.1:1/v1"\nmodel = "m"\n')
     with pytest.raises(SidelightError, match=wordings.JUDGE_WITHOUT_CRITERION):
         read_judge(tmp_path / "judge.toml")
@@ -265,7 +265,7 @@ def test_a_criterion_replaces_the_one_that_a_judges_file_names(tmp_path):
     assert mine.criterion == "Mine."
 
 
-def test_the_judges_of_the_page_are_judges(tmp_path):
+def test_documented_judge_configurations_are_valid(tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "from-a-rule.md").read_text()
     output = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     for text in output:
@@ -274,7 +274,7 @@ def test_the_judges_of_the_page_are_judges(tmp_path):
     assert len(output) == 2
 
 
-def test_the_command_refuses_a_judge_at_once(tmp_path, monkeypatch, capsys):
+def test_command_rejects_invalid_judge_options_immediately(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "rule.md").write_text("A rule.")
@@ -298,9 +298,7 @@ def test_the_command_refuses_a_judge_at_once(tmp_path, monkeypatch, capsys):
     assert "Rename the column" in capsys.readouterr().err
 
 
-def test_the_command_asks_the_judge_and_says_what_it_costs(
-    tiny, tmp_path, monkeypatch, capsys, judge
-):
+def test_command_asks_the_judge_and_prints_the_cost(tiny, tmp_path, monkeypatch, capsys, judge):
     """As a user starts it: no text and no key is in what it prints."""
     rows, _ = texts_of("binary", 150)
     monkeypatch.chdir(tmp_path)

@@ -66,7 +66,7 @@ def file(tmp_path_factory):
     return write_gguf(tiny.model, path, "llama", tiny.tokenizer)
 
 
-def test_a_name_is_a_gguf_file_by_its_end_or_by_ollama():
+def test_is_gguf_recognises_gguf_file_and_ollama_names():
     assert all(map(is_gguf, ("a/b.gguf", "B.GGUF", "ollama:llama3.2", EMBEDDED_GGUF)))
     assert not any(map(is_gguf, ("smollm2", "folder", "owner/model-GGUF", "gguf")))
 
@@ -82,11 +82,11 @@ def test_a_name_is_a_gguf_file_by_its_end_or_by_ollama():
         ("owner/model-1.5", "owner/model-1.5"),
     ],
 )
-def test_clients_name_a_model_as_its_file_or_as_ollama_does(model, name):
+def test_served_name_is_the_file_stem_or_ollama_name(model, name):
     assert served_name(model) == name
 
 
-def test_a_server_has_the_configured_name(tmp_path):
+def test_server_uses_the_configured_model_name(tmp_path):
     model = saved(tiny_backbone(CONFIGS["llama"]), tmp_path / "model")
     runtime = Runtime(model=model, dtype="auto", device="auto", served_model_name="assistant")
     with in_process(runtime.load_engine([])) as http:
@@ -107,12 +107,12 @@ def test_a_server_has_the_configured_name(tmp_path):
         ("hf.co/owner/model/Q4_K_M", "hf.co/owner/model:Q4_K_M"),
     ],
 )
-def test_a_model_of_ollama_is_found_by_the_name_that_ollama_shows(ollama, place, name):
+def test_ollama_models_are_found_by_their_displayed_name(ollama, place, name):
     ollama(place, TEMPLATE, MODEL)
     assert find_gguf(f"ollama:{name}").read_text() == MODEL
 
 
-def test_a_model_that_ollama_has_not_is_refused_with_those_that_it_has(ollama, tmp_path):
+def test_unknown_ollama_model_error_lists_available_models(ollama, tmp_path):
     with pytest.raises(
         SidelightError, match=wordings.NO_OLLAMA_MODEL.format(name="qwen3:latest", folder=tmp_path)
     ):
@@ -124,13 +124,13 @@ def test_a_model_that_ollama_has_not_is_refused_with_those_that_it_has(ollama, t
 
 
 @pytest.mark.parametrize("kinds", [(MODEL, ADAPTER), (MODEL, MODEL), (TEMPLATE,)])
-def test_a_model_of_ollama_that_is_not_one_file_of_weights_is_refused(ollama, kinds):
+def test_ollama_models_without_exactly_one_weights_file_are_rejected(ollama, kinds):
     ollama(f"{LIBRARY}/mine/latest", *kinds)
     with pytest.raises(SidelightError, match=wordings.OLLAMA_WEIGHTS):
         find_gguf("ollama:mine")
 
 
-def test_a_damaged_folder_of_ollama_is_refused_in_one_line(ollama, tmp_path):
+def test_damaged_ollama_folder_is_rejected(ollama, tmp_path):
     manifest = ollama(f"{LIBRARY}/mine/latest", MODEL)
     for path in (tmp_path / "blobs").iterdir():
         path.unlink()
@@ -148,7 +148,7 @@ def test_a_damaged_folder_of_ollama_is_refused_in_one_line(ollama, tmp_path):
             find_gguf("ollama:mine")
 
 
-def test_the_embedded_models_file_has_a_name():
+def test_embedded_gguf_name_resolves_to_the_packaged_file():
     assert find_gguf(EMBEDDED_GGUF) == packaged_gguf()
     assert Runtime(model=None, dtype="auto", device="auto", engine="llama").model_of([]) == (
         EMBEDDED_GGUF
@@ -206,7 +206,7 @@ def test_the_embedded_models_file_has_a_name():
         ("--model absent.gguf", "There is no file 'absent.gguf'"),
     ],
 )
-def test_what_does_not_fit_a_gguf_file_is_refused_by_each_command(file, options, refusal, capsys):
+def test_commands_reject_incompatible_model_and_engine_options(file, options, refusal, capsys):
     arguments = shlex.split(options.format(file=file))
     for command in (
         ("train", "--data", "x.jsonl", "--out", "x"),
@@ -219,19 +219,19 @@ def test_what_does_not_fit_a_gguf_file_is_refused_by_each_command(file, options,
 
 
 @pytest.mark.parametrize("command", ["train --data x.jsonl --out x", "serve"])
-def test_vllm_refuses_a_gguf_file(file, command, capsys):
+def test_vllm_rejects_gguf_files(file, command, capsys):
     assert cli(*command.split(), "--model", str(file), "--engine", "vllm") == 2
     assert "runs only in llama, not in vllm" in capsys.readouterr().err
 
 
-def test_the_options_of_llama_cpp_are_those_of_its_page():
+def test_gguf_page_documents_every_llama_option():
     page = (Path(__file__).parents[3] / "docs" / "gguf.md").read_text()
     table = page.partition("| option | default | meaning |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*LlamaOptions.model_fields]
 
 
 @pytest.mark.parametrize("option", ["texts=3", "tokens=100"])
-def test_a_command_that_reads_a_text_at_a_time_refuses_the_sizes_of_a_server(file, option, capsys):
+def test_single_text_commands_reject_server_size_options(file, option, capsys):
     arguments = ("--model", str(file), "--engine-option", option)
     for command in (
         ("train", "--data", "x.jsonl", "--out", "x"),
@@ -248,7 +248,7 @@ def test_a_command_that_reads_a_text_at_a_time_refuses_the_sizes_of_a_server(fil
 
 
 @needs_llama
-def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_them_otherwise(file):
+def test_engine_options_set_concurrent_texts_and_context_length(file):
     def engine(**options):
         options = {"model": str(file), "dtype": "auto", "device": "auto", "engine_option": options}
         return Runtime(**options, engine="auto", serves=True).load_engine([])
@@ -296,7 +296,7 @@ def test_a_server_holds_as_many_and_as_long_texts_as_its_options_say_and_names_t
                 assert "--engine-option tokens=N" in answer.text
 
 
-def test_the_file_of_a_servers_configuration_has_options_of_the_engine(file, tmp_path, capsys):
+def test_server_config_file_validates_engine_options(file, tmp_path, capsys):
     path = tmp_path / "server.toml"
     path.write_text(f'model = "{file}"\nengine_option = {{ threads = 1, texts = 0 }}\n')
     assert cli("serve", "--config", str(path)) == 2
@@ -305,9 +305,7 @@ def test_the_file_of_a_servers_configuration_has_options_of_the_engine(file, tmp
 
 @needs_llama
 @pytest.mark.parametrize("is_gguf", [True, False], ids=["gguf", "transformers"])
-def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
-    is_gguf, tmp_path, capsys, caplog
-):
+def test_missing_chat_template_warns_unless_raw_is_chosen(is_gguf, tmp_path, capsys, caplog):
     tiny = tiny_backbone(CONFIGS["llama"])
     tiny.tokenizer.chat_template = None
     absent = {"tokenizer.chat_template": None}
@@ -330,7 +328,7 @@ def test_a_model_without_a_chat_template_is_warned_of_unless_raw_was_chosen(
     assert [f"Warning: {record.message}\n" for record in caplog.records] == [warned]
 
 
-def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
+def test_gguf_files_are_rejected_where_transformers_is_required(file):
     with pytest.raises(
         SidelightError, match=wordings.RUNS_ONLY_IN.format(engine="llama", another="transformers")
     ):
@@ -338,14 +336,14 @@ def test_what_needs_weights_in_transformers_takes_no_gguf_file(file):
 
 
 @pytest.mark.parametrize("name", ["a/b.gguf", "ollama:llama3.2"])
-def test_python_finds_the_engine_by_the_name_of_the_model(name):
+def test_python_api_selects_the_engine_by_model_name(name):
     with pytest.raises(SidelightError, match=wordings.INSTALL_ENGINE.format(engine="llama")):
         sidelight.load_backbone(name)
     with pytest.raises(SidelightError, match=wordings.NO_GGUF):
         sidelight.train(name, ROWS)
 
 
-def test_the_file_of_a_servers_configuration_names_engine_model_and_tokenizer(tmp_path):
+def test_server_config_file_sets_engine_model_and_tokenizer(tmp_path):
     path = tmp_path / "server.toml"
     path.write_text('engine = "llama"\nmodel = "ollama:llama3.2"\ntokenizer = "owner/model"\n')
     config = read_config(config=path)
@@ -375,9 +373,7 @@ def probe(file, data, tmp_path_factory):
 
 @needs_llama
 @pytest.mark.slow
-def test_a_probe_of_a_gguf_file_classifies_and_is_served_by_the_files_name(
-    file, probe, data, capsys
-):
+def test_gguf_probe_classifies_and_is_served_under_file_name(file, probe, data, capsys):
     card = read_card(probe)
     assert card.backbone.name == str(file)
     assert card.training.engine.startswith("llama.cpp")
@@ -406,7 +402,7 @@ def test_a_probe_of_a_gguf_file_classifies_and_is_served_by_the_files_name(
 
 @needs_llama
 @pytest.mark.slow
-def test_parity_and_servers_take_a_copy_of_the_file_by_the_digest_that_its_refusal_names(
+def test_accepted_digest_allows_evaluation_on_a_modified_gguf_copy(
     file, probe, data, tmp_path, monkeypatch, capsys
 ):
     copy = tiny_backbone(CONFIGS["llama"])

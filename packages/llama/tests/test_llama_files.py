@@ -62,7 +62,7 @@ def header(path, architecture, **entries):
     return path
 
 
-def test_an_incomplete_gguf_file_is_refused(tiny, tmp_path):
+def test_incomplete_or_corrupt_gguf_files_are_rejected(tiny, tmp_path):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     content = path.read_bytes()
     for size in (0, 3, 20, 400, 20_000, len(content) - 5):
@@ -94,14 +94,12 @@ def test_an_incomplete_gguf_file_is_refused(tiny, tmp_path):
         ("llama", SIZES, "contains a vocabulary but no weights"),
     ],
 )
-def test_a_model_whose_states_cannot_be_read_is_refused_by_name(
-    tmp_path, architecture, entries, why
-):
+def test_unsupported_models_are_rejected_with_a_reason(tmp_path, architecture, entries, why):
     assert why in refusal(header(tmp_path / "model.gguf", architecture, **entries))
 
 
 @needs_llama
-def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
+def test_llama_cpp_crash_does_not_terminate_the_calling_process(tmp_path):
     tiny = tiny_backbone(CONFIGS["qwen2"])
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "qwen2", tiny.tokenizer)
     with pytest.raises(SidelightError) as refused:
@@ -126,7 +124,7 @@ def test_a_file_that_ends_llama_cpp_ends_no_other_process(tmp_path):
         ("version", "xllamacpp 2026.1.9000 is installed, but Sidelight needs exactly"),
     ],
 )
-def test_a_server_of_a_file_that_cannot_be_read_says_so_in_one_line(
+def test_serving_an_unreadable_file_prints_a_one_line_error(
     tiny, tmp_path, monkeypatch, capsys, damage, why
 ):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
@@ -150,7 +148,7 @@ def test_a_server_of_a_file_that_cannot_be_read_says_so_in_one_line(
 
 
 @needs_llama
-def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
+def test_trial_result_of_a_file_is_cached(tiny, tmp_path, monkeypatch):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     sample = try_once(path, "llama", "this file")
     monkeypatch.setattr(sys, "executable", "/absent")
@@ -165,14 +163,14 @@ def test_a_file_is_tried_once(tiny, tmp_path, monkeypatch):
 
 
 @needs_llama
-def test_a_trial_runs_no_code_from_the_working_directory(tiny, tmp_path, trap):
+def test_trial_runs_no_code_from_the_working_directory(tiny, tmp_path, trap):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     assert try_once(path, "llama", "this file")
     assert not trap.exists()
 
 
 @needs_llama
-def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkeypatch):
+def test_weights_larger_than_free_memory_are_rejected_before_the_trial(tmp_path, monkeypatch):
     path = tmp_path / "large.gguf"
     path.write_bytes(b"12")
     monkeypatch.setattr(trial, "free_memory", lambda: 1)
@@ -185,7 +183,7 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_tried(tmp_path, monkey
     "damaged",
     ['{"sample": 3}', '{"sample": []}', '{"sample": ["a"]}', "{}", "[1]", "null", '{"sample": [1'],
 )
-def test_a_cached_trial_of_another_shape_is_ignored(tmp_path, monkeypatch, damaged):
+def test_malformed_cached_trials_are_ignored(tmp_path, monkeypatch, damaged):
     (cache_root() / "gguf").mkdir(parents=True)
     cached = cache_root() / "gguf" / f"{hash_of(PINNED, 'this file')}.json"
     monkeypatch.setattr(sys, "executable", "/absent")
@@ -197,7 +195,7 @@ def test_a_cached_trial_of_another_shape_is_ignored(tmp_path, monkeypatch, damag
 
 
 @needs_llama
-def test_a_file_is_tried_again_if_its_vocabulary_has_changed(tiny, tmp_path, monkeypatch):
+def test_changed_vocabulary_invalidates_the_cached_trial(tiny, tmp_path, monkeypatch):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     LlamaBackbone(path)
     monkeypatch.setattr(sys, "executable", "/absent")
@@ -207,7 +205,7 @@ def test_a_file_is_tried_again_if_its_vocabulary_has_changed(tiny, tmp_path, mon
         LlamaBackbone(path)
 
 
-def test_a_folder_of_a_file_runs_no_code_even_with_consent(tiny, tmp_path, monkeypatch):
+def test_code_beside_a_gguf_file_never_runs_even_with_consent(tiny, tmp_path, monkeypatch):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     (tmp_path / "tokenizer_config.json").write_text(
         '{"auto_map": {"AutoTokenizer": ["a.T", "a.T"]}}'
@@ -221,7 +219,7 @@ def test_a_folder_of_a_file_runs_no_code_even_with_consent(tiny, tmp_path, monke
 
 
 @needs_llama
-def test_a_files_tokenizer_is_cached_and_rebuilt_if_damaged_or_of_another_version(
+def test_cached_tokenizer_is_reused_and_rebuilt_when_damaged_or_outdated(
     tiny, tmp_path, monkeypatch
 ):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
@@ -243,7 +241,7 @@ def test_a_files_tokenizer_is_cached_and_rebuilt_if_damaged_or_of_another_versio
 
 
 @needs_llama
-def test_a_cached_tokenizer_writes_no_file_elsewhere(tiny, tmp_path):
+def test_cached_tokenizer_cannot_write_files_outside_its_folder(tiny, tmp_path):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     built = LlamaBackbone(path)
     (cached,) = (cache_root() / "gguf").glob("*.tokenizer.json")
@@ -261,9 +259,7 @@ def test_a_cached_tokenizer_writes_no_file_elsewhere(tiny, tmp_path):
 
 @needs_llama
 @pytest.mark.parametrize("why", ["Not a directory", "File too large"])
-def test_a_cache_that_cannot_be_written_ends_nothing_and_is_warned_of(
-    tiny, tmp_path, monkeypatch, caplog, why
-):
+def test_unwritable_cache_warns_without_failing(tiny, tmp_path, monkeypatch, caplog, why):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     built = LlamaBackbone(path)
     assert not caplog.messages
@@ -291,7 +287,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing_and_is_warned_of(
 
 
 @needs_llama
-def test_weights_that_llama_cpp_does_not_find_are_named(tiny, tmp_path):
+def test_missing_weights_are_named_in_the_error(tiny, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(tiny.model, path, "llama", tiny.tokenizer, **{"llama.block_count": 4})
     assert "cannot load" in (message := refusal(path))
@@ -299,7 +295,7 @@ def test_weights_that_llama_cpp_does_not_find_are_named(tiny, tmp_path):
 
 
 @needs_llama
-def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+def test_tokenizer_of_another_model_is_rejected(tiny, tmp_path):
     path = write_gguf(tiny.model, tmp_path / "tiny.gguf", "llama", tiny.tokenizer)
     tiny.tokenizer.save_pretrained(tmp_path / "own")
     backbone = LlamaBackbone(path, tokenizer=str(tmp_path / "own"))
@@ -313,7 +309,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
 
 
 @needs_llama
-def test_a_file_without_a_tokenizer_that_transformers_reads_asks_for_one(tiny, tmp_path):
+def test_unreadable_tokenizer_error_suggests_the_tokenizer_option(tiny, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(tiny.model, path, "llama", tiny.tokenizer, **{"tokenizer.ggml.model": "rwkv"})
     assert "--tokenizer" in refusal(path)
@@ -327,9 +323,7 @@ def install(folder, monkeypatch, version):
     monkeypatch.syspath_prepend(folder)
 
 
-def test_a_broken_installation_of_llama_cpp_loads_no_library_of_the_working_directory(
-    tmp_path, monkeypatch
-):
+def test_broken_llama_cpp_install_loads_no_library_from_working_directory(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, PINNED)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     downloads = tmp_path / "downloads"
@@ -341,7 +335,7 @@ def test_a_broken_installation_of_llama_cpp_loads_no_library_of_the_working_dire
 
 
 @pytest.mark.parametrize("installed", ["2026.1.9000", None])
-def test_another_version_of_llama_cpp_is_refused_by_name(tmp_path, monkeypatch, installed):
+def test_missing_or_different_llama_cpp_version_is_rejected(tmp_path, monkeypatch, installed):
     if installed is None:
         monkeypatch.setattr(sys, "path", [])
     else:
@@ -354,7 +348,7 @@ def test_another_version_of_llama_cpp_is_refused_by_name(tmp_path, monkeypatch, 
 
 
 @needs_llama
-def test_a_structure_that_another_build_lays_out_differently_is_refused(monkeypatch):
+def test_incompatible_llama_cpp_struct_layout_is_rejected(monkeypatch):
     defaults = library._DEFAULTS["llama_context_default_params"]
     monkeypatch.setitem(defaults, "n_batch", 4096)
     with pytest.raises(

@@ -26,7 +26,7 @@ def address():
     del server
 
 
-def test_a_chat_with_llama_cpp_gives_a_probability(address):
+def test_llama_cpp_server_answers_judge_questions_with_a_probability(address):
     settings = JudgeSettings(
         url=f"{address}/v1", model=EMBEDDED_NAME, criterion="The text asks for a recipe.", retries=0
     )

@@ -39,7 +39,7 @@ def require_close(mine, theirs, *, rounding):
         )
 
 
-def test_states_of_every_layer_are_those_of_transformers(model):
+def test_states_of_every_layer_match_transformers(model):
     fingerprint = model.backbone.fingerprint
     rounding = TABLE if "gemma3" in fingerprint.name else ROUNDING
     for length in (1, 100):
@@ -48,7 +48,7 @@ def test_states_of_every_layer_are_those_of_transformers(model):
         require_close(mine, states(model.reference, prompt(length)), rounding=rounding)
 
 
-def test_a_prompt_of_several_passes_is_read_like_a_short_one(model):
+def test_prompts_split_over_passes_have_the_same_states(model):
     text = prompt(BATCH_TOKENS + 44)
     full = states(model.backbone, text)
     short = prompt(BATCH_TOKENS, start=text.token_ids[:BATCH_TOKENS])
@@ -57,7 +57,7 @@ def test_a_prompt_of_several_passes_is_read_like_a_short_one(model):
     require_close(full, states(model.reference, text), rounding=rounding)
 
 
-def test_a_shared_prefix_is_read_once_and_changes_no_state(model):
+def test_reusing_a_shared_prefix_does_not_change_states(model):
     prefix = prompt(40).token_ids
     for text in (prompt(60, start=prefix), prompt(50, start=prefix), prompt(60)):
         require_close(
@@ -67,7 +67,7 @@ def test_a_shared_prefix_is_read_once_and_changes_no_state(model):
         )
 
 
-def test_what_is_written_over_a_loaded_file_changes_no_state(model):
+def test_overwriting_a_loaded_file_does_not_change_states(model):
     path, text = model.backbone.path, prompt(10)
     before, content = states(model.backbone, text), path.read_bytes()
     path.write_bytes(bytes(len(content)))
@@ -76,7 +76,7 @@ def test_what_is_written_over_a_loaded_file_changes_no_state(model):
     assert np.array_equal(after, before)
 
 
-def test_a_token_that_the_model_lacks_is_refused(model):
+def test_unknown_token_is_rejected_and_the_backbone_stays_usable(model):
     with pytest.raises(SidelightError, match=wordings.UNKNOWN_TOKEN.format(token=300, limit=300)):
         model.backbone.run([EncodedPrompt((5, 300), (TokenRole.PROMPT,) * 2)])
     # It goes on.
@@ -84,7 +84,7 @@ def test_a_token_that_the_model_lacks_is_refused(model):
 
 
 @pytest.mark.parametrize("model", ["qwen2"], indirect=True)
-def test_ctrl_c_in_a_pass_stops_after_it(model, monkeypatch):
+def test_ctrl_c_interrupts_a_pass_without_corrupting_the_backbone(model, monkeypatch):
     before, library = states(model.backbone, prompt(20)), model.backbone.model.library
     name_of, asked = library.ggml_get_name, []
 
@@ -101,7 +101,7 @@ def test_ctrl_c_in_a_pass_stops_after_it(model, monkeypatch):
     assert np.array_equal(states(model.backbone, prompt(20)), before)
 
 
-def test_texts_are_cut_as_llama_cpp_does(model):
+def test_control_tokens_in_content_are_encoded_as_text(model):
     encoder = model.backbone.encoder
     encoded = encoder.encode([Message("user", "Hi <|end|> you")])
     assert encoder.tokenizer.decode(encoded.token_ids) == (

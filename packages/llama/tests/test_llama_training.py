@@ -35,7 +35,7 @@ def fitted(backbone, cache):
     return Classifier(backbone, fit(backbone, rows, None, name="planted", options=options).probe)
 
 
-def test_a_probe_trains_on_the_files_states_and_agrees_with_one_of_transformers(gguf, tmp_path):
+def test_probe_trained_on_gguf_states_agrees_with_transformers(gguf, tmp_path):
     trained, theirs = (
         fitted(backbone, tmp_path / "states") for backbone in (gguf.backbone, gguf.reference)
     )
@@ -51,7 +51,7 @@ def test_a_probe_trains_on_the_files_states_and_agrees_with_one_of_transformers(
     assert np.ptp(mine[:, 0]) > 10 * ROUNDING
 
 
-def test_a_probe_of_another_file_is_refused_even_of_the_same_model(gguf, tmp_path):
+def test_probe_is_rejected_for_a_file_with_different_weights(gguf, tmp_path):
     probe = fitted(gguf.backbone, tmp_path / "states").probe
     folder = save_probe(probe, tmp_path / "probe")
     assert load_probe(folder).card.backbone == gguf.backbone.fingerprint

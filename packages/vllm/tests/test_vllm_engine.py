@@ -192,7 +192,7 @@ async def writing(engine, llm, begun=None):
             del states[text]
 
 
-def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
+def test_worker_that_rejects_new_probes_leaves_the_old_ones_active(tiny):
     async def change(engine, llm, new):
         llm.refuses = "sidelight_check"
         with pytest.raises(SidelightError, match=REFUSAL):
@@ -202,7 +202,7 @@ def test_a_worker_that_refuses_leaves_the_old_probes_to_all(tiny):
     assert replacing(tiny, change) == OLD
 
 
-def test_a_copy_of_the_model_that_is_accepted_takes_its_new_probes_too(tiny, monkeypatch):
+def test_accepted_model_copy_also_accepts_new_probes(tiny, monkeypatch):
     original = replace(tiny.fingerprint, weights="0" * 16)
 
     async def change(engine, llm, new):
@@ -218,7 +218,7 @@ def test_a_copy_of_the_model_that_is_accepted_takes_its_new_probes_too(tiny, mon
     assert replacing(tiny, change) == NEW
 
 
-def test_workers_that_may_differ_serve_nothing_any_more(tiny):
+def test_inconsistent_workers_make_the_engine_unavailable(tiny):
     """One fails although it has checked the probes."""
 
     async def change(engine, llm, new):
@@ -232,7 +232,7 @@ def test_workers_that_may_differ_serve_nothing_any_more(tiny):
     assert (probes, is_ready) == (["old"], False)
 
 
-def test_a_change_completes_although_its_caller_gives_up(tiny):
+def test_cancellation_stops_a_waiting_replacement_but_not_a_started_one(tiny):
     async def change(engine, llm, new):
         llm.may_pause.clear()
         changing = asyncio.create_task(engine.replace_probes([new]))
@@ -256,7 +256,7 @@ def test_a_change_completes_although_its_caller_gives_up(tiny):
     assert replacing(tiny, change_and_cancel) == OLD
 
 
-def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(tiny):
+def test_replacement_waits_for_open_requests_and_newcomers_wait_for_it(tiny):
     """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
@@ -280,7 +280,7 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
     assert replacing(tiny, change) == NEW
 
 
-def test_a_request_of_our_routes_keeps_its_probes_from_its_context_to_its_answer(tiny):
+def test_request_uses_the_same_probes_until_it_is_answered(tiny):
     async def change(engine, llm, new):
         app = create_app(engine, ServerConfig())
         state = {"observer": app.state.context.observer, "caller": Caller()}
@@ -298,7 +298,7 @@ def test_a_request_of_our_routes_keeps_its_probes_from_its_context_to_its_answer
     assert replacing(tiny, change) == NEW
 
 
-def test_requests_that_follow_each_other_closely_cannot_keep_a_change_out(tiny):
+def test_overlapping_requests_cannot_starve_a_replacement(tiny):
     """Each comes before the one before it has left, so that some is always inside."""
     seen = []
 
@@ -324,7 +324,7 @@ def test_requests_that_follow_each_other_closely_cannot_keep_a_change_out(tiny):
     assert {*seen} == {"new"}
 
 
-def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_knows(tiny):
+def test_interrupted_replacement_makes_the_engine_unavailable(tiny):
     async def change(engine, llm, new):
         llm.may_pause.clear()
         changing = asyncio.create_task(engine.replace_probes([new]))
@@ -340,7 +340,7 @@ def test_a_change_that_is_stopped_in_the_middle_leaves_no_probes_that_anybody_kn
     assert not replacing(tiny, change)[2]
 
 
-def test_a_missing_verdict_is_an_error(tiny):
+def test_missing_verdict_raises_an_error(tiny):
     async def ask(engine, llm, _new):
         for report in (None, {}, {KEY: {"error": "different tokens"}}):
             llm.report = report
@@ -353,7 +353,7 @@ def test_a_missing_verdict_is_an_error(tiny):
     replacing(tiny, ask)
 
 
-def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(tiny, monkeypatch):
+def test_slow_client_neither_blocks_replacement_nor_gets_foreign_verdicts(tiny, monkeypatch):
     monkeypatch.setattr("sidelight_vllm.lock._SLOW_AFTER_S", 0.05)
 
     async def change(engine, llm, new):
@@ -369,7 +369,7 @@ def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict
     assert replacing(tiny, change) == NEW
 
 
-def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(tiny, monkeypatch):
+def test_long_responses_and_multiple_api_servers_prevent_probe_replacement(tiny, monkeypatch):
     monkeypatch.setattr("sidelight_vllm.lock._PATIENCE_S", 0.05)
 
     async def change(engine, llm, new):
@@ -406,7 +406,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_an_engine_whose_parent_is_killed_ends(tmp_path):
+def test_engine_exits_when_its_parent_is_killed(tmp_path):
     script = tmp_path / "starter.py"
     script.write_text(STARTER)
     starter = subprocess.Popen(
@@ -425,7 +425,7 @@ def test_an_engine_whose_parent_is_killed_ends(tmp_path):
     starter.wait()
 
 
-def test_an_option_that_is_not_the_users_is_refused_with_the_remedy():
+def test_reserved_and_unknown_engine_options_are_rejected_with_a_remedy():
     fields = dict.fromkeys([*SET_HERE, "max_num_seqs"])
     arguments = SimpleNamespace(__dataclass_fields__=fields)
     require_options({"max_num_seqs": 8}, arguments)
@@ -435,13 +435,13 @@ def test_an_option_that_is_not_the_users_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize("name", ["serve", "train", "predict", "parity"])
-def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(name):
+def test_suggested_alternative_options_exist_on_every_vllm_command(name):
     command = app.get_command(click.Context(app), name)
     known = {word for parameter in command.params for word in parameter.opts}
     assert {"--engine-option", *re.findall(r"--[a-z-]+", " ".join(SET_HERE.values()))} <= known
 
 
-def test_a_list_takes_all_its_places_at_once_or_none(tiny):
+def test_batch_is_admitted_to_the_queue_completely_or_rejected(tiny):
     async def ask(engine, llm, _new):
         async def until(waiting):
             while engine.load.waiting != waiting:
@@ -477,7 +477,7 @@ def options_of(**settings):
     return ServerConfig(engine="vllm", **settings)
 
 
-def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
+def test_every_server_option_maps_to_vllm_or_has_a_remedy():
     """A new option of the server has to be looked at."""
     in_the_process = {
         *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
@@ -493,7 +493,7 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     assert ServerConfig.model_fields.keys() == known
 
 
-def test_vllms_server_takes_options_from_the_environment(monkeypatch, tmp_path):
+def test_vllm_server_reads_options_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SIDELIGHT_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
     monkeypatch.setenv("SIDELIGHT_TRACE_EVENTS", "1")
     config = server_config()
@@ -503,7 +503,7 @@ def test_vllms_server_takes_options_from_the_environment(monkeypatch, tmp_path):
     assert not server_config().trace_events
 
 
-def test_what_has_no_place_in_vllms_server_or_would_be_left_open_is_refused(monkeypatch):
+def test_unsupported_and_insecure_vllm_server_options_are_rejected(monkeypatch):
     switches = ("json_logs", "playground")
     for message, settings in (
         *(
@@ -552,7 +552,7 @@ def unknown_vllm(monkeypatch):
     return vllm, EntryPoint("sidelight", place, "vllm.general_plugins").load()
 
 
-def test_vllm_without_probes_starts_whatever_its_version(unknown_vllm, caplog):
+def test_vllm_of_any_version_starts_without_probes(unknown_vllm, caplog):
     vllm, install = unknown_vllm
     # vLLM may call a plugin more than once.
     install()
@@ -567,7 +567,7 @@ def test_vllm_without_probes_starts_whatever_its_version(unknown_vllm, caplog):
 
 
 @pytest.mark.parametrize("name", [ENVIRONMENT, POLICY, None])
-def test_an_unknown_vllm_is_refused_where_probes_are_named(unknown_vllm, name):
+def test_unknown_vllm_version_is_rejected_when_probes_are_named(unknown_vllm, name):
     vllm, install = unknown_vllm
     if name is None:
         install()
@@ -584,7 +584,7 @@ def test_an_unknown_vllm_is_refused_where_probes_are_named(unknown_vllm, name):
         install()
 
 
-def test_options_become_arguments_of_vllm_and_secrets_do_not():
+def test_options_become_vllm_arguments_without_secrets():
     options = {
         "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 4,
         "lora_modules": ["a=b", {"name": "c"}], "allowed_origins": ["*"],

@@ -160,7 +160,7 @@ def shares_of(plan, projections):
     ("is_plain", "is_pipelined", "chunk"),
     [(False, False, 3), (True, False, 9), (False, True, 17), (True, True, 3)],
 )
-def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
+def test_response_is_classified_as_generated_and_again_after_preemption(
     backbone, probes, is_plain, is_pipelined, chunk
 ):
     """On plain text, probes of chats alone fail."""
@@ -191,7 +191,7 @@ def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
     require_equal(response_probes, played.verdicts("r"), backbone, followed(prompt, ids[9:]))
 
 
-def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
+def test_unread_projections_yield_failed_verdicts(backbone, probes):
     """Of a layer that is not tapped, and of slots that were forgotten."""
     played, names = Played(probes), sorted(probe.name for probe in probes)
     prompt = prompt_of(range(10, 18))
@@ -238,9 +238,7 @@ def require_product(staging, projection, hidden, residual):
 
 @pytest.mark.parametrize("has_flags", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_staging_buffer_has_the_error_of_float32_and_takes_other_weights_in_place(
-    dtype, has_flags
-):
+def test_staging_buffer_has_float32_error_and_loads_weights_in_place(dtype, has_flags):
     """What a captured CUDA graph asks for, as far as it can be said without a GPU."""
     torch.manual_seed(0)
     for tokens, width in ((1, 5), (33, 1), (130, 130)):
@@ -296,7 +294,7 @@ class _Captured(_Steps):
 
 
 @pytest.mark.parametrize("has_flags", [False, True])
-def test_what_a_graph_captures_stays_on_its_device(has_flags):
+def test_captured_operations_stay_on_the_device(has_flags):
     """Neither a copy from the CPU nor a wait for a number may be captured."""
     staging = StagingBuffer.empty(projection_of(3, has_flags=has_flags).to("meta"), tokens=6)
     store = SlotStore(staging, blocks=2, block_size=4)
@@ -356,7 +354,7 @@ def pass_of(worker, backbone, plans=(PLAN,), *, start=0):
     return worker.classify(plans).result()
 
 
-def test_a_worker_keeps_its_staging_buffer_when_the_cache_comes(backbone, folders):
+def test_worker_keeps_its_staging_buffer_when_the_cache_is_allocated(backbone, folders):
     """Graphs may have been captured before that: what passes through a tap lands in its pages."""
     worker = worker_of(backbone, folders["old"])
     served = Served((folders["old"],), backbone.fingerprint)
@@ -371,7 +369,7 @@ def test_a_worker_keeps_its_staging_buffer_when_the_cache_comes(backbone, folder
     require_equal([probe], worker.classify([PLAN]).result().by_request["r"], backbone, PROMPT)
 
 
-def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
+def test_step_does_not_synchronise_with_the_device(backbone, worker):
     hidden = states_of(backbone, range(10, 14))
     with _Steps():
         for layer, states in enumerate(hidden):
@@ -381,7 +379,7 @@ def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
     assert len(work.result().by_request["r"].verdicts) == 2
 
 
-def test_a_pass_whose_projections_were_not_stored_ends_all_verdicts(backbone, worker):
+def test_pass_without_stored_projections_fails_all_verdicts(backbone, worker):
     """Slots would hold what was there before, and a verdict would be another text's."""
     assert pass_of(worker, backbone).by_request["r"].failed == ()
     # A pass that has nothing to read, and another after it.
@@ -389,9 +387,7 @@ def test_a_pass_whose_projections_were_not_stored_ends_all_verdicts(backbone, wo
     assert {*pass_of(worker, backbone).by_request["r"].failed} == {"old", "both"}
 
 
-def test_a_request_whose_classification_failed_never_has_a_verdict_again(
-    backbone, worker, monkeypatch
-):
+def test_failed_request_has_no_verdict_until_it_is_forgotten(backbone, worker, monkeypatch):
     later = replace(PLAN, start=3, token_roles=bytes([TokenRole.RESPONSE]), ends_prompt=False)
     with monkeypatch.context() as patch:
         # Too few arguments, so that it raises.
@@ -404,9 +400,7 @@ def test_a_request_whose_classification_failed_never_has_a_verdict_again(
 
 
 @pytest.mark.parametrize("names", [("old", "new"), ("old", "wide"), ("wide", "normalised")])
-def test_other_probes_classify_from_the_same_memory_and_from_no_old_projection(
-    backbone, folders, names
-):
+def test_new_probes_reuse_memory_but_no_old_projections(backbone, folders, names):
     first, then = (folders[name] for name in names)
     worker = started(backbone, first, projections=64)
     staging, rows = worker._staging, worker._store.rows
@@ -424,7 +418,7 @@ def test_other_probes_classify_from_the_same_memory_and_from_no_old_projection(
     assert worker._store.rows is rows
 
 
-def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders):
+def test_incompatible_probes_are_rejected_and_the_old_ones_stay(backbone, folders):
     worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
     for name, why in (("wide", "projections per layer"), ("normalised", "different normalisation")):
@@ -437,7 +431,7 @@ def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders)
         assert not pass_of(roomy, backbone).by_request["r"].failed
 
 
-def test_what_was_not_checked_is_not_loaded(backbone, folders):
+def test_unchecked_probes_are_not_loaded(backbone, folders):
     worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
     with pytest.raises(SidelightError, match=wordings.NOT_CHECKED):
@@ -445,7 +439,7 @@ def test_what_was_not_checked_is_not_loaded(backbone, folders):
     assert pass_of(worker, backbone).by_request == wanted.by_request
 
 
-def test_a_pipeline_stage_sends_the_projections_of_its_new_probes(backbone, folders):
+def test_pipeline_stage_sends_projections_of_its_new_probes(backbone, folders):
     full, first = started(backbone, folders["wide"]), started(backbone, folders["wide"])
     last = started(backbone, folders["wide"], start=2)
     for worker in (full, last):
@@ -462,7 +456,7 @@ def test_a_pipeline_stage_sends_the_projections_of_its_new_probes(backbone, fold
     assert mixed.probes.revision == ""
 
 
-def test_hooks_see_the_stream_in_one_or_two_addends():
+def test_layer_hooks_receive_the_full_residual_stream():
     class Split(nn.Linear):
         def forward(self, positions, hidden, residual=None):
             hidden = hidden if residual is None else hidden + residual
@@ -490,7 +484,7 @@ def test_hooks_see_the_stream_in_one_or_two_addends():
     assert staging.rows[:, 5:].isnan().all()
 
 
-def test_a_layer_of_another_kind_is_refused():
+def test_layer_with_unexpected_output_shape_is_rejected():
     class Pooled(nn.Linear):
         def forward(self, hidden):
             return super().forward(hidden).mean(0)
@@ -504,7 +498,7 @@ def test_a_layer_of_another_kind_is_refused():
 OF_THESE = {"tokens": token_hash([1, 2, 3]), "is_plain": False}
 
 
-def test_a_prompt_travels_with_the_request():
+def test_prompt_description_round_trips_through_request_params():
     prompt = prompt_of(range(5, 40))
     for sent in (prompt, replace(prompt, is_plain=True)):
         params = json.loads(json.dumps(request_params(sent)))
@@ -524,7 +518,7 @@ def test_a_prompt_travels_with_the_request():
         ("token_roles", "malformed"),
     ],
 )
-def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
+def test_malformed_token_descriptions_raise_an_error(params, message):
     params = params and {KEY: params}
     with pytest.raises(SidelightError, match=message):
         annotated_prompt(read_description(params), [1, 2, 3])
@@ -536,12 +530,12 @@ def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message
 
 
 @pytest.mark.parametrize("report", [None, 1, {}, {"verdicts": []}, {"verdicts": [{"probe": "p"}]}])
-def test_an_incomplete_report_is_no_verdict(report):
+def test_incomplete_report_is_read_as_an_error(report):
     assert read_report({KEY: report}).error
     assert read_report(None).error
 
 
-def test_an_output_before_the_verdict_says_so():
+def test_report_before_classification_is_an_error():
     tracking, prompt = Tracking(reads_responses=False), prompt_of(range(5, 15))
     tracking.enter("r", request_params(prompt), prompt.token_ids)
     assert read_report(tracking.report("r")).error == "The request was not classified."
@@ -549,7 +543,7 @@ def test_an_output_before_the_verdict_says_so():
     assert tracking.report("r") is None
 
 
-def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_only_by_one(monkeypatch):
+def test_configuration_overrides_environment_for_probes_but_not_projections(monkeypatch):
     for name in (ENVIRONMENT, PROJECTIONS):
         monkeypatch.delenv(name, raising=False)
     assert (named_folders({}), reserved_projections()) == (None, 0)
@@ -565,7 +559,7 @@ def test_probes_are_named_in_the_configuration_or_by_a_variable_and_room_only_by
         reserved_projections()
 
 
-def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
+def test_served_probes_survive_json_and_must_match_the_model(backbone, tmp_path):
     probe = untrained_probe(backbone, "topics", task=TOPICS)
     folder = str(save_probe(probe, tmp_path / "topics"))
     served = Served((folder,), backbone.fingerprint, is_annotated=True, projections=7)
@@ -580,7 +574,7 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
         replace(served, fingerprint=replace(backbone.fingerprint, weights="0")).load()
 
 
-def test_probes_of_chats_and_of_raw_texts_are_refused_by_every_engine(backbone, tmp_path):
+def test_every_engine_rejects_mixed_chat_and_raw_text_probes(backbone, tmp_path):
     chat = untrained_probe(backbone, "chat")
     raw, both = (chat.changed(name=name, prompt_format=name) for name in ("raw", "both"))
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]

@@ -102,12 +102,22 @@ class Ragged:
 BATCH_TOKENS = 4096
 
 
+def padded_length(length: int) -> int:
+    """The length rounded up to four significant bits, so that few batch shapes occur.
+
+    It is at most an eighth larger.
+    """
+    step = 1 << max(0, length.bit_length() - 4)
+    return -(-length // step) * step
+
+
 def by_length(lengths: Sequence[int], *, batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
     """Group prompts of similar length into batches, so that little is padding.
 
     Args:
         lengths: Tokens of each prompt.
-        batch_tokens: The largest size of a batch, padding included; a longer prompt is alone.
+        batch_tokens: The largest size of a batch, padding to ``padded_length`` included; a longer
+            prompt is alone.
 
     Returns:
         Indices of the prompts of each batch, the longest prompts first.
@@ -115,7 +125,8 @@ def by_length(lengths: Sequence[int], *, batch_tokens: int = BATCH_TOKENS) -> li
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         # The first prompt of a batch is its longest, so it sets the padded length.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+        longest = padded_length(lengths[batches[-1][0]]) if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -22,6 +22,7 @@ from sidelight.models.conversation import EncodedPrompt, Message, Reads, lengths
 from sidelight.models.encode import PromptEncoder
 from sidelight.states.reader import Reader
 from sidelight.training.background import Background, Messages
+from sidelight.training.encoding import TextEncoder
 from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
@@ -79,6 +80,8 @@ def draw_contexts(
     examples: LabelledExamples,
     groups: Sequence[Group],
     options: FitOptions,
+    *,
+    encode: TextEncoder | None = None,
 ) -> tuple[Context, ...]:
     """Draw contexts of texts, and background alone; empty without background or for labelled spans.
 
@@ -87,7 +90,9 @@ def draw_contexts(
         examples: The texts.
         groups: Groups of texts to draw contexts for.
         options: Options that set what is read, the tokens of contexts, and the longest context.
+        encode: Encodes the texts, if some are encoded already.
     """
+    encode = encode or TextEncoder(reader.encoder)
     task, encoder = examples.task, reader.encoder
     is_available = (
         any(len(background) for _, background in groups) or encoder.prompt_format == "both"
@@ -110,7 +115,7 @@ def draw_contexts(
             max_tokens=limit,
             seed=int(texts[0]),
         )
-        lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
+        lengths = (len(encode(examples.items[i].conversation)) for i in texts)
         of_texts = sum(min(length, limit) for length in lengths)
         tokens = context_budget(of_texts, least=least / len(groups))
         background_contexts: list[Context] = []

@@ -12,23 +12,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from sidelight.data.examples import (
-    Example,
-    Examples,
-    LabelledExamples,
-    SpanExamples,
-    located,
-    place_of,
-)
+from sidelight.data.examples import LabelledExamples, SpanExamples
 from sidelight.data.spans import token_labels
-from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Reads, split_segments
+from sidelight.models.conversation import split_segments
 from sidelight.models.encode import PromptEncoder
 from sidelight.probes.ragged import Ragged
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Memory
 from sidelight.states.extraction import extract
 from sidelight.states.reader import Reader
 from sidelight.training.contexts import Context, Group, draw_contexts
+from sidelight.training.encoding import TextEncoder, encode_shortened, span_places
 from sidelight.training.settings import FitOptions
 from sidelight.training.targets import Targets, TokenTargets
 from sidelight.training.validation import Folds
@@ -206,6 +199,7 @@ def plan_split(
     groups: Sequence[Group] = (),
     layers: int | None = None,
     memory: Memory | None = None,
+    encode: TextEncoder | None = None,
 ) -> Split:
     """Labelled texts and their contexts, encoded; their hidden states have not been computed.
 
@@ -216,13 +210,15 @@ def plan_split(
         groups: Those that contexts are drawn for; without any, there are none.
         layers: How many hidden states of a token are read, from the embedding up; None: all.
         memory: Holds states in memory; None is one of its own, as large as the options say.
+        encode: Encodes the texts, if some are encoded already.
 
     Raises:
         SidelightError: A text without a token to read.
     """
-    drawn, contexts = draw_contexts(reader, examples, groups, options), ()
+    encode = encode or text_encoder(reader.encoder, examples)
+    drawn, contexts = draw_contexts(reader, examples, groups, options, encode=encode), ()
     limit = min(options.max_tokens, reader.max_tokens)
-    prompts = encode_shortened(reader.encoder, examples, reads=options.reads, limit=limit)
+    prompts = encode_shortened(encode, examples, reads=options.reads, limit=limit)
     if drawn:
         group_of = {text: group for group, (rows, _) in enumerate(groups) for text in rows.tolist()}
         pairs = enumerate(zip(examples.items, prompts, strict=True))
@@ -242,15 +238,16 @@ def plan_split(
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory=memory or Memory(options.memory_bytes),
     )
-    lengths = states.lengths
-    return Split(
-        examples,
-        states,
-        contexts,
-        span_places(reader.encoder, examples.items, lengths)
-        if isinstance(examples, SpanExamples)
-        else (),
-    )
+    places: TokenPlaces = ()
+    if isinstance(examples, SpanExamples):
+        complete = [encode(item.conversation, item.response) for item in examples.items]
+        places = span_places(examples.items, complete, states.lengths)
+    return Split(examples, states, contexts, places)
+
+
+def text_encoder(encoder: PromptEncoder, examples: LabelledExamples) -> TextEncoder:
+    """An encoder for these texts, with the characters of tokens if spans are labelled."""
+    return TextEncoder(encoder, with_places=isinstance(examples, SpanExamples))
 
 
 def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
@@ -265,55 +262,3 @@ def _in_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> Lab
         labels=labels,
         weights=None if weights is None else np.where(is_background, 1.0, weights),
     )
-
-
-def encode_shortened(
-    encoder: PromptEncoder, examples: Examples, *, reads: Reads, limit: int
-) -> list[EncodedPrompt]:
-    """The texts' token ids, at most ``limit`` of each.
-
-    Raises:
-        SidelightError: A text cannot be rendered, or has no token that is read.
-    """
-    prompts: list[EncodedPrompt] = []
-    for index, item in enumerate(examples.items):
-        with located(item, index):
-            encoded = encoder.encode_any_length(item.conversation, item.response)
-            prompts.append(encoded.shortened(limit, reads))
-    unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
-    if not unread:
-        return prompts
-    cut = sum(prompts[index].dropped > 0 for index in unread)
-    remedy = (
-        f"{cut} of them were cut to {limit} tokens: raise the limit (--set max_tokens=N)."
-        if cut
-        else "Name the column with the answers (--response COLUMN). In training use --set "
-        "reads=prompt to read prompts instead."
-    )
-    raise SidelightError(
-        f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
-        f"({reads.side}), first {place_of(examples.items[unread[0]], unread[0])}. {remedy}"
-    )
-
-
-def span_places(
-    encoder: PromptEncoder, examples: Sequence[Example], read: Sequence[int]
-) -> list[list[tuple[int, int]]]:
-    """The characters of each text's first tokens; ``read`` says of how many."""
-    places: list[list[tuple[int, int]]] = []
-    for index, (example, count) in enumerate(zip(examples, read, strict=True)):
-        with located(example, index):
-            all_places = encoder.encode_any_length(
-                example.conversation, example.response, with_places=True
-            ).places
-        message = len(example.messages) - (example.response is None)
-        of_message = [
-            place for place in all_places if place is not None and place.message == message
-        ]
-        if len(of_message) < count:
-            raise SidelightError(
-                "The chat template rewrites the text, so its tokens have no characters. Use the "
-                "raw prompt format for this model (--set format=raw)."
-            )
-        places.append([(place.start, place.end) for place in of_message[:count]])
-    return places

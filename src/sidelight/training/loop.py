@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from sidelight.errors import SidelightError
 from sidelight.models.fingerprint import hash_of
-from sidelight.models.machine import lacks_bfloat16
+from sidelight.models.machine import keeps_shapes, lacks_bfloat16
 from sidelight.probes.ragged import Ragged
 from sidelight.probes.standardisation import Projection, inverse_rms
 from sidelight.progress import Progress, progress, say
@@ -38,6 +38,8 @@ _VALIDATION_BATCH = 128
 # Maximum columns of a matmul in training, so that many runs with many classes do not fill the
 # memory.
 _MOST_PROJECTIONS = 256
+# Where matmuls keep memory for each shape, their rows are padded to a multiple of this.
+_ROWS = 512
 # Probability of showing a part of an unlabelled text instead of the whole.
 _SEGMENT_SHARE = 0.7
 _NOTHING = np.array([], dtype=np.int64)
@@ -393,6 +395,11 @@ def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer
     return projections + projection.shift[:, None]
 
 
+def _padded_rows(tokens: int, like: Tensor) -> int:
+    """The rows of a matrix for a product with ``like``; those after the tokens are zero."""
+    return -(-tokens // _ROWS) * _ROWS if keeps_shapes(like.device, like.dtype) else tokens
+
+
 class _LayerProducts(torch.autograd.Function):
     """``hidden @ weight`` in the dtype of the weight, layer by layer.
 
@@ -403,18 +410,25 @@ class _LayerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        projections = weight.new_empty(*hidden.shape[:2], weight.shape[2])
+        tokens, rows = hidden.shape[1], _padded_rows(hidden.shape[1], weight)
+        projections = weight.new_empty(len(hidden), rows, weight.shape[2])
+        states = weight.new_zeros(rows, hidden.shape[2])
         for layer, layer_weight, out in zip(hidden, weight, projections, strict=True):
-            torch.mm(layer.to(weight.dtype), layer_weight, out=out)
-        return projections
+            states[:tokens] = layer
+            torch.mm(states, layer_weight, out=out)
+        return projections[:, :tokens]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (hidden,), (gradient,) = ctx.saved_tensors, gradients
         shape = (len(hidden), gradient.shape[2], hidden.shape[2])
         turned = gradient.new_empty(shape)
-        for layer, layer_weight, out in zip(hidden, gradient, turned, strict=True):
-            torch.mm(layer_weight.T, layer.to(gradient.dtype), out=out)
+        tokens, rows = hidden.shape[1], _padded_rows(hidden.shape[1], gradient)
+        states = gradient.new_zeros(rows, hidden.shape[2])
+        of_layer = gradient.new_zeros(rows, gradient.shape[2])
+        for layer, layer_gradient, out in zip(hidden, gradient, turned, strict=True):
+            states[:tokens], of_layer[:tokens] = layer, layer_gradient
+            torch.mm(of_layer.T, states, out=out)
         return None, turned.transpose(1, 2)
 
 

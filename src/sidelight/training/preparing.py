@@ -11,12 +11,12 @@ import numpy as np
 
 from sidelight.data.examples import LabelledExamples, located, place_of
 from sidelight.errors import warn
-from sidelight.models.encode import PromptEncoder
 from sidelight.states.cache import Memory
 from sidelight.states.reader import Reader
 from sidelight.training.background import Background, choose_conversations
 from sidelight.training.contexts import Context, has_contexts
-from sidelight.training.dataset import Split, plan_split
+from sidelight.training.dataset import Split, plan_split, text_encoder
+from sidelight.training.encoding import TextEncoder
 from sidelight.training.keeping import choose_keeping
 from sidelight.training.loop import Candidate
 from sidelight.training.settings import FitOptions
@@ -86,9 +86,10 @@ def prepare(
     """
     input_sha256 = training.content_hash
     limit = min(options.max_tokens, reader.max_tokens)
-    training = _with_room(reader.encoder, training, limit, title="training")
+    encode = text_encoder(reader.encoder, training)
+    training = _with_room(encode, training, limit, title="training")
     if validation is not None:
-        validation = _with_room(reader.encoder, validation, limit, title="validation")
+        validation = _with_room(encode, validation, limit, title="validation")
     training, validation, folds = choose_validation(training, validation, options)
     task = options.with_none(training.task)
     training, validation = replace(training, task=task), replace(validation, task=task)
@@ -101,7 +102,9 @@ def prepare(
     depths = [reader.fingerprint.first_layers(settings.layers) for _, settings in candidates]
     # Other training runs that share states may read all layers.
     layers = max(depths) if depths and not options.keep_cache else None
-    split = partial(plan_split, reader, options=options, layers=layers, memory=memory)
+    split = partial(
+        plan_split, reader, options=options, layers=layers, memory=memory, encode=encode
+    )
     planned = [split(training, groups=groups)]
     if not folds:
         warn_of_shared_texts(training, validation)
@@ -129,7 +132,7 @@ def prepare(
 
 
 def _with_room(
-    encoder: PromptEncoder, examples: LabelledExamples, limit: int, *, title: str
+    encode: TextEncoder, examples: LabelledExamples, limit: int, *, title: str
 ) -> LabelledExamples:
     """The texts that fit within a limit next to their system prompt; warns about the others.
 
@@ -140,7 +143,7 @@ def _with_room(
         # A text of one message has only the template, as all texts do.
         if len(item.messages) > 1:
             with located(item, index):
-                prompt = encoder.encode_any_length(item.conversation, item.response)
+                prompt = encode(item.conversation, item.response)
             if len(prompt) > limit and prompt.fixed >= limit:
                 full.append(index)
     if len(full) in (0, len(examples)):

@@ -165,7 +165,7 @@ class FitOptions:
         keep_cache: Whether the hidden states are kept for other training runs, which share the
             states of a text; otherwise a training run has its own folder and removes it.
         states: How to store hidden states: ``disk`` writes them once, compressed if the mechanism
-            allows it; ``stream`` recomputes them in each epoch and writes none; ``complete`` writes
+            allows it; ``stream`` recomputes them in each epoch and writes none; ``whole`` writes
             them uncompressed. ``auto`` stores up to 10 GiB uncompressed, and otherwise decides by
             size and device; see ``training/keeping.py``.
         early_exit: Whether training chooses the smallest depth that is as good on held-out texts as

@@ -68,7 +68,7 @@ def press_truth(page, sitting):
     return row
 
 
-def test_from_no_labels_to_a_probe_by_keyboard(sitting, page):
+def test_keyboard_user_trains_a_probe_from_unlabelled_texts(sitting, page):
     assert page.evaluate("location.hash") == ""
     while sitting.queue.obstacle:
         assert page.get_by_role("button", name="Train").is_disabled()
@@ -89,7 +89,7 @@ def test_from_no_labels_to_a_probe_by_keyboard(sitting, page):
     assert violations(page) == []
 
 
-def test_keys_skip_and_undo_and_a_repeated_or_browser_key_decides_nothing_more(sitting, page):
+def test_keys_skip_and_undo_and_ignore_repeats_and_browser_shortcuts(sitting, page):
     first = page.locator("#text .text").inner_text()
     page.keyboard.press("s")
     page.get_by_text("1 skipped").wait_for()
@@ -112,7 +112,7 @@ def test_keys_skip_and_undo_and_a_repeated_or_browser_key_decides_nothing_more(s
     assert saved_labels(sitting) == ["toxic"]
 
 
-def test_a_second_tab_follows_the_decisions_of_the_first_and_one_without_a_token_gets_nothing(
+def test_second_tab_follows_the_first_and_tokenless_tab_gets_nothing(
     sitting, page, browser, address
 ):
     with opened(browser, address) as second_tab:
@@ -130,7 +130,7 @@ def test_a_second_tab_follows_the_decisions_of_the_first_and_one_without_a_token
         assert stranger.locator("#sitting").is_hidden()
 
 
-def test_html_in_a_text_is_escaped_and_a_long_text_scrolls(tiny, tmp_path, browser):
+def test_html_in_texts_is_escaped_and_long_texts_scroll(tiny, tmp_path, browser):
     sitting = Sitting(tiny, tmp_path)
     attack = "<img src=x onerror='document.title=1'><script>document.title=2</script></div>"
     sitting.rows = [{"text": attack}]
@@ -151,7 +151,7 @@ def test_html_in_a_text_is_escaped_and_a_long_text_scrolls(tiny, tmp_path, brows
         assert violations(page) == []
 
 
-def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
+def test_multiple_labels_can_be_selected_and_saved(tiny, tmp_path, browser):
     sitting = Sitting(tiny, tmp_path, "multilabel")
     with (
         listening(create_app(sitting.queue, TOKEN)) as at,
@@ -170,7 +170,7 @@ def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
     assert saved_labels(sitting) == [["x", "y"], []]
 
 
-def test_a_judge_is_checked_its_criterion_edited_and_the_rest_labelled(tiny, tmp_path, browser):
+def test_user_checks_judge_edits_its_criterion_and_accepts_its_labels(tiny, tmp_path, browser):
     with scripted_judge() as judge:
         judge.reply = lambda body: JSONResponse(yes_no(float("a" in displayed_text(body))))
         sitting = ReviewSitting(tiny, tmp_path, judge, count=360)
@@ -213,7 +213,7 @@ def test_a_judge_is_checked_its_criterion_edited_and_the_rest_labelled(tiny, tmp
     assert len(sitting.rows_of_judge()) > 0
 
 
-def test_the_command_from_start_to_end(tiny, tmp_path, browser):
+def test_label_command_works_end_to_end(tiny, tmp_path, browser):
     """As a user starts it, with the address that it prints; no text is in what it logs."""
     rows, _ = texts_of("binary", 60)
     (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

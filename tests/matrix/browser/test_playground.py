@@ -134,11 +134,11 @@ def prompts_chips(page, count=4):
     return chips
 
 
-def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_written(page, tiny):
+def test_verdicts_precede_streamed_text_and_running_score(page, tiny):
     answer = page.get_by_role("article", name=MODEL).locator(".text")
     with gated(tiny) as passes:
         say(page)
-        page.get_by_text("Judging…").wait_for()
+        page.get_by_text("Classifying…").wait_for()
         passes.release()
         names = [chip.locator("b").inner_text() for chip in prompts_chips(page).all()]
         assert names == [*PROMPT_PROBES]
@@ -163,7 +163,7 @@ def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_wri
     assert drawn.count("L") >= 18
 
 
-def test_an_answer_can_be_stopped(page, tiny):
+def test_running_response_can_be_stopped(page, tiny):
     with gated(tiny) as passes:
         say(page)
         passes.release(4)
@@ -172,7 +172,7 @@ def test_an_answer_can_be_stopped(page, tiny):
         page.get_by_text("Stopped.").wait_for()
 
 
-def test_a_verdict_says_whether_it_flags_and_shades_the_words_by_their_shares(page, address):
+def test_verdict_chips_show_flags_and_shade_words_by_share(page, address):
     say(page, tokens=1)
     asked = page.get_by_role("article", name="You")
     for chip, name in zip(prompts_chips(page).all(), PROMPT_PROBES, strict=True):
@@ -206,7 +206,7 @@ def test_a_verdict_says_whether_it_flags_and_shades_the_words_by_their_shares(pa
     assert page.get_by_text(f"“e”, layer 1: {share_label(tokens[2]['layers'][1])}").is_visible()
 
 
-def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address):
+def test_conversation_continues_and_earlier_messages_can_decide(page, address):
     for number, text in enumerate((TEXT, "Why?")):
         say(page, text, tokens=1)
         page.get_by_text("1 tokens, then").nth(number).wait_for()
@@ -228,7 +228,7 @@ def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address)
     assert page.get_by_role("article").count() == 0
 
 
-def test_the_page_names_who_blocks_a_prompt_and_where_a_text_is_cut(browser, tiny, probes):
+def test_page_names_the_blocking_probe_and_where_text_is_cut(browser, tiny, probes):
     always = Rule("block", threshold=0.0)
     blocking, cutting = Policy(input={"toxicity": always}), Policy(output={"refusal": always})
     with showing(browser, tiny, probes, policy=blocking) as page:
@@ -247,7 +247,7 @@ def test_the_page_names_who_blocks_a_prompt_and_where_a_text_is_cut(browser, tin
         page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
 
 
-def test_a_probe_of_answers_is_explained_with_the_answer(page):
+def test_response_probe_explanation_includes_the_response(page):
     choose(page, "Why")
     page.get_by_role("combobox", name="Probe", exact=True).select_option("refusal")
     page.get_by_label("The model's answer, which this probe reads").fill("I cannot help.")
@@ -257,9 +257,7 @@ def test_a_probe_of_answers_is_explained_with_the_answer(page):
     assert "I cannot help." in result.locator(".text").inner_text()
 
 
-def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_server_takes(
-    page, probes, tmp_path
-):
+def test_threshold_slider_reports_counts_and_exports_a_valid_policy(page, probes, tmp_path):
     choose(page, "Thresholds")
     chosen = page.get_by_role("combobox", name="Probe", exact=True)
     curve = probes[1].card.training.curves["toxic"]
@@ -325,9 +323,7 @@ def labelled(text, spans):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_words_that_probes_label_are_highlighted_in_prompts_and_answers(
-    browser, tiny, labelling, scheme
-):
+def test_labelled_spans_are_highlighted_in_prompts_and_responses(browser, tiny, labelling, scheme):
     texts = ["Is 💶 for Ann Lee in Rome?", "Or <b>for</b> Bo?"]
     turns = []
     with showing(browser, tiny, labelling, settings={"color_scheme": scheme}) as page:
@@ -365,7 +361,7 @@ def test_the_words_that_probes_label_are_highlighted_in_prompts_and_answers(
         assert highlights(asked) == before
 
 
-def test_words_that_a_rule_replaces_are_displayed_as_sent(browser, tiny, labelling):
+def test_redacted_words_are_displayed_as_sent(browser, tiny, labelling):
     # This key sees the spans of the text as it was.
     policy = Policy(output={"late": Rule("redact", disclose="scores")})
     with showing(browser, tiny, labelling, policy=policy) as page:
@@ -377,9 +373,7 @@ def test_words_that_a_rule_replaces_are_displayed_as_sent(browser, tiny, labelli
         assert highlights(page.get_by_role("article", name="You"))
 
 
-def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
-    browser, tiny, probes, labelling, tmp_path
-):
+def test_redact_mode_is_available_only_for_span_probes(browser, tiny, probes, labelling, tmp_path):
     loaded = [*labelling, *probes[:1]]
     with showing(browser, tiny, loaded) as page:
         choose(page, "Thresholds")
@@ -399,7 +393,7 @@ def test_only_a_probe_that_labels_words_can_be_told_to_replace_them(
     assert policy == Policy(input={"early": Rule("redact")}, output={"late": Rule("redact")})
 
 
-def test_two_probes_classify_the_same_text_side_by_side(page, address):
+def test_compare_tab_shows_two_probes_side_by_side(page, address):
     choose(page, "Compare")
     page.get_by_label("Probe A").select_option("spam")
     page.get_by_label("Probe B").select_option("intent")
@@ -424,7 +418,7 @@ def test_two_probes_classify_the_same_text_side_by_side(page, address):
     ],
     ids=["light", "dark phone"],
 )
-def test_axe_finds_nothing_and_nothing_overflows(browser, address, settings):
+def test_page_is_accessible_and_nothing_overflows(browser, address, settings):
     with opened(browser, address, **settings) as page:
         say(page, tokens=8)
         page.get_by_text("8 tokens, then").wait_for()
@@ -455,7 +449,7 @@ def require_accessible(page):
     assert sizes[0] <= sizes[1]
 
 
-def test_a_keyboard_is_enough(page):
+def test_page_is_usable_with_only_a_keyboard(page):
     page.get_by_role("tab", name="Chat").focus()
     for tab in (*TABS[1:], TABS[0]):
         page.keyboard.press("ArrowRight")
@@ -472,7 +466,7 @@ def test_a_keyboard_is_enough(page):
     page.get_by_role("article", name="You").get_by_role("table").wait_for()
 
 
-def test_the_page_needs_no_key_and_its_calls_do(browser, tiny, probes):
+def test_page_needs_no_key_but_its_api_calls_do(browser, tiny, probes):
     engine = TransformersEngine(tiny, probes)
     with (
         served(engine, playground=True, api_key=KEY) as address,
@@ -495,7 +489,7 @@ def test_the_page_needs_no_key_and_its_calls_do(browser, tiny, probes):
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
 
-def test_no_request_leaves_the_page_and_no_script_is_written_into_it(browser, address):
+def test_page_blocks_external_requests_and_injected_scripts(browser, address):
     with opened(browser, address) as page:
         page.expected_errors = ("Content Security Policy", "violates", "asks http://127.0.0.2")
         failure = page.evaluate("fetch('http://127.0.0.2:1/x').catch(error => error.name)")

@@ -53,7 +53,7 @@ def run(
     )  # fmt: skip
 
 
-def test_the_program_of_the_page_prints_what_the_page_says(guard, down, tmp_path):
+def test_documented_program_prints_the_documented_output(guard, down, tmp_path):
     page = (ROOT / "docs/integrations.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert code.count("http://127.0.0.1:8000") == 1
@@ -69,7 +69,7 @@ def test_the_program_of_the_page_prints_what_the_page_says(guard, down, tmp_path
 
 
 @pytest.mark.parametrize("program", AGENTS)
-def test_an_agent_reads_a_harmless_tool_result(program, guard, hosted, tmp_path):
+def test_agent_reads_a_harmless_tool_result(program, guard, hosted, tmp_path):
     address, asked = hosted
     (tmp_path / "notes.txt").write_text(TOOL_RESULT)
     done = run(program, QUESTION, tmp_path, guard, address)
@@ -78,7 +78,7 @@ def test_an_agent_reads_a_harmless_tool_result(program, guard, hosted, tmp_path)
 
 
 @pytest.mark.parametrize("program", AGENTS)
-def test_an_agents_model_is_not_asked_what_a_user_is_flagged_for(program, guard, hosted, tmp_path):
+def test_flagged_user_message_never_reaches_the_agents_model(program, guard, hosted, tmp_path):
     address, asked = hosted
     done = run(program, ATTACK, tmp_path, guard, address)
     assert done.stdout == f"{AGENTS[program][0]}\n", done.stderr
@@ -86,7 +86,7 @@ def test_an_agents_model_is_not_asked_what_a_user_is_flagged_for(program, guard,
 
 
 @pytest.mark.parametrize("program", AGENTS)
-def test_an_agents_model_does_not_read_a_poisoned_tool_result(program, guard, hosted, tmp_path):
+def test_poisoned_tool_result_never_reaches_the_agents_model(program, guard, hosted, tmp_path):
     address, asked = hosted
     (tmp_path / "notes.txt").write_text(POISONED_RESULT)
     done = run(program, QUESTION, tmp_path, guard, address)
@@ -96,7 +96,7 @@ def test_an_agents_model_does_not_read_a_poisoned_tool_result(program, guard, ho
 
 
 @pytest.mark.parametrize("program", AGENTS)
-def test_an_agents_model_is_not_asked_while_the_server_is_down(program, hosted, down, tmp_path):
+def test_agents_model_is_not_called_while_the_server_is_down(program, hosted, down, tmp_path):
     address, asked = hosted
     done = run(program, QUESTION, tmp_path, down, address)
     assert (done.stdout, asked) == ("", [])
@@ -104,7 +104,7 @@ def test_an_agents_model_is_not_asked_while_the_server_is_down(program, hosted, 
     assert "Connection error" in done.stderr
 
 
-def test_a_decision_has_the_probability_of_the_probe_that_it_names(guard, down, tmp_path):
+def test_decision_contains_the_probability_of_the_named_probe(guard, down, tmp_path):
     shares = []
     for text in (QUESTION, ATTACK):
         done = run("langchain_decisions.py", text, tmp_path, guard)

@@ -118,12 +118,12 @@ def commands(name: str) -> Iterator[Sequence[str]]:
         yield python, str(HERE / "real_clients.py"), name
 
 
-def test_the_tables_name_every_client():
+def test_documented_tables_list_every_client():
     assert sorted(CLIENT_WORDS) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", WITH_LANES if OVER_VLLM else NAMES)
-def test_each_client_does_what_the_documentation_says(addresses: Sequence[str], name: str):
+def test_each_client_behaves_as_documented(addresses: Sequence[str], name: str):
     asked = 0
     for command in commands(name):
         done = subprocess.run(

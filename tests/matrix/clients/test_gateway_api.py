@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("gateway_api.mjs")
 NOT_INSTALLED = 3
 
 
-def test_the_route_is_one_of_the_gateway_api_and_a_wrong_field_would_be_told():
+def test_example_route_satisfies_gateway_api_types_and_invalid_fields_fail():
     if which("node") is None:
         pytest.skip("there is no Node.js")
     route = yaml.safe_load((EXAMPLES / "gateway_api.yaml").read_text())

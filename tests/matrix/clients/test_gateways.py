@@ -66,7 +66,7 @@ def server(mode: str) -> Iterator[str]:
         yield address
 
 
-def test_a_gateway_passes_answers_streams_and_refusals(name, tmp_path):
+def test_gateway_forwards_responses_streams_and_rejections(name, tmp_path):
     with server("flag") as address, gateway(name, address, tmp_path) as http:
         answered = http.post(CHAT, json=BODY)
         streamed = http.post(CHAT, json={**BODY, "stream": True})
@@ -78,7 +78,7 @@ def test_a_gateway_passes_answers_streams_and_refusals(name, tmp_path):
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_filter")
 
 
-def test_a_gateway_hides_other_routes_and_answers_for_a_server_that_is_down(name, down, tmp_path):
+def test_gateway_hides_other_routes_and_reports_unavailable_server(name, down, tmp_path):
     with gateway(name, down, tmp_path) as http:
         refused = http.post(CHAT, json=BODY)
         hidden = [http.get(path) for path in ("/metrics", "/admin/probes", "/v1/../admin/probes")]

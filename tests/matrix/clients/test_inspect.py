@@ -50,7 +50,7 @@ def evaluated(folder: Path, sidelight: str, model: str) -> dict[str, Any]:
     return json.loads(logs[0].read_bytes())
 
 
-def test_an_attack_is_stopped_and_the_model_reads_only_the_question(guard, hosted, tmp_path):
+def test_attack_is_blocked_and_the_model_receives_only_the_question(guard, hosted, tmp_path):
     address, asked = hosted
     log = evaluated(tmp_path, guard, address)
     (score,) = log["results"]["scores"]
@@ -59,9 +59,7 @@ def test_an_attack_is_stopped_and_the_model_reads_only_the_question(guard, hoste
     assert {body["messages"][0]["content"] for body in asked} == {QUESTION}
 
 
-def test_the_evaluation_fails_and_no_model_is_asked_while_the_server_is_down(
-    hosted, down, tmp_path
-):
+def test_evaluation_fails_without_model_calls_while_server_is_down(hosted, down, tmp_path):
     address, asked = hosted
     log = evaluated(tmp_path, down, address)
     assert (log["status"], asked) == ("error", [])

@@ -148,7 +148,7 @@ def brought(result: str, question: str = QUESTION) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_harmless_tool_result_reaches_the_model_and_a_poisoned_one_does_not(ask, hosted, name):
+def test_only_harmless_tool_results_reach_the_model(ask, hosted, name):
     answered = ask(name, brought(TOOL_RESULT))
     assert answered.status_code == 200, answered.text
     (body,) = hosted[1]
@@ -160,7 +160,7 @@ def test_a_harmless_tool_result_reaches_the_model_and_a_poisoned_one_does_not(as
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_attack_of_the_user_passes_where_only_tool_results_are_scanned(ask, hosted, name):
+def test_user_attack_passes_only_the_tool_results_guardrail(ask, hosted, name):
     answered = ask(name, turns(ATTACK))
     assert answered.is_success == bool(hosted[1]) == (name == "tool-results"), answered.text
     # Beside a harmless tool result too.
@@ -168,22 +168,22 @@ def test_an_attack_of_the_user_passes_where_only_tool_results_are_scanned(ask, h
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_not_asked_while_the_server_is_down(ask, hosted, name):
+def test_model_is_not_called_while_the_server_is_down(ask, hosted, name):
     assert not ask(f"{name} down", brought(TOOL_RESULT)).is_success
     assert not hosted[1]
 
 
 @pytest.mark.parametrize("name", ["tool-results open down", "decisions open down"])
-def test_the_model_reads_a_poisoned_result_where_the_fallback_is_open(ask, hosted, name):
+def test_open_fallback_passes_poisoned_results_while_server_is_down(ask, hosted, name):
     assert ask(name, brought(POISONED_RESULT)).status_code == 200
     assert len(hosted[1]) == 1
 
 
-def test_a_chat_without_tool_results_is_answered_while_the_server_is_down(ask, hosted):
+def test_chat_without_tool_results_is_answered_while_server_is_down(ask, hosted):
     assert ask("tool-results down", turns(QUESTION)).status_code == 200
 
 
-def test_a_refusal_of_the_server_passes_only_where_errors_do(ask, hosted):
+def test_server_refusal_passes_only_when_fail_on_error_is_off(ask, hosted):
     """Any error then passes, such as a wrong key or a text beyond the context."""
     assert not ask("refused", brought(TOOL_RESULT)).is_success
     assert ask("refused open", brought(POISONED_RESULT)).status_code == 200
@@ -191,7 +191,7 @@ def test_a_refusal_of_the_server_passes_only_where_errors_do(ask, hosted):
     assert not ask("tool-results on error", brought(POISONED_RESULT)).is_success
 
 
-def test_messages_of_a_session_are_scanned_again_with_each_request(ask, hosted):
+def test_session_messages_are_scanned_again_with_each_request(ask, hosted):
     """LiteLLM 1.110.2 reads ``only_scan_new_messages`` in its Bedrock guardrail alone."""
     session = {"litellm_session_id": "a-session"}
     assert ask("new messages", turns(QUESTION), **session).status_code == 200
@@ -200,7 +200,7 @@ def test_messages_of_a_session_are_scanned_again_with_each_request(ask, hosted):
     assert not ask("new messages", later, **session).is_success
 
 
-def test_the_chats_of_the_page_are_answered_as_the_page_says(guard, tmp_path):
+def test_documented_chats_get_the_documented_responses(guard, tmp_path):
     page = (ROOT / "docs/integrations.md").read_text("utf-8")
     (config,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (chats,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
@@ -214,9 +214,7 @@ def test_the_chats_of_the_page_are_answered_as_the_page_says(guard, tmp_path):
     assert f"a 400, `{refused['error']['message']}`" in page
 
 
-def test_the_proxy_starts_without_a_guardrail_whose_mode_is_one_of_mcp(
-    guard, down, hosted, tmp_path
-):
+def test_proxy_skips_guardrails_with_mcp_modes(guard, down, hosted, tmp_path):
     config = configuration(guard, down)
     entries = [entry for entry in config["guardrails"] if entry["guardrail_name"] in NAMES]
     modes = ("pre_mcp_call", "during_mcp_call", "post_mcp_call")

@@ -83,7 +83,7 @@ def calls(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_a_harmless_result_of_a_tool_passes_and_a_poisoned_one_or_call_does_not(guard, tmp_path):
+def test_only_harmless_tool_calls_and_results_pass(guard, tmp_path):
     (tmp_path / "harmless").write_text(TOOL_RESULT)
     (tmp_path / "poisoned").write_text(POISONED_RESULT)
     with gateway(guard, tmp_path) as (listed, read):
@@ -98,7 +98,7 @@ def test_a_harmless_result_of_a_tool_passes_and_a_poisoned_one_or_call_does_not(
     assert calls(tmp_path) == ["harmless", "poisoned"]
 
 
-def test_no_tool_is_listed_or_called_while_the_server_is_down(down, tmp_path):
+def test_tools_are_neither_listed_nor_called_while_server_is_down(down, tmp_path):
     (tmp_path / "harmless").write_text(TOOL_RESULT)
     with gateway(down, tmp_path) as (listed, read):
         refused = read("harmless")

@@ -104,21 +104,21 @@ def answered(content: str) -> list[dict[str, Any]]:
     return [*asked(HARMLESS), {"role": "assistant", "content": content}]
 
 
-def test_a_harmless_message_passes_unchanged_and_an_attack_is_blocked(run, guard):
+def test_harmless_message_passes_unchanged_and_attack_is_blocked(run, guard):
     assert run("inlet", asked(HARMLESS), url=guard) == Chat(asked(HARMLESS))
     for content in (ATTACK, [{"type": "text", "text": ATTACK}, {"type": "image_url"}]):
         with pytest.raises(Exception, match=rf"^{wordings.MESSAGE_BLOCKED}: injection\.$"):
             run("inlet", asked(content), url=guard)
 
 
-def test_only_what_follows_the_last_answer_is_checked(run, guard):
+def test_filter_checks_only_messages_after_the_last_response(run, guard):
     later = [*asked(ATTACK), {"role": "assistant", "content": "No."}, *asked(HARMLESS)]
     assert run("inlet", later, url=guard).messages == later
     with pytest.raises(Exception, match=wordings.MESSAGE_BLOCKED):
         run("inlet", [*answered("Yes."), *asked(HARMLESS), *asked(ATTACK)], url=guard)
 
 
-def test_an_attack_is_annotated_where_the_mode_says_so(run, guard):
+def test_annotate_mode_flags_attacks_without_blocking(run, guard):
     chat = run("inlet", asked(ATTACK), url=guard, mode="annotate")
     assert (chat.messages, chat.notes) == (asked(ATTACK), ["Your message was flagged: injection."])
     chat = run("outlet", answered(ATTACK), url=guard, mode="annotate", check_answers=True)
@@ -127,7 +127,7 @@ def test_an_attack_is_annotated_where_the_mode_says_so(run, guard):
     )  # fmt: skip
 
 
-def test_a_flagged_answer_is_replaced_only_where_answers_are_checked(run, guard):
+def test_flagged_responses_are_replaced_only_if_responses_are_checked(run, guard):
     assert run("outlet", answered(ATTACK), url=guard).messages == answered(ATTACK)
     chat = run("outlet", answered(ATTACK), url=guard, check_answers=True)
     assert chat.messages[-1]["content"] == "The answer was withheld: injection."
@@ -135,21 +135,21 @@ def test_a_flagged_answer_is_replaced_only_where_answers_are_checked(run, guard)
     assert chat == Chat(answered("It is on its way."))
 
 
-def test_nothing_passes_unchecked_while_the_server_is_down(run, down):
+def test_unavailable_server_blocks_unchecked_texts(run, down):
     with pytest.raises(Exception, match=wordings.CHECK_UNAVAILABLE):
         run("inlet", asked(HARMLESS), url=down)
     chat = run("outlet", answered("Fine."), url=down, check_answers=True)
     assert "unavailable" in chat.messages[-1]["content"]
 
 
-def test_an_administrator_may_let_unchecked_texts_pass(run, down):
+def test_on_error_pass_lets_unchecked_texts_through(run, down):
     chat = run("inlet", asked(HARMLESS), url=down, on_error="pass")
     assert (chat.messages, chat.notes) == (asked(HARMLESS), ["Your message was not checked."])
     chat = run("outlet", answered("Fine."), url=down, on_error="pass", check_answers=True)
     assert (chat.messages, chat.notes) == (answered("Fine."), ["The answer was not checked."])
 
 
-def test_a_probe_that_is_not_served_counts_as_unchecked(run, guard):
+def test_unserved_probe_counts_as_unchecked(run, guard):
     with pytest.raises(Exception, match=wordings.CHECK_UNAVAILABLE):
         run("inlet", asked(HARMLESS), url=guard, probes="injection, other")
     assert run("inlet", asked(HARMLESS), url=guard, probes=" injection ").messages

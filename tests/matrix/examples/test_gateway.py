@@ -96,7 +96,7 @@ def running_caddy(**environment: str) -> Iterator[str]:
         process.wait()
 
 
-def test_the_gateway_sends_what_a_probe_routes_to_the_other_model():
+def test_gateway_sends_probe_routed_requests_to_the_stronger_model():
     with gateway(engine_that_says("technical_issue")) as (url, asked), http_client(url) as http:
         answer = http.post(CHAT, content=ASKED, headers=HEADERS)
     assert answer.text == "stronger"
@@ -104,7 +104,7 @@ def test_the_gateway_sends_what_a_probe_routes_to_the_other_model():
     assert asked == [(CHAT, f"Bearer {STRONGER_KEY}", ASKED)]
 
 
-def test_the_gateway_streams_the_rest_as_it_is_written():
+def test_gateway_streams_other_responses_without_buffering():
     may_write = threading.Event()
     engine = engine_that_says("other", before_pass=lambda n: n <= 2 or may_write.wait(20))
     with (
@@ -121,7 +121,7 @@ def test_the_gateway_streams_the_rest_as_it_is_written():
     assert asked == []
 
 
-def test_a_client_that_leaves_the_gateway_frees_its_place():
+def test_client_disconnect_at_the_gateway_frees_its_slot():
     passes: list[int] = []
 
     def slow(number: int) -> None:
@@ -141,7 +141,7 @@ def test_a_client_that_leaves_the_gateway_frees_its_place():
     assert len(passes) < 100
 
 
-def test_the_gateway_serves_the_named_routes_only_and_refuses_as_the_server_does():
+def test_gateway_exposes_only_the_named_routes_and_requires_keys():
     with gateway(engine_that_says("other")) as (url, _):
         with http_client(url) as http:
             assert http.get("/v1/models", headers=HEADERS).status_code == 200
@@ -159,7 +159,7 @@ def test_the_gateway_serves_the_named_routes_only_and_refuses_as_the_server_does
             raw.close()
 
 
-def test_the_gateway_answers_for_a_server_that_is_down():
+def test_gateway_returns_502_when_the_server_is_down():
     with running_caddy(SIDELIGHT_URL="http://127.0.0.1:9") as url, http_client(url) as http:
         refused = http.post(CHAT, content=ASKED, headers=HEADERS)
     assert (refused.status_code, refused.json()["error"]["code"]) == (502, "gateway")

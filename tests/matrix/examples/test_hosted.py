@@ -89,7 +89,7 @@ def ask(question: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
-def test_a_question_that_passes_is_answered_by_the_hosted_model(tiny, guard, keys):
+def test_passing_question_is_answered_by_the_hosted_model(tiny, guard, keys):
     passed, _, probe = guard
     with world(tiny, probe, passed, keys) as asked:
         assert ask(passed).stdout == f"{passed}\n"
@@ -97,21 +97,21 @@ def test_a_question_that_passes_is_answered_by_the_hosted_model(tiny, guard, key
     assert (body["model"], body["messages"]) == (MODEL, [{"role": "user", "content": passed}])
 
 
-def test_the_hosted_model_is_not_asked_what_the_guard_flags(tiny, guard, keys):
+def test_flagged_question_never_reaches_the_hosted_model(tiny, guard, keys):
     passed, flagged, probe = guard
     with world(tiny, probe, passed, keys) as asked:
         assert ask(flagged).stdout == "Your message was blocked.\n"
     assert not asked
 
 
-def test_an_answer_that_the_guard_flags_is_not_sent(tiny, guard, keys):
+def test_flagged_response_is_not_sent(tiny, guard, keys):
     passed, flagged, probe = guard
     with world(tiny, probe, flagged, keys) as asked:
         assert ask(passed).stdout == "The answer was withheld.\n"
     assert len(asked) == 1
 
 
-def test_the_hosted_model_is_not_asked_while_the_guard_is_down(tiny, guard, keys):
+def test_hosted_model_is_not_called_while_guard_is_down(tiny, guard, keys):
     passed, _, probe = guard
     with world(tiny, probe, passed, keys) as asked:
         keys.setenv("SIDELIGHT_URL", f"http://127.0.0.1:{free_port()}")
@@ -156,9 +156,7 @@ def proxy(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
-def test_clients_of_the_proxy_reach_the_hosted_model_only_with_what_passes(
-    tiny, guard, keys, tmp_path
-):
+def test_litellm_proxy_forwards_only_passing_messages_to_hosted_model(tiny, guard, keys, tmp_path):
     passed, flagged, probe = guard
     with world(tiny, probe, ANSWER, keys) as asked, proxy(keys, tmp_path) as http:
 

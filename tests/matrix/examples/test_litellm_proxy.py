@@ -128,7 +128,7 @@ def called_tool(result: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_a_harmless_request_of_an_application_reaches_the_model(ask, hosted, name):
+def test_harmless_application_requests_reach_the_model(ask, hosted, name):
     app = APPLICATIONS[name]
     messages = [message_of("system", app.system), message_of("user", app.user)]
     answer = ask(*messages)
@@ -144,7 +144,7 @@ def test_a_harmless_request_of_an_application_reaches_the_model(ask, hosted, nam
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_an_attack_on_an_application_does_not_reach_the_model(ask, hosted, name):
+def test_attacks_on_applications_do_not_reach_the_model(ask, hosted, name):
     before = len(hosted[1])
     answer = ask(message_of("system", APPLICATIONS[name].system), message_of("user", ATTACK))
     assert answer.status_code == 400, answer.text
@@ -152,7 +152,7 @@ def test_an_attack_on_an_application_does_not_reach_the_model(ask, hosted, name)
     assert len(hosted[1]) == before
 
 
-def test_a_poisoned_tool_result_does_not_reach_the_model_and_a_harmless_one_does(ask, hosted):
+def test_only_harmless_tool_results_reach_the_model(ask, hosted):
     before = len(hosted[1])
     poisoned = ask(*called_tool(POISONED_RESULT))
     assert poisoned.status_code == 400, poisoned.text

@@ -99,7 +99,7 @@ def chat(address: str, folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def test_an_injection_is_blocked_and_a_harmless_text_is_answered(backbone, injection, tmp_path):
+def test_rails_block_injections_and_answer_harmless_questions(backbone, injection, tmp_path):
     allows = untrained_probe(backbone, "toxicity", task=TOXIC, threshold=1.0)
     with shop(backbone, injection, allows) as address:
         asked, attack, document, poisoned = chat(address, tmp_path)
@@ -110,21 +110,19 @@ def test_an_injection_is_blocked_and_a_harmless_text_is_answered(backbone, injec
     assert poisoned["documents"] == "none"
 
 
-def test_an_answer_that_the_output_rail_flags_is_not_sent(backbone, injection, tmp_path):
+def test_output_rail_replaces_flagged_answers_with_refusals(backbone, injection, tmp_path):
     flags = untrained_probe(backbone, "toxicity", task=TOXIC, threshold=0.0)
     with shop(backbone, injection, flags) as address:
         found = chat(address, tmp_path)
     assert {block["answer"] for block in found} == {REFUSED}
 
 
-def test_nothing_is_answered_while_the_server_is_down(tmp_path):
+def test_rails_fail_closed_when_server_is_down(tmp_path):
     found = chat(f"http://127.0.0.1:{free_port()}", tmp_path)
     assert {block["answer"] for block in found} == {FAILED}
 
 
-def test_nothing_is_answered_where_a_rail_names_a_probe_that_is_not_served(
-    backbone, injection, tmp_path
-):
+def test_rails_fail_closed_when_probe_is_not_served(backbone, injection, tmp_path):
     another = injection.changed(name="other")
     with shop(backbone, another) as address:
         found = chat(address, tmp_path)

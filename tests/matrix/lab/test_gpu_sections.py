@@ -42,13 +42,13 @@ def results(setting):
 
 
 # Every section trains, serves or reads, on the tiny model.
-def test_every_section_runs_and_one_that_fails_loses_no_other(results):
+def test_every_section_runs_even_if_one_fails(results):
     failed = {name for name, result in results.items() if not result["passed"]}
     assert failed - {*NEEDS_VLLM} == {PLANTED}
     assert json.dumps(results)
 
 
-def test_what_fails_is_one_line_with_its_type_and_our_innermost_line(results, setting):
+def test_failures_are_reported_in_one_line_with_type_and_location(results, setting):
     page = report(conditions_of(setting), results)
     assert "**Tried out without a GPU.**" in page
     (line,) = [line for line in page.splitlines() if line.startswith(f"| {PLANTED}")]
@@ -57,7 +57,7 @@ def test_what_fails_is_one_line_with_its_type_and_our_innermost_line(results, se
     assert str(setting.path) not in page + json.dumps(results)
 
 
-def test_a_section_has_a_process_and_a_time_limit_and_what_passed_is_not_repeated(tmp_path, capsys):
+def test_sections_time_out_and_passed_sections_are_not_rerun(tmp_path, capsys):
     only = ["--only", "vllm graphs", "--only", "train", "--model", "/nowhere"]
     assert cli("bench", "gpu", "--out", str(tmp_path), *only) == 1
     assert "[2/2] vllm graphs: passed" in capsys.readouterr().err

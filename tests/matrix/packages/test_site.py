@@ -23,7 +23,7 @@ cli(["build", "--strict", "--quiet", "--site-dir", sys.argv[1]])
 """
 
 
-def test_the_site_has_every_page_and_the_codes_reference_and_loads_nothing_from_elsewhere(
+def test_site_builds_offline_with_all_pages_and_no_external_resources(
     tmp_path: Path,
 ):
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")

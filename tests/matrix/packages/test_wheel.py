@@ -71,14 +71,14 @@ def probe(bare: Bare) -> str:
     return "probe"
 
 
-def test_it_has_the_packaged_conversations_and_their_licences(bare):
+def test_wheel_includes_background_and_notice(bare):
     with ZipFile(bare.wheel) as packed:
         names = packed.namelist()
     assert "sidelight/training/background.jsonl.gz" in names
     assert any(name.endswith(".dist-info/licenses/NOTICE") for name in names)
 
 
-def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):
+def test_bare_install_has_no_extras_or_sibling_packages(bare):
     found = bare.python(
         "from importlib.util import find_spec\n"
         "ours = 'sidelight_lab sidelight_label sidelight_guards sidelight_llama sidelight_vllm'\n"
@@ -88,7 +88,7 @@ def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):
     assert found.strip() == "[]"
 
 
-def test_it_trains_evaluates_and_predicts(bare, probe):
+def test_bare_install_trains_evaluates_and_predicts(bare, probe):
     tested = str(DATA / "urgency_test.jsonl")
     report = json.loads(bare.output("sidelight", "eval", probe, "--data", tested, "--json"))
     assert report["accuracy"]["value"] > 0.7
@@ -96,7 +96,7 @@ def test_it_trains_evaluates_and_predicts(bare, probe):
     assert set(verdict) >= {"probe", "label", "probabilities", "flagged"}
 
 
-def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare, probe):
+def test_missing_package_error_is_one_line_with_remedy(bare, probe):
     tested = DATA / "urgency_test.jsonl"
     for command, remedy in (
         (f"serve --probe {probe}", "pip install '.[serve]'"),
@@ -115,7 +115,7 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
         assert all(line.endswith(" ...") for line in progress)
 
 
-def test_help_is_quick(bare):
+def test_import_and_help_are_fast(bare):
     measured = bare.python(
         "import os, subprocess, sys\n"
         "from pathlib import Path\n"
@@ -130,7 +130,7 @@ def test_help_is_quick(bare):
     assert all(float(seconds) < 0.5 for seconds in measured.split())
 
 
-def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other_package(bare):
+def test_guards_wheel_includes_texts_and_notice_without_dependencies(bare):
     with ZipFile(bare.guards) as packed:
         names = packed.namelist()
         metadata = next(name for name in names if name.endswith("/METADATA"))
@@ -148,7 +148,7 @@ def test_the_wheel_of_the_guards_has_their_texts_and_licences_and_needs_no_other
     assert all(int(count) >= 100 for column in counts for count in column)
 
 
-def test_the_extra_and_the_guards_bring_what_the_demonstration_and_its_server_need(bare):
+def test_demo_runs_with_serve_extra_and_guards_wheel(bare):
     bare.install(f"{bare.wheel}[serve]", str(bare.guards))
     output = bare.output("sidelight", "demo")
     for words in ("400 content_filter", "toxicity: toxic", "intent: ", "charged twice", "Done in"):

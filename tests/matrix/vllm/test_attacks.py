@@ -30,7 +30,7 @@ def blocking(subjects, tmp_path_factory):
         yield server
 
 
-def test_every_route_blocks_what_the_probe_flags_by_itself(blocking, subjects, tmp_path):
+def test_redteam_rates_match_offline_probe_on_every_route(blocking, subjects, tmp_path):
     scores = subjects.scores([subjects.chat(text) for text in subjects.texts])
     labels = ["toxic" if score >= subjects.threshold else "fine" for score in scores]
     rows = [{"text": t, "label": n} for t, n in zip(subjects.texts, labels, strict=True)]

@@ -27,14 +27,14 @@ WRITTEN = 100
 IS_EAGER = os.environ.get("SIDELIGHT_COMPILED") != "1"
 
 
-def test_what_is_allowed_is_tested():
+def test_every_allowed_architecture_is_tested():
     from sidelight_vllm.plugin import ARCHITECTURES
 
     assert {*TESTED} == ARCHITECTURES
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_verdicts_are_those_of_transformers(name, tmp_path):
+def test_verdicts_match_transformers(name, tmp_path):
     architecture = TESTED[name]
     model = architecture_model(architecture, tmp_path)
     prompts = mixed_prompts(model.backbone, PROMPTS, longest=LONGEST)

@@ -79,7 +79,7 @@ def adapter(model, folder):
     return merged
 
 
-def test_an_adapter_is_classified_like_its_merged_weights(model, prompts, tmp_path):
+def test_lora_verdicts_match_merged_weights(model, prompts, tmp_path):
     from vllm.lora.request import LoRARequest
 
     base = model.backbone.model.state_dict()
@@ -104,7 +104,7 @@ def test_an_adapter_is_classified_like_its_merged_weights(model, prompts, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_guessed_tokens_change_no_verdict_on_the_prompt(prompt_model, prompts, method):
+def test_speculative_decoding_does_not_change_prompt_verdicts(prompt_model, prompts, method):
     if method == "ngram" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         pytest.skip("Triton's interpreter cannot run the kernel of ngram speculation")
     guesses = {"method": method, "num_speculative_tokens": 3}
@@ -121,7 +121,7 @@ def test_guessed_tokens_change_no_verdict_on_the_prompt(prompt_model, prompts, m
 
 
 @pytest.mark.parametrize("name", ["DecodeBenchConnector", "ExampleConnector"])
-def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, name):
+def test_external_kv_connectors_do_not_change_verdicts(model, prompts, tmp_path, name):
     """The first claims to have all of a prompt but its last token, and loads noise."""
     theirs = {
         "kv_connector": name,
@@ -137,7 +137,7 @@ def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
-def test_projections_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path, monkeypatch):
+def test_projection_store_fits_within_kv_cache_budget(name, tmp_path, monkeypatch):
     """As much memory as without probes, with room for fewer tokens."""
 
     def bytes_of(worker):
@@ -170,7 +170,9 @@ def revision(folders):
 
 
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
-def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path, monkeypatch):
+def test_two_workers_match_one_and_replace_probes_in_place(
+    model, prompts, parallel, tmp_path, monkeypatch
+):
     def addresses(_worker):
         from sidelight_vllm.worker import current_worker
 
@@ -215,7 +217,7 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path
         require_equal(verdicts(outputs), expected(replacement, some))
 
 
-def test_every_rank_classifies_and_takes_other_probes(model):
+def test_every_data_parallel_rank_classifies_and_replaces_probes(model):
     """Two engines under one client: each judges its own requests."""
     from sidelight_vllm.engine import load_vllm_engine
 
@@ -261,14 +263,14 @@ def test_every_rank_classifies_and_takes_other_probes(model):
     assert 0 < len(errors) < len(failed)
 
 
-def test_verdicts_need_neither_a_cache_nor_neighbours_nor_asynchronous_steps(model, prompts):
+def test_verdicts_match_without_prefix_cache_batching_or_async_scheduling(model, prompts):
     plain_options = {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
     with llm_of(model, **plain_options) as llm:
         require_equal(verdicts(run_llm(llm, prompts)), expected(model, prompts))
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
+def test_embedded_model_verdicts_match_transformers(tmp_path, eager):
     backbone = load_backbone("smollm2", dtype="float32")
     real = with_probes(backbone, backbone.model.config._name_or_path, tmp_path)
     prompts = mixed_prompts(backbone, 20, longest=500)
@@ -277,7 +279,7 @@ def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
         require_equal(verdicts(run_llm(engine, prompts)), wanted)
 
 
-def test_parity_finds_no_difference_but_rounding(prompt_model, tmp_path, capsys):
+def test_parity_reports_only_rounding_differences(prompt_model, tmp_path, capsys):
     data, out = tmp_path / "texts.jsonl", tmp_path / "parity.json"
     rows = [{"text": f"text number {i} " * (1 + i % 5)} for i in range(12)]
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -293,7 +295,7 @@ def test_parity_finds_no_difference_but_rounding(prompt_model, tmp_path, capsys)
     assert 0 < max(row["largest"] for row in found) < 1e-4
 
 
-def test_the_check_compares_verdicts_and_times_serving(tmp_path):
+def test_gpu_check_compares_verdicts_and_times_serving(tmp_path):
     only = ("vllm reference", "vllm parity: runner 1, eager", "vllm serving: 0", "vllm serving: 1 ")
     chosen = [word for name in only for word in ("--only", name)]
     assert cli("bench", "gpu", "--out", str(tmp_path), *chosen) == 0

@@ -149,7 +149,7 @@ def configured(path: str, folders, digest: str = "", **options):
         return EngineArgs(model=path, **settings).create_engine_config()
 
 
-def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
+def test_quantised_verdicts_match_transformers_with_same_rounding(
     llama_model, copy, digest, monkeypatch
 ):
     monkeypatch.setenv(ACCEPTED, digest)
@@ -163,7 +163,7 @@ def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_nu
     assert same.mean() < moved.mean() / 4
 
 
-def test_nothing_quantised_is_served_that_is_not_accepted(llama_model, copy, digest):
+def test_unaccepted_quantised_models_are_refused(llama_model, copy, digest):
     with pytest.raises(FingerprintMismatchError, match=wordings.RUN_PARITY):
         configured(copy.path, llama_model.folders)
     with pytest.raises(
@@ -182,9 +182,7 @@ def test_nothing_quantised_is_served_that_is_not_accepted(llama_model, copy, dig
         configured(llama_model.path, CAPTURED, quantization="fp8")
 
 
-def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
-    llama_model, copy, digest, tmp_path
-):
+def test_accepted_digest_covers_model_copy_and_engine_options(llama_model, copy, digest, tmp_path):
     served = Served.of(configured(copy.path, llama_model.folders, digest))
     assert served is not None
     served.load()
@@ -216,7 +214,7 @@ def test_a_digest_is_of_one_model_one_copy_and_one_set_of_options(
             configured(path, folders, digest, **options)
 
 
-def test_parity_measures_an_accepted_copy_and_ends_with_1_if_its_verdicts_flip(
+def test_parity_measures_accepted_copies_and_exits_1_on_flips(
     llama_model, copy, digest, texts, tmp_path, capsys
 ):
     assert measure(llama_model, copy.path, texts, digest) == 0

@@ -1,8 +1,9 @@
-"""Labelled data sets: published ones by name in their official splits, or files of your own.
+"""Labelled data sets: published ones by name, in their official splits, or your own files.
 
-A published set is read from a local folder of its own, with one file per split in any format of
-`load_examples` (.jsonl, .csv, .parquet, ...), else from the Hugging Face hub. A local file may have
-the hub's columns, as one saved from there does. This module knows texts, not token ids.
+A published set is read from its local folder, with one file per split in any format of
+`load_examples` (.jsonl, .csv, .parquet, ...), or else from the Hugging Face hub. A local file may
+have the hub's columns, for example if it was saved from there. This module handles texts, not token
+ids.
 """
 
 import os
@@ -29,14 +30,14 @@ _CHECKOUT = Path(__file__).parents[4]
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Training, validation and test examples, all with the task of the first.
+    """Training, validation and test examples, all with the task of the training examples.
 
     Attributes:
-        title: Its name in tables.
-        validation: The official validation split, or training rows that were held out.
-        subsets: Row positions of `test` by the name of the subset; may be empty.
-        notes: What is missing, deviates from the official set, or must be known of the licence; one
-            sentence each.
+        title: Name in tables.
+        validation: The official validation split, or held-out training rows.
+        subsets: Row positions in `test` by name of the subset; may be empty.
+        notes: Missing data, deviations from the official set, and licence terms, one sentence
+            each.
     """
 
     title: str
@@ -52,18 +53,18 @@ class Published:
     """A data set as its authors published it.
 
     Attributes:
-        source: Name on the hub, with the configuration after a colon; `{split}` stands for the
+        source: Name on the hub, with the configuration after a colon; `{split}` is replaced by the
             split.
-        rows: Official number of rows of the training, the test, and perhaps the validation split.
-        notes: What must be known of it, one sentence each.
-        folder: Name of its local folder.
+        rows: Official number of rows by split: training, test and, if there is one, validation.
+        notes: Facts to know about the set, one sentence each.
+        folder: Name of the local folder.
         text: Column of the texts in local files, then on the hub.
-        label: Column of the labels, likewise.
-        training_file: Name of the local file of the training split.
-        positive: The positive class; None where it can be inferred.
+        label: Column of the labels in local files, then on the hub.
+        training_file: Name of the local file with the training split, without suffixes.
+        positive: Positive class; None if it can be inferred.
         on_missing_label: Whether unlabelled rows are an error, or are left out and counted.
-        subsets: Parts of the test that are reported on their own: the rows where a column of truth
-            values has this value.
+        subsets: Subsets of the test split that are reported separately, by name: the rows in which
+            a Boolean column has this value.
     """
 
     title: str
@@ -80,7 +81,7 @@ class Published:
 
 
 PUBLISHED: Mapping[str, Published] = {
-    # Six emotions of English tweets (Saravia et al. 2018). Rows: the hub's configuration `split`.
+    # English tweets with six emotions (Saravia et al. 2018). Rows: the hub's configuration `split`.
     "emotion": Published(
         "Emotion",
         "dair-ai/emotion:split",
@@ -89,7 +90,7 @@ PUBLISHED: Mapping[str, Published] = {
         folder="emotion",
         label=("label_name", "label"),
     ),
-    # Film reviews of many sentences, positive or negative (Maas et al. 2011, the labelled ones).
+    # Film reviews of many sentences, positive or negative (Maas et al. 2011, labelled reviews).
     "imdb": Published(
         "IMDB",
         "stanfordnlp/imdb",
@@ -97,7 +98,7 @@ PUBLISHED: Mapping[str, Published] = {
         notes=("Licence: none is stated by the authors.",),
         folder="imdb",
     ),
-    # Sentences of film reviews, positive or negative (Socher et al. 2013, without neutral ones).
+    # Sentences from film reviews, positive or negative (Socher et al. 2013, without neutral ones).
     "sst2": Published(
         "SST-2",
         "SetFit/sst2",
@@ -111,8 +112,8 @@ PUBLISHED: Mapping[str, Published] = {
         training_file="train_sentences",
         positive="1",
     ),
-    # Toxic prompts among those that users sent to a chat model (Lin et al. 2023). Rows: the hub's
-    # data set card, version 0124.
+    # User prompts to a chat model, toxic or not (Lin et al. 2023). Rows: the hub's data set card,
+    # version 0124.
     "toxicchat": Published(
         "ToxicChat",
         "lmsys/toxic-chat:toxicchat0124",
@@ -124,7 +125,8 @@ PUBLISHED: Mapping[str, Published] = {
         positive="1",
         subsets={"human": ("human_annotation", True)},
     ),
-    # Harmful prompts, plain and adversarial, mostly synthetic (Han et al. 2024). Rows: the hub's.
+    # Harmful and harmless prompts, plain and adversarial, mostly synthetic (Han et al. 2024). Rows:
+    # the hub's.
     "wildguardmix": Published(
         "WildGuardMix (prompt harm)",
         "allenai/wildguardmix:wildguard{split}",
@@ -145,12 +147,12 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def default_root() -> Path:
-    """The folder that `SIDELIGHT_DATA` names, else `../shared/data` beside the checkout.
+    """Folder named by `SIDELIGHT_DATA`, or else `../shared/data` relative to the checkout.
 
-    The latter need not exist.
+    The latter may not exist.
 
     Raises:
-        SidelightError: The variable names something that is not a folder.
+        SidelightError: The variable does not name an existing folder.
     """
     named = os.environ.get(_VARIABLE)
     if not named:
@@ -165,17 +167,17 @@ def default_root() -> Path:
 
 
 def load_data_set(name: str, *, root: Path | None = None) -> DataSet:
-    """A published data set in its official splits.
+    """Load a published data set in its official splits.
 
     Args:
-        name: A key of `PUBLISHED`.
-        root: Folder with one folder per data set, and then nothing else is tried. None means
-            `SIDELIGHT_DATA`, else `../shared/data` beside the checkout; a set that has no folder
-            there comes from the Hugging Face hub, through the extra `datasets`.
+        name: Key of `PUBLISHED`.
+        root: Folder with one folder per data set; no other source is tried. None means
+            `SIDELIGHT_DATA`, or else `../shared/data` relative to the checkout; a set without a
+            folder there is read from the Hugging Face hub, which needs the extra `datasets`.
 
     Raises:
-        SidelightError: The name is unknown, the data is nowhere, or a row is malformed; the message
-            names the place and the remedy.
+        SidelightError: The name is unknown, the data cannot be found, or a row is malformed; the
+            message names the place and the remedy.
     """
     if name not in PUBLISHED:
         raise SidelightError(
@@ -200,7 +202,7 @@ def load_data_set(name: str, *, root: Path | None = None) -> DataSet:
 
 
 def _load(entry: Published, folder: Path | None) -> DataSet:
-    """The data set from its local folder, or from the hub where the folder is None."""
+    """Load the data set from its local folder, or from the hub if the folder is None."""
     notes: list[str] = []
 
     def read(split: str, task: Task | None = None) -> LabelledExamples:
@@ -208,7 +210,7 @@ def _load(entry: Published, folder: Path | None) -> DataSet:
         source, (text, label) = entry.source.format(split=split), hub
         if folder is not None:
             source = _split_file(folder, entry.training_file if split == "train" else split)
-            # Reads the file twice: cheap beside a forward pass over its texts.
+            # Reads the file twice, which is cheap compared with a forward pass over its texts.
             columns = {column for row in read_file(source) for column in row.cells}
             text, label = hub if columns.issuperset(hub) > columns.issuperset(local) else local
         with _noted(notes, split):
@@ -229,7 +231,7 @@ def _load(entry: Published, folder: Path | None) -> DataSet:
 
 
 def _split_file(folder: Path, split: str) -> Path:
-    """The one readable file of a split, in any format."""
+    """The only readable file of a split, in any format."""
     files = sorted(path for path in folder.iterdir() if is_readable(path))
     matches = [path for path in files if path.name.partition(".")[0] == split]
     if len(matches) == 1:
@@ -254,18 +256,18 @@ def from_files(
     label: str = "label",
     positive: str | None = None,
 ) -> DataSet:
-    """A data set from files that `load_examples` can read; all splits share their columns.
+    """Load a data set from files that `load_examples` can read, all with the same columns.
 
     Args:
-        training: File of the training rows, whose labels make the task.
+        training: File of the training rows, whose labels define the task.
         test: File of the test rows.
-        validation: File of the validation rows; None holds some training rows out.
+        validation: File of the validation rows; None holds out some training rows.
         text: Column of the text.
         label: Column of the label, or names of several columns separated by commas.
         positive: Positive class of a binary task; None infers it as `load_examples` does.
 
     Raises:
-        SidelightError: A file is absent or malformed, or has a label that training lacks.
+        SidelightError: A file is missing or malformed, or has a label that the training rows lack.
     """
     path = Path(training).expanduser()
     notes: list[str] = []
@@ -284,7 +286,7 @@ def from_files(
 
 @contextmanager
 def _noted(notes: list[str], split: str) -> Generator[None]:
-    """Warnings about a split as notes."""
+    """Collect warnings about a split as notes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SidelightWarning)
         yield
@@ -303,7 +305,7 @@ def _assemble(
     notes: list[str],
     entry: Published | None = None,
 ) -> DataSet:
-    """The splits as a data set, with notes on them beside those of reading."""
+    """Combine the splits into a data set, and add notes on them to the notes from loading."""
     splits = {"train": training, "validation": validation, "test": test}
     for split, examples in splits.items():
         if examples is None:
@@ -338,7 +340,7 @@ def _assemble(
 
 
 def overlap_notes(training: LabelledExamples, test: LabelledExamples) -> tuple[str, ...]:
-    """A note if test texts were trained on; case and spacing do not count."""
+    """A note if test texts also occur in the training data, ignoring case and spacing."""
     seen = {item.text_key for item in training.items}
     count = sum(item.text_key in seen for item in test.items)
     note = f"{count:,} of {len(test):,} test texts also occur in the training data."

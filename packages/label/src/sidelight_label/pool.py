@@ -31,7 +31,7 @@ from sidelight.states.cache import (
 )
 from sidelight.states.extraction import extract, shard_logits
 from sidelight.states.reader import Backbone
-from sidelight.training.dataset import encode_shortened
+from sidelight.training.encoding import TextEncoder, encode_shortened
 from sidelight.training.measuring import (
     calibrate_examples,
     describe_training,
@@ -101,7 +101,7 @@ class Pool:
             )
         limit = min(options.max_tokens, backbone.encoder.max_tokens)
         self.prompts = encode_shortened(
-            backbone.encoder, examples, reads=options.reads, limit=limit
+            TextEncoder(backbone.encoder), examples, reads=options.reads, limit=limit
         )
         # As in `sidelight train`: of several classes, a large norm says something.
         self.is_normalised = task.kind != "multiclass"

@@ -303,7 +303,7 @@ class Worker:
             return self._classifier.classify(plans, projections)
         # After an error in this thread, vLLM would wait for the step's output.
         except Exception:  # noqa: BLE001
-            log.exception("Judging failed, so %d requests have no verdict.", len(plans))
+            log.exception("Classification failed, so %d requests have no verdict.", len(plans))
             return self._classifier.fail(plans)
 
     def _in_turn(self, plans: Sequence[GatherPlan]) -> list[list[GatherPlan]]:

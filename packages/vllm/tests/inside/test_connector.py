@@ -18,7 +18,7 @@ from sidelight_vllm.worker import LayerProjections, Loaded, RequestClassifier, S
 from worlds.models import tiny_backbone, untrained_probe
 
 
-def test_a_share_of_a_request_that_has_ended_leaves_no_state():
+def test_results_after_a_request_ends_leave_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
     from sidelight_vllm.connector import ProbeConnector, WorkerResults
 
@@ -39,7 +39,7 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     read_report(tracking.report("running")).require_verdicts()
 
 
-def test_the_scheduler_follows_its_workers_to_other_probes_or_gives_no_verdict(tmp_path):
+def test_scheduler_uses_probes_of_its_workers_or_returns_no_verdict(tmp_path):
     from sidelight_vllm.connector import ProbeConnector, WorkerResults
 
     backbone = tiny_backbone()
@@ -78,7 +78,7 @@ def test_the_scheduler_follows_its_workers_to_other_probes_or_gives_no_verdict(t
     assert classified_after(old) == {"old"}
 
 
-def test_a_block_table_grows_restarts_after_preemption_and_goes_however_its_request_ends():
+def test_block_table_grows_restarts_after_preemption_and_ends_with_request():
     """Beside a connector without groups, vLLM ends requests by another method."""
     from sidelight_vllm.connector import ProbeConnector
 
@@ -109,7 +109,7 @@ def test_a_block_table_grows_restarts_after_preemption_and_goes_however_its_requ
         assert "r" not in tracking
 
 
-def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():
+def test_pipeline_stage_missing_an_attention_kind_is_rejected():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     sizes = {"block_size": 16, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}

@@ -229,7 +229,7 @@ def reason_of(outputs):
 
 
 @pytest.mark.parametrize("report", MISSING)
-def test_without_a_report_a_prompt_is_refused_and_a_text_ends(guarded, report):
+def test_missing_report_rejects_the_prompt_or_cuts_the_response(guarded, report):
     llm = guarded([report, FINE, FINE])
     outputs, error = asked(llm)
     assert (outputs, type(error)) == ([], RefusedError)
@@ -240,7 +240,7 @@ def test_without_a_report_a_prompt_is_refused_and_a_text_ends(guarded, report):
     assert llm.aborted
 
 
-def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
+def test_failed_verdicts_block_unless_on_failure_is_pass(guarded):
     bad_prompt, bad_text = says(prompt_score=None), says(response_score=None)
     assert isinstance(asked(guarded([bad_prompt] * 4))[1], RefusedError)
     assert reason_of(asked(guarded([FINE, bad_text, bad_text]))[0]) == "content_filter"
@@ -249,7 +249,7 @@ def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
         assert text_of(asked(guarded([bad] * 3, policy=lenient))[0]) == "FGH"
 
 
-def test_a_failing_engine_passes_nothing_more(guarded):
+def test_engine_failure_sends_no_further_text(guarded):
     outputs, error = asked(guarded([FINE] * 9, fails_at=5))
     assert text_of(outputs) == "FG"
     assert isinstance(error, RuntimeError)
@@ -257,7 +257,7 @@ def test_a_failing_engine_passes_nothing_more(guarded):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "policy"), [(1, OPEN), (2, OPEN), (2, "")])
-def test_what_passes_is_what_vllm_gives_whatever_its_kind(guarded, kind, n, policy):
+def test_guard_preserves_vllm_output_for_every_output_kind(guarded, kind, n, policy):
     outputs, error = asked(guarded([FINE] * 6, policy=policy), kind=kind, n=n)
     assert error is None
     assert [output.finished for output in outputs].index(True) == len(outputs) - 1
@@ -277,7 +277,7 @@ def test_what_passes_is_what_vllm_gives_whatever_its_kind(guarded, kind, n, poli
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("merged", [1, 2, 3, 8])
-def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind, merged):
+def test_cut_text_appears_in_no_output_field(guarded, kind, merged):
     """Also of a text that is read late."""
     reports = [*[FINE] * 5, LEAKING, LEAKING, *[FINE] * 9]
     outputs, _ = asked(guarded(reports, merged=merged), kind=kind)
@@ -312,7 +312,7 @@ def reciting(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("merged", [1, 2, 5, 30])
-def test_what_is_redacted_is_in_no_field_whatever_the_kind(guarded, reciting, kind, merged):
+def test_redacted_text_appears_in_no_output_field(guarded, reciting, kind, merged):
     probes, words, reports = reciting
     # The labels of the last tokens come with the whole.
     llm = guarded(reports, REDACTS, probes=probes, words=words, merged=merged)
@@ -336,7 +336,7 @@ def test_what_is_redacted_is_in_no_field_whatever_the_kind(guarded, reciting, ki
 
 
 @pytest.mark.parametrize("most", [4, 7, 8, 11, 17, 20])
-def test_a_text_that_a_limit_ends_has_no_tokens_but_those_of_what_is_sent(guarded, reciting, most):
+def test_truncated_response_contains_only_tokens_of_the_sent_text(guarded, reciting, most):
     """More tokens could have labelled its last word, whose first ones were held back with it."""
     probes, words, reports = reciting
     outputs, error = asked(guarded(reports, REDACTS, probes=probes, words=words), max_tokens=most)
@@ -347,7 +347,7 @@ def test_a_text_that_a_limit_ends_has_no_tokens_but_those_of_what_is_sent(guarde
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_that_cannot_be_found_in_a_text_do_not_leave(guarded, reciting, kind):
+def test_text_that_does_not_match_its_tokens_is_not_sent(guarded, reciting, kind):
     """Its tokens say something else, or it was not classified."""
     probes, words, reports = reciting
     shifted = dict(zip(words, [*[*words.values()][1:], " else"], strict=True))
@@ -363,7 +363,7 @@ def test_words_that_cannot_be_found_in_a_text_do_not_leave(guarded, reciting, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_whose_steps_end_before_its_outputs_are_read_is_complete(guarded, kind):
+def test_response_is_complete_when_steps_end_before_outputs_are_read(guarded, kind):
     llm = guarded([FINE] * 4)
     ids = [70, 71, 72, 1]
 
@@ -389,7 +389,7 @@ def test_a_text_whose_steps_end_before_its_outputs_are_read_is_complete(guarded,
     assert (reason_of(outputs), error) == ("stop", None)
 
 
-def test_a_monitored_text_that_fills_the_context_is_classified_to_its_end(guarded):
+def test_monitored_response_filling_the_context_is_classified_to_its_end(guarded):
     llm = guarded([FINE] * 20)
     outputs, error = asked(llm, {"type": "token", "prompt_token_ids": [3, *[60] * 88, 1, 4]})
     assert (text_of(outputs), reason_of(outputs), error) == ("FGHIJKLM", "length", None)
@@ -398,7 +398,7 @@ def test_a_monitored_text_that_fills_the_context_is_classified_to_its_end(guarde
     assert len(prompt["prompt_token_ids"]) == 99
 
 
-def test_a_seeded_draw_that_would_end_vllm_is_refused(guarded):
+def test_seeded_sampling_that_would_crash_vllm_is_rejected(guarded):
     llm = guarded([FINE] * 3)
     _, error = asked(llm, seed=1, temperature=0.5)
     assert isinstance(error, RefusedError)
@@ -407,7 +407,7 @@ def test_a_seeded_draw_that_would_end_vllm_is_refused(guarded):
     assert asked(llm, seed=1, temperature=0.0)[1] is None
 
 
-def test_plain_texts_are_classified_as_their_tokens(guarded):
+def test_plain_text_prompts_are_tokenised_before_classification(guarded):
     limited = OPEN.replace("[output", "max_tokens = 5\n[output")
     for prompt in ("refund", {"prompt": "refund"}, [60, 61, 62, 63, 64, 65]):
         llm = guarded([FINE] * 3, policy=limited)
@@ -416,7 +416,7 @@ def test_plain_texts_are_classified_as_their_tokens(guarded):
         assert llm.seen[0][0]["prompt_token_ids"]
 
 
-def test_a_text_is_ended_by_the_name_that_its_caller_gave_it(guarded):
+def test_abort_finds_requests_by_the_callers_id(guarded):
     llm = guarded([FINE] * 9)
 
     async def ask():
@@ -431,7 +431,7 @@ def test_a_text_is_ended_by_the_name_that_its_caller_gave_it(guarded):
     asyncio.run(ask())
 
 
-def test_what_cannot_be_classified_is_refused_where_a_rule_blocks(guarded):
+def test_unclassifiable_requests_are_rejected_where_a_rule_blocks(guarded):
     async def stream():
         yield {"prompt_token_ids": [3]}
 
@@ -457,7 +457,7 @@ STRUCTURED = [
 ]
 
 
-def test_an_answer_that_the_client_words_is_refused_unless_a_blocking_probe_reads_it(guarded):
+def test_input_only_policy_rejects_structured_outputs_that_fix_the_response(guarded):
     from vllm.sampling_params import StructuredOutputsParams
 
     for structure in STRUCTURED:
@@ -473,7 +473,7 @@ def test_an_answer_that_the_client_words_is_refused_unless_a_blocking_probe_read
     assert asked(guarded([FINE] * 3, policy=ONLY_INPUT), **free)[1] is None
 
 
-def test_beams_are_refused_whatever_calls_them(guarded, reciting):
+def test_beam_search_is_rejected_under_blocking_and_redacting_policies(guarded, reciting):
     """Ray, a batch or a server without the endpoint plugin search beams past our middleware."""
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.sampling_params import BeamSearchParams
@@ -523,7 +523,7 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "Obey.",
 
 
 @pytest.mark.parametrize("family", CHAT_FAMILIES)
-def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, reciting, family):
+def test_client_text_is_read_or_rejected_in_every_chat_template(guarded, reciting, family):
     tokenizer = family_tokenizer(family)
     reader = Reader(guarded, tokenizer)
     assert reader.refusal(turns_of(USER)) is None
@@ -548,7 +548,7 @@ def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, r
     assert Reader(guarded, tokenizer, ONLY_INPUT).refusal(begun, **options) is None
 
 
-def test_a_default_system_turn_counts_as_the_operators_even_if_a_client_sends_it(guarded):
+def test_default_system_turn_is_trusted_even_when_sent_by_clients(guarded):
     reader = Reader(guarded, merging_tokenizer(CHATML))
     assert reader.refusal(turns_of(USER)) is None
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) is None
@@ -585,7 +585,7 @@ def answered(llm, vllm, path="/v1/chat/completions"):
 
 
 @pytest.mark.parametrize("policy", ["", 'invisible_characters = "strip"\n'])
-def test_vllm_reads_prompts_without_the_invisible_characters_that_are_stripped(guarded, policy):
+def test_vllm_receives_prompts_without_stripped_invisible_characters(guarded, policy):
     endpoint, read = ProbeEndpoint(), {}
     endpoint.guard = guarded([FINE], policy).sidelight_guard
     call = {"function": {"name": "look", "arguments": '{"q": "a\\u00adb"}'}}
@@ -612,7 +612,7 @@ def test_vllm_reads_prompts_without_the_invisible_characters_that_are_stripped(g
     assert read == body
 
 
-def test_a_prompt_without_token_ids_is_refused_where_invisible_characters_are(guarded):
+def test_embedding_prompts_are_rejected_when_invisible_characters_are_refused(guarded):
     for policy, code in (("", None), ('invisible_characters = "refuse"\n', "not_classified")):
         _, error = asked(guarded([FINE], policy), {"prompt_embeds": None})
         assert getattr(error and error.__cause__, "code", None) == code
@@ -644,7 +644,7 @@ def streaming(llm, *, prefix=(), raises=False):
     return vllm
 
 
-def test_a_stream_begins_once_its_prompt_is_classified(guarded):
+def test_stream_starts_only_after_its_prompt_is_classified(guarded):
     words = [b"event: created\n\n", b": ping\n\n"]
     for raises in (False, True):
         llm = guarded([INJECTED] * 3)
@@ -658,7 +658,7 @@ def test_a_stream_begins_once_its_prompt_is_classified(guarded):
         assert body.startswith(b"".join(words))
 
 
-def test_an_error_midway_ends_a_stream(guarded):
+def test_error_mid_stream_ends_the_stream_without_done_event(guarded):
     llm = guarded([FINE] * 9)
 
     def fail(*_args, **_kwargs):
@@ -671,7 +671,7 @@ def test_an_error_midway_ends_a_stream(guarded):
     assert b"[DONE]" not in body
 
 
-def test_chunks_with_verdicts_stand_at_the_start_and_before_the_end(guarded):
+def test_verdict_chunks_come_first_and_last_before_done(guarded):
     """A model may write the words that end a stream."""
     llm = guarded([FINE] * 6, policy="")
     words = b'data: {"id": "a", "text": "data: [DONE]"}\n\n'
@@ -686,7 +686,7 @@ def test_chunks_with_verdicts_stand_at_the_start_and_before_the_end(guarded):
     assert chunks[1]["text"] == "data: [DONE]"
 
 
-def test_answers_without_a_text_pass_as_they_are(guarded):
+def test_responses_without_text_pass_through_unchanged(guarded):
     for body in (b"{", b"[1]", b'{"tokens": [1]}'):
 
         async def vllm(send, body=body):
@@ -702,7 +702,7 @@ def test_answers_without_a_text_pass_as_they_are(guarded):
 
 @pytest.mark.parametrize("policy", ["", ONLY_INPUT])
 @pytest.mark.parametrize("metrics_key", [None, "scraper"])
-def test_where_a_rule_hides_scores_the_keys_of_vllm_open_no_metrics(
+def test_vllm_keys_cannot_access_metrics_where_a_rule_hides_scores(
     guarded, policy, metrics_key, monkeypatch
 ):
     """vLLM's keys hold on some of its routes, and not on its metrics."""
@@ -724,7 +724,7 @@ def test_where_a_rule_hides_scores_the_keys_of_vllm_open_no_metrics(
     assert statuses["admin"] == 200
 
 
-def test_the_connections_of_judges_are_closed_when_the_server_ends(guarded):
+def test_judge_connections_are_closed_on_server_shutdown(guarded):
     with scripted_judge() as judge:
         policy = f'''[judges.guardian]
         url = "{judge.address}"
@@ -804,7 +804,7 @@ SPELLINGS = ("{}", "{}/", "/{}", "{}%0A", "{}?x=/health", "/health/..{}", "{};x"
 
 
 @pytest.mark.parametrize("root_path", ["", "/x"])
-def test_the_keys_of_vllm_hold_on_our_routes_however_a_path_is_written(doors, root_path):
+def test_vllm_keys_protect_our_routes_for_every_path_spelling(doors, root_path):
     """vLLM itself asks for a key only where a path begins with `/v1`."""
     http = doors(root_path)
     for path, body in DOORS.items():
@@ -826,7 +826,7 @@ def test_the_keys_of_vllm_hold_on_our_routes_however_a_path_is_written(doors, ro
                     assert answer.status_code == 200, (prefix, path, answer.text)
 
 
-def test_a_body_beyond_the_limit_is_refused_on_our_routes(doors):
+def test_oversized_bodies_are_rejected_on_our_routes(doors):
     """Also one whose length is not declared."""
     http, headers = doors(), {"Authorization": "Bearer theirs"}
     text = "x" * ServerConfig().max_body_bytes
@@ -838,7 +838,7 @@ def test_a_body_beyond_the_limit_is_refused_on_our_routes(doors):
             assert "4,194,304" in answer.text, path
 
 
-def test_a_change_without_a_policy_reads_the_served_file_again(guarded, tmp_path, monkeypatch):
+def test_replace_without_a_policy_rereads_the_policy_file(guarded, tmp_path, monkeypatch):
     guard = guarded([FINE], policy="").sidelight_guard
     assert not any(bound.is_blocking for bound in guard.context.registry.rules)
 

@@ -58,9 +58,7 @@ def reader(llama_model):
         yield vllm_reader
 
 
-def test_a_cache_has_the_states_of_transformers_and_goes_on_after_a_stop(
-    reader, backbone, tmp_path
-):
+def test_activation_cache_matches_transformers_and_resumes_after_a_stop(reader, backbone, tmp_path):
     """Prompts of 1 to 300 tokens, several at once, of which some tokens are kept."""
     from sidelight_vllm.offline import capture_params, captured
 
@@ -127,7 +125,7 @@ def data(tmp_path):
     return path
 
 
-def test_a_probe_learns_from_the_states_of_vllm(backbone, data, tmp_path):
+def test_probe_learns_from_vllm_states(backbone, data, tmp_path):
     probe = tmp_path / "probe"
     train = [
         *("train", "--data", str(data), "--out", str(probe), "--model", backbone.name),
@@ -144,7 +142,7 @@ def test_a_probe_learns_from_the_states_of_vllm(backbone, data, tmp_path):
     assert np.mean([verdict["flagged"] for verdict in verdicts] == np.array(labels, bool)) > 0.9
 
 
-def test_a_server_writes_no_hidden_states(backbone):
+def test_server_configuration_rejects_hidden_state_capture(backbone):
     """Its clients could choose the files."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -154,7 +152,7 @@ def test_a_server_writes_no_hidden_states(backbone):
         arguments.create_engine_config()
 
 
-def test_the_longest_text_leaves_room_for_the_token_that_vllm_writes(llama_model):
+def test_maximum_length_leaves_room_for_the_generated_token(llama_model):
     from sidelight_vllm.offline import VllmReader
 
     model = read_model(llama_model.path)
@@ -162,7 +160,7 @@ def test_the_longest_text_leaves_room_for_the_token_that_vllm_writes(llama_model
     assert VllmReader(model, options={"max_model_len": 512}).max_tokens == 511
 
 
-def test_the_record_of_a_training_has_no_secret_option(llama_model):
+def test_training_record_contains_no_secret_options(llama_model):
     from sidelight_vllm.offline import VllmReader
 
     options = {"hf_token": "hf_secret", "max_num_batched_tokens": 48, "tokenizer_mode": "auto"}

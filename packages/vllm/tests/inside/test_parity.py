@@ -61,7 +61,7 @@ def run(subject, prompts, **sampling) -> list:
     return subject.run(all_outputs())
 
 
-def test_the_reference_would_show_a_difference(subject, wanted):
+def test_reference_values_vary_enough_to_reveal_differences(subject, wanted):
     """Every mechanism is there, and no probe says the same of all prompts."""
     probes = subject.model.probes
     assert set(mechanism_names()) < {probe.name for probe in probes}
@@ -73,7 +73,9 @@ def test_the_reference_would_show_a_difference(subject, wanted):
         assert ((finite > 0.01) & (finite < 0.99)).mean() > 0.4
 
 
-def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, prompts, wanted):
+def test_computed_and_cached_verdicts_match_transformers_and_repeat_exactly(
+    subject, prompts, wanted
+):
     first, second = (run(subject, prompts) for _ in range(2))
     # Most of what they read was not computed for them.
     assert max(output.num_cached_tokens or 0 for output in second) >= LONGEST / 2
@@ -85,7 +87,7 @@ def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, p
         np.testing.assert_array_equal(values, repeated[1][name])
 
 
-def test_probes_of_the_response_read_what_is_written(subject, prompts):
+def test_response_probes_classify_generated_tokens_across_turns(subject, prompts):
     """Also in later turns, whose prompt holds tokens that were computed while they were decoded."""
     chosen = [prompt for prompt in prompts if len(prompt) < 300][:8]
     outputs = run(subject, chosen, max_tokens=SHORT, ignore_eos=True)

@@ -117,9 +117,7 @@ def asked_of(reciting, *, streamed):
 
 
 @STREAMED
-def test_an_echo_has_its_log_probabilities_though_a_stop_holds_back_the_first_text(
-    server, reciting, streamed
-):
+def test_echo_includes_log_probabilities_when_a_stop_string_delays_text(server, reciting, streamed):
     prompt = [*reciting.backbone.tokenizer("Who is he?<|assistant|>")["input_ids"]]
     asked = completion(prompt, logprobs=1, echo=True, stop=["know not, or so"], stream=streamed)
     answer = post(server, *asked)
@@ -148,7 +146,7 @@ def values_of(found, name=""):
 
 
 @STREAMED
-def test_nothing_of_a_redacted_word_is_in_any_field(server, reciting, streamed):
+def test_redacted_words_appear_in_no_response_field_or_log(server, reciting, streamed):
     tokenizer = reciting.backbone.tokenizer
     secret = [i for i in reciting.answer if tokenizer.decode([i]).strip() in "Quentin Zyxwvut 4711"]
     assert len(secret) == 10
@@ -205,7 +203,7 @@ def spans_of(entry):
 
 
 @STREAMED
-def test_texts_and_spans_are_those_of_our_engine(server, reciting, streamed):
+def test_redacted_texts_and_spans_match_our_engine(server, reciting, streamed):
     rules = {"pii": Rule("redact")}
     engine = TransformersEngine(reciting.backbone, reciting.probes)
     ways = [chat(WORDS), chat(WORDS, stop=["y else"]), chat(WORDS, stop=["vut"])]
@@ -228,7 +226,7 @@ def test_texts_and_spans_are_those_of_our_engine(server, reciting, streamed):
                 assert choices(theirs)[0][0] == redacted(ANSWER, spans) == REDACTED
 
 
-def test_words_of_a_prompt_have_their_places_where_it_is_known(server, reciting):
+def test_prompt_spans_have_positions_only_where_the_text_is_known(server, reciting):
     name, code = WORDS.index("Quentin"), WORDS.index("4711")
     places = [(name, name + len("Quentin Zyxwvut"), "NAME"), (code, code + 4, "CODE")]
     ids = [*reciting.backbone.encoder.encode([Message("user", WORDS)]).token_ids]
@@ -246,7 +244,7 @@ def test_words_of_a_prompt_have_their_places_where_it_is_known(server, reciting)
     assert "spans" not in verdicts(post(server, *completion(ids), ADMIN))["asked"]
 
 
-def test_texts_that_are_only_classified_have_the_spans_of_our_engine(server, reciting):
+def test_classification_routes_return_the_spans_of_our_engine(server, reciting):
     texts = [WORDS, "Who is Quentin?", "Nobody."]
     engine = TransformersEngine(reciting.backbone, reciting.probes)
     with in_process(engine, policy=Policy(output={"pii": Rule("redact")})) as http:
@@ -279,7 +277,7 @@ def undigested(found):
     return json.loads(re.sub(r'("version": )"[0-9a-f]*"', r'\1""', json.dumps(found)))
 
 
-def test_without_a_verdict_no_text_leaves(server, reciting):
+def test_response_without_a_verdict_contains_no_text(server, reciting):
     with unjudged(server.address, reciting.folders):
         for streamed in (False, True):
             answer = post(server, *chat("Who is he?", stream=streamed, **TWO))

@@ -33,7 +33,7 @@ def configured(path, folders, *, kind="EngineArgs", **options):
     return arguments.create_engine_config()
 
 
-def test_without_named_probes_nothing_changes_and_the_environment_may_name_them(model, monkeypatch):
+def test_vllm_is_unchanged_unless_configuration_or_environment_names_probes(model, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     plain = configured(model.path, None)
     assert plain.kv_transfer_config is None
@@ -49,7 +49,7 @@ def test_without_named_probes_nothing_changes_and_the_environment_may_name_them(
     assert json.loads(json.dumps(extra))["folders"] == model.folders
 
 
-def test_a_policy_that_cannot_be_enforced_is_refused_at_the_start(model, tmp_path, monkeypatch):
+def test_unenforceable_policy_is_rejected_at_startup(model, tmp_path, monkeypatch):
     policy = tmp_path / "policy.toml"
     monkeypatch.setenv("SIDELIGHT_POLICY", str(policy))
     # As where the name of its variable is misspelt.
@@ -66,7 +66,7 @@ def test_a_policy_that_cannot_be_enforced_is_refused_at_the_start(model, tmp_pat
     configured(model.path, model.folders)
 
 
-def test_a_key_that_no_route_requires_is_refused(model, monkeypatch):
+def test_api_key_that_no_route_enforces_is_rejected(model, monkeypatch):
     server = {"kind": "AsyncEngineArgs"}
     configured(model.path, None, **server)
     monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
@@ -78,7 +78,7 @@ def test_a_key_that_no_route_requires_is_refused(model, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["columns", "accept_quantised"])
-def test_a_setting_in_the_configuration_that_is_a_variable_is_refused(model, name):
+def test_environment_only_settings_are_rejected_in_engine_configuration(model, name):
     from vllm.engine.arg_utils import EngineArgs
 
     config = {KEY: {"probes": model.folders, name: "1"}}
@@ -101,7 +101,7 @@ def test_a_setting_in_the_configuration_that_is_a_variable_is_refused(model, nam
         ({"load_format": "pt"}, "--load-format pt"),
     ],
 )
-def test_a_feature_that_no_test_covers_is_refused(model, options, message):
+def test_untested_features_are_rejected(model, options, message):
     with pytest.raises(SidelightError, match=message):
         configured(model.path, model.folders, **options)
 
@@ -109,16 +109,14 @@ def test_a_feature_that_no_test_covers_is_refused(model, options, message):
 @pytest.mark.parametrize(
     "setting", ["FLOAT32_MATMUL_PRECISION=high", "USE_RUST_FRONTEND=1", "BATCH_INVARIANT=1"]
 )
-def test_a_setting_that_changes_or_bypasses_verdicts_is_refused(model, monkeypatch, setting):
+def test_settings_that_change_or_bypass_verdicts_are_rejected(model, monkeypatch, setting):
     variable, value = f"VLLM_{setting}".split("=")
     monkeypatch.setenv(variable, value)
     with pytest.raises(SidelightError, match=variable):
         configured(model.path, model.folders)
 
 
-def test_a_feature_or_device_that_cpus_lack_is_refused_and_a_gpu_warned_of(
-    model, caplog, monkeypatch
-):
+def test_unsupported_devices_and_features_are_rejected_and_gpus_warn(model, caplog, monkeypatch):
     from sidelight_vllm.plugin import require_supported
 
     config = configured(model.path, None, **NGRAM)
@@ -141,9 +139,7 @@ def test_a_feature_or_device_that_cpus_lack_is_refused_and_a_gpu_warned_of(
     assert "sidelight bench gpu" in caplog.text
 
 
-def test_another_version_or_architecture_or_type_of_an_option_is_refused(
-    model, monkeypatch, tmp_path
-):
+def test_unsupported_version_architecture_or_option_type_is_rejected(model, monkeypatch, tmp_path):
     import vllm
 
     with pytest.raises(SidelightError, match=wordings.CHECK_TYPES):
@@ -160,7 +156,7 @@ def test_another_version_or_architecture_or_type_of_an_option_is_refused(
         configured(model.path, model.folders)
 
 
-def test_a_damaged_probe_and_one_of_another_model_are_refused(model, tmp_path):
+def test_damaged_missing_and_foreign_probes_are_rejected(model, tmp_path):
     plain = untrained_probe(model.backbone, "p")
     folder = save_probe(plain, tmp_path / "p")
     weights = Path(folder) / "probe.safetensors"

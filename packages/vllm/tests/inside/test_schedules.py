@@ -131,7 +131,7 @@ def driver(llama_model):
         yield Driver(llm, llama_model)
 
 
-def test_any_schedule_gives_the_verdicts_of_one_pass(driver, llama_model):
+def test_any_request_schedule_gives_single_pass_verdicts(driver, llama_model):
     """Arrivals, chunks, shared prefixes, aborts and preemptions as Hypothesis draws them."""
 
     @given(drawn=waves, chosen=st.integers(0, 100))

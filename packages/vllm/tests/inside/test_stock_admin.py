@@ -54,9 +54,7 @@ def scored(subjects, probes, text, ids):
     }
 
 
-def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
-    stock, subjects, retrained
-):
+def test_reload_under_traffic_loses_no_requests_and_mixes_no_probes(stock, subjects, retrained):
     uncut = [text for text, (_, _, cut) in subjects.answers.items() if cut is None]
     texts = uncut[:CLIENTS]
     old = [asked(stock, text) for text in texts]

@@ -43,7 +43,7 @@ def test_no_route_answers_an_injected_prompt(stock, subjects, streamed):
 
 
 @STREAMED
-def test_no_route_sends_anything_of_a_text_that_is_cut_at_once(sealed, subjects, streamed):
+def test_no_route_sends_any_of_an_immediately_cut_response(sealed, subjects, streamed):
     for path, body, response in answers(sealed, subjects, subjects.benign, streamed=streamed):
         chunks = chunks_of(response)
         if body.get("echo"):

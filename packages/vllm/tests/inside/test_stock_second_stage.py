@@ -25,7 +25,7 @@ class TestStockServer(DeferContract):
     pass
 
 
-def test_chats_with_vllm_have_the_log_probabilities_that_are_read(server, stock, subjects):
+def test_vllm_chats_return_the_log_probabilities_a_judge_needs(server, stock, subjects):
     """A model with random weights answers with neither word, so there is no verdict."""
     # A server that defers is no judge.
     server.serve(server.home / "plain.toml")

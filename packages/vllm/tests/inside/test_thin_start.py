@@ -77,7 +77,7 @@ def get(server, path, key):
     return httpx.get(f"{server.address}{path}", timeout=60, **bearer(key))
 
 
-def test_every_route_but_those_of_load_balancers_needs_a_key_and_shows_none(server, subjects):
+def test_routes_except_health_checks_require_a_key_and_leak_none(server, subjects):
     paths = get(server, "/openapi.json", KEY).json()["paths"]
     tried = [(method.upper(), path) for path, methods in paths.items() for method in methods]
     for method, path in [
@@ -103,7 +103,7 @@ def test_every_route_but_those_of_load_balancers_needs_a_key_and_shows_none(serv
     assert not [key for key in (KEY, ADMIN, LISTED) if key in seen]
 
 
-def test_every_route_that_takes_a_post_is_known(server):
+def test_every_post_route_is_covered_by_tests(server):
     """A route that a version of vLLM adds has to be looked at, and tried as the others are."""
     tried = {path for path, _ in requests_of(None, "x", streamed=False)}
     writes_nothing = {
@@ -120,7 +120,7 @@ def test_every_route_that_takes_a_post_is_known(server):
     assert known - tried <= writes_nothing
 
 
-def test_policy_audit_disclosure_and_tools_are_those_of_the_options(server, subjects):
+def test_server_applies_policy_audit_disclosure_and_tool_options(server, subjects):
     asked = {"model": subjects.path, "max_tokens": 3}
     for key, name in ((KEY, "api-key-1"), (LISTED, "listed")):
         path, body = chat(subjects.injected, **asked)
@@ -142,7 +142,7 @@ def test_policy_audit_disclosure_and_tools_are_those_of_the_options(server, subj
 
 
 @pytest.mark.parametrize("path", CHECKS)
-def test_a_route_that_writes_nothing_audits_and_counts_what_it_classifies(server, path):
+def test_classification_routes_audit_and_count_their_verdicts(server, path):
     """As in our own server (test_server_routes.py)."""
     audit = server.log.parent / "audit.jsonl"
     before, lines = counted(server), len(audit.read_text().splitlines())
@@ -164,7 +164,7 @@ def counted(server):
     return sum(float(line.split()[-1]) for line in counts)
 
 
-def test_a_killed_worker_passes_nothing_more_and_ends_the_server_with_a_code(start, endless):
+def test_killed_worker_sends_no_more_text_and_server_exits_nonzero(start, endless):
     server, body, sent = start(), {**endless, "max_tokens": 900}, b""
     url = f"{server.address}{CHATS}"
     with ThreadPoolExecutor(1) as pool:
@@ -186,7 +186,7 @@ def test_a_killed_worker_passes_nothing_more_and_ends_the_server_with_a_code(sta
     assert server.process.wait(60) != 0
 
 
-def test_a_stream_completes_after_sigterm_and_the_server_exits_with_code_0(start, endless):
+def test_sigterm_lets_streams_finish_and_exits_with_code_0(start, endless):
     server = start()
     children = psutil.Process(server.process.pid).children(recursive=True)
     url = f"{server.address}{CHATS}"
@@ -201,7 +201,7 @@ def test_a_stream_completes_after_sigterm_and_the_server_exits_with_code_0(start
     await_end(children)
 
 
-def test_ctrl_c_ends_the_server_with_the_documented_exit_code(start):
+def test_ctrl_c_exits_with_the_documented_code(start):
     server = start()
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 130, server.log.read_text()
@@ -215,9 +215,7 @@ def test_ctrl_c_ends_the_server_with_the_documented_exit_code(start):
         ("Starting to load model", signal.SIGTERM, 0),
     ],
 )
-def test_a_signal_ends_all_processes_while_the_model_loads(
-    moment, number, code, subjects, tmp_path
-):
+def test_signal_during_model_loading_ends_all_processes(moment, number, code, subjects, tmp_path):
     level = {"VLLM_LOGGING_LEVEL": "INFO"}
     with thin_start(subjects.path, subjects.folders, tmp_path, until=moment, **level) as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
@@ -243,7 +241,7 @@ def is_alive(process):
         return False
 
 
-def test_what_vllm_refuses_is_one_line(subjects, tmp_path):
+def test_vllm_configuration_errors_print_one_line(subjects, tmp_path):
     option = ("--engine-option", "tokenizer=another")
     start = thin_start(subjects.path, subjects.folders, tmp_path, *option)
     with pytest.raises(AssertionError), start:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -34,9 +35,9 @@ from sidelight.models.checkpoint import Checkpoint, fingerprint, model_folder, s
 from sidelight.models.conversation import EncodedPrompt, PromptFormat
 from sidelight.models.encode import PromptEncoder
 from sidelight.models.fingerprint import Fingerprint
-from sidelight.models.machine import find_device, free_memory, lacks_bfloat16
+from sidelight.models.machine import find_device, free_memory, keeps_shapes, lacks_bfloat16
 from sidelight.models.smollm2 import EMBEDDED_NAME, MODELS, embedded_model_path, require_model
-from sidelight.probes.ragged import BATCH_TOKENS
+from sidelight.probes.ragged import BATCH_TOKENS, padded_length
 from sidelight.progress import Progress
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import tapped_states
@@ -202,6 +203,12 @@ class TransformersBackbone:
     ) -> None:
         """As ``Backbone.run``, in one forward pass that stops after the required layers."""
         token_ids, mask = self.pad(prompts)
+        if keeps_shapes(self.device, self.model.dtype):
+            longest = token_ids.shape[1]
+            # Some models have no positions after their context.
+            most = max(longest, self.max_tokens)
+            padding = (0, min(after + padded_length(longest - after), most) - longest)
+            token_ids, mask = pad(token_ids, padding), pad(mask, padding)
         # Without the language-model head, whose logits are not needed here.
         body = self.model.base_model
         if after:

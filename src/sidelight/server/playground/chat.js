@@ -34,7 +34,7 @@ export function startChat(server, openWhy) {
     const messages = [...turns, { role: "user", content: text }];
     const scores = new Map();
     let answer = "", reason = null, tokens = 0;
-    asked.state("Judging…");
+    asked.state("Classifying…");
     log.append(asked.box);
     asked.box.scrollIntoView({ block: "nearest" });
     prompt.value = "";

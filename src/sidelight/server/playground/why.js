@@ -97,7 +97,7 @@ function probabilities(verdict) {
 
 // Shows a failure where the result would be.
 async function guarded(server, place, work) {
-  place.replaceChildren(el("p", { class: "quiet" }, "Judging…"));
+  place.replaceChildren(el("p", { class: "quiet" }, "Classifying…"));
   try {
     await work();
   } catch (error) {

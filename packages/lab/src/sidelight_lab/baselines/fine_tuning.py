@@ -1,4 +1,4 @@
-"""Whole models, fine-tuned by peft and transformers' Trainer: LoRA on the backbone, an encoder."""
+"""Models fine-tuned with peft and transformers' Trainer: LoRA on the backbone, and an encoder."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.encoders import Encoder, packaged_encoder
 from sidelight_lab.baselines.training import finite
 
-# A text as transformers' Trainer takes it: input_ids, read (which tokens are pooled), labels.
+# A text in the format of transformers' Trainer: input_ids, read (mask of pooled tokens), labels.
 Item = dict[str, Tensor]
-# The label of a token that has none, as in transformers.
+# Label of unlabelled tokens, as in transformers.
 UNLABELLED = -100
-# Padded tokens of a forward and backward pass: what is kept for the backward pass is large.
+# Tokens per forward and backward pass, padding included: activations for the latter are large.
 _PASS_TOKENS = 8192
 
 
@@ -36,9 +36,8 @@ class SequenceClassifier(nn.Module):
 
     Args:
         body: A model of ``transformers`` without its language-model head.
-        dataset: What it will be trained on.
-        labels_tokens: Whether each token that is read has logits and labels of its own, and not
-            their mean.
+        dataset: Data to train on.
+        labels_tokens: Whether to classify each token that is read, instead of their mean.
     """
 
     def __init__(self, body: Any, dataset: ProbeDataset, *, labels_tokens: bool = False):
@@ -56,7 +55,7 @@ class SequenceClassifier(nn.Module):
         read: Bool[Tensor, "text token"],
         labels: Int[Tensor, "text ..."],
     ) -> dict[str, Tensor]:
-        """Logits in float32 and the loss; the body runs in bf16 whatever its weights are."""
+        """Compute the loss and float32 logits; the body runs in bf16, whatever its weights are."""
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
             output = self.body(input_ids=input_ids, attention_mask=present.long())
         hidden = output.last_hidden_state.float()
@@ -68,11 +67,11 @@ class SequenceClassifier(nn.Module):
 
 
 class FineTuned(Baseline):
-    """A whole model, trained by AdamW: linear warm-up, then a cosine to zero.
+    """A full model trained with AdamW: linear warm-up, then cosine decay to zero.
 
     Attributes:
         learning_rate: Learning rate at the end of the warm-up.
-        epochs: Passes over the data; the one with the best validation score is kept.
+        epochs: Passes over the data; the epoch with the best validation score is kept.
         batch_size: Texts per step, of similar length.
     """
 
@@ -93,11 +92,11 @@ class FineTuned(Baseline):
         """Train the parameters that require gradients.
 
         Args:
-            model: A ``SequenceClassifier``, or peft's around one.
+            model: A ``SequenceClassifier``, or a peft model around one.
             dataset: The data.
-            encode: Turns texts into items.
-            seed: Decides dropout and the order of the texts.
-            folder: For checkpoints, one after each epoch; None removes them afterwards.
+            encode: Function that converts texts to items.
+            seed: Seed of dropout and of the order of the texts.
+            folder: Folder for checkpoints, one after each epoch; None removes them afterwards.
 
         Raises:
             SidelightError: The logits are no longer finite.
@@ -135,7 +134,7 @@ class FineTuned(Baseline):
             train_sampling_strategy="group_by_length",
             eval_strategy="epoch",
             save_strategy="epoch",
-            # The best epoch and the last one.
+            # Keep the best epoch and the last one.
             save_total_limit=2,
             save_only_model=True,
             load_best_model_at_end=True,
@@ -171,7 +170,7 @@ class FineTuned(Baseline):
 
 
 def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
-    """A batch, padded on the right."""
+    """Collate items into a batch, padded on the right."""
     present = [torch.ones_like(item["read"]) for item in items]
     labels = [item["labels"] for item in items]
     of_tokens = labels[0].dim() == 2
@@ -187,7 +186,7 @@ def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def score_items(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarray, "*_ output"]]:
-    """The logits of each text, or of each of its tokens, with padding behind them."""
+    """Logits of each text, or of each of its tokens, followed by padding."""
     model.eval()
     device = next(model.parameters()).device
     lengths = [len(item["input_ids"]) for item in items]
@@ -203,14 +202,14 @@ def score_items(model: nn.Module, items: Sequence[Item]) -> list[Float[np.ndarra
 
 @dataclass(frozen=True)
 class Lora(FineTuned):
-    """LoRA on every linear layer of the decoder blocks, and a linear head.
+    """LoRA on every linear layer of the decoder blocks, with a linear head.
 
-    This is not single-pass: generating text needs a pass of the unchanged weights.
+    Not single-pass: generating text needs another pass, with the unchanged weights.
 
     Attributes:
-        rank: Rank (r) of the update of each weight.
+        rank: Rank (r) of each weight update.
         alpha: Updates are multiplied by ``alpha / rank``.
-        dropout: Dropout on the input of an update.
+        dropout: Dropout rate on the input of each update.
     """
 
     title: ClassVar[str] = "LoRA fine-tuning"
@@ -222,19 +221,19 @@ class Lora(FineTuned):
     batch_size: int = 32
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fit adapters and head; the epoch is chosen on the validation texts."""
+        """Fit the adapters and the head; the epoch is chosen on the validation texts."""
         return self.tune(self.adapted(dataset, seed=seed), dataset, prompt_items, seed=seed)
 
     def adapted(self, dataset: ProbeDataset, *, seed: int) -> nn.Module:
-        """Untrained adapters around the backbone, which itself stays as it is, and a head."""
+        """Wrap the backbone in untrained adapters and a head; the backbone itself is unchanged."""
         from peft import LoraConfig, get_peft_model
 
         backbone = dataset.reader
         assert isinstance(backbone, TransformersBackbone)
-        # A copy of the modules around the same parameters.
+        # Copy the modules, but share their parameters.
         body: Any = backbone.model.base_model
         body = copy.deepcopy(body, {id(weight): weight for weight in body.parameters()})
-        # The fused kernel's backward pass is several times slower than the plain one on CPUs.
+        # On CPUs, the fused kernel's backward pass is several times slower than the eager one.
         body.set_attn_implementation("eager")
         config = LoraConfig(
             r=self.rank,
@@ -251,7 +250,7 @@ class Lora(FineTuned):
 
 
 def prompt_items(split: Split) -> list[Item]:
-    """The backbone's tokens; the mean is of those that a probe would read."""
+    """Items of the backbone's tokens, pooled over those that a probe would read."""
     reads, labels = split.states.reads, torch.from_numpy(split.labels)
     return [
         {"input_ids": torch.tensor(prompt.token_ids), "read": prompt.mask(reads), "labels": label}
@@ -261,13 +260,14 @@ def prompt_items(split: Split) -> list[Item]:
 
 @dataclass(frozen=True)
 class FineTunedEncoder(FineTuned):
-    """A small sentence encoder, all of it, and a linear head on its mean token.
+    """A fully fine-tuned small sentence encoder, with a linear head on its mean token.
 
-    This is not single-pass: it is a second model that reads every text.
+    Not single-pass: a second model reads every text.
 
     Attributes:
-        path: A folder or hub id of an encoder; None takes the packaged MiniLM.
-        max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
+        path: Folder or hub id of an encoder; None selects the packaged MiniLM.
+        max_tokens: Maximum length, or the encoder's limit if that is lower; longer texts are
+            truncated at the end.
     """
 
     title: ClassVar[str] = "Fine-tuned encoder"

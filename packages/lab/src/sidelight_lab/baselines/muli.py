@@ -1,4 +1,4 @@
-"""MULI: a sparse logistic regression on the log-odds of the answer's first token."""
+"""MULI: sparse logistic regression on the log-odds of the response's first token."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_valid
 from sidelight_lab.baselines.pooled import pooled_states
 from sidelight_lab.baselines.siren import sparse_path
 
-# 1 - p below this cannot be told from zero in float32; log-odds end at 16.
+# In float32, smaller values of 1 - p are indistinguishable from zero. Caps log-odds at 16.
 _ROOM = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
 class FirstToken:
-    """The LLM's final norm and language-model head, in float32: a large copy, not to be kept."""
+    """Float32 copy of the LLM's final norm and language-model head; too large to keep."""
 
     norm: nn.Module
     weight: Float[Tensor, "entry width"]
@@ -38,10 +38,10 @@ class FirstToken:
         return FirstToken(_final_norm(backbone), weight, bias)
 
     def require(self, backbone: TransformersBackbone, prompt: EncodedPrompt) -> None:
-        """Check these logits against the backbone's own after a prompt.
+        """Check these logits against the backbone's logits after a prompt.
 
         Raises:
-            SidelightError: The backbone's logits are not a linear head on one final norm.
+            SidelightError: The backbone's logits are not a linear head on a single final norm.
         """
         captured: list[Tensor] = []
 
@@ -53,7 +53,7 @@ class FirstToken:
         with backbone.tapped(keep_last), torch.no_grad():
             theirs = backbone.model(input_ids=ids, use_cache=False).logits[:, -1].float().cpu()
         error = (self.logits(self.directions(captured[0])) - theirs).abs().max()
-        # The model rounds its own logits to its dtype.
+        # The model rounds its logits to its dtype.
         tolerance = max(1e-3, 4 * torch.finfo(backbone.model.dtype).eps)
         if not error <= tolerance * theirs.abs().max():
             raise SidelightError(
@@ -65,25 +65,25 @@ class FirstToken:
 
     @torch.no_grad()
     def directions(self, states: Float[Tensor, "text width"]) -> Float[Tensor, "text width"]:
-        """The head's inputs, from the states of the prompts' last tokens after the last block."""
+        """Inputs of the head, from the last block's output at the last token of each prompt."""
         return self.norm(states)
 
     def logits(self, directions: Float[Tensor, "text width"]) -> Float[Tensor, "text entry"]:
-        """The logits of the answer's first token."""
+        """Logits of the response's first token."""
         return torch.addmm(self.bias, directions, self.weight.T)
 
     def log_odds(self, directions: Float[Tensor, "text width"]) -> Float[Tensor, "text entry"]:
-        """The log p - log(1 - p) of each entry; see ``chunks``."""
+        """Log-odds log p - log(1 - p) of each entry; see ``chunks``."""
         log_chance = self.logits(directions).log_softmax(1).clamp(max=-_ROOM)
         return log_chance - torch.log(-torch.expm1(log_chance))
 
     def chunks(self, directions: Float[Tensor, "text width"]) -> tuple[Tensor, ...]:
-        """Parts of the texts whose log-odds take at most 64 MiB."""
+        """Chunks of texts whose log-odds take at most 64 MiB."""
         return directions.split(max(1, 2**24 // len(self.weight)))
 
 
 def _final_norm(backbone: TransformersBackbone) -> nn.Module:
-    """The only module beside the blocks whose parameters all have the size of a state."""
+    """The only module outside the blocks whose parameters all have the size of a state."""
     width = (backbone.fingerprint.width,)
     found = [
         module
@@ -99,23 +99,24 @@ def _final_norm(backbone: TransformersBackbone) -> nn.Module:
     return deepcopy(found[0]).float().cpu()
 
 
-# log(1 - p) of a less likely entry is taken as 0: an error of .001, far below bf16's rounding.
+# For less likely entries, log(1 - p) is taken as 0: an error of 0.001, far below bf16 rounding.
 _LIKELY = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class LogOddsDesign:
-    """Standardised log-odds of many texts, multiplied without the matrix (16,000 x 49,152: 3 GB).
+    """Product with the standardised log-odds of many texts, without materialising their matrix.
 
-    A log-odds is logit - log sum exp(logits) - log(1 - p): low rank, rank one, and sparse.
+    The matrix would take 3 GB for 16,000 texts and 49,152 entries. Log-odds are
+    logit - log sum exp(logits) - log(1 - p), whose terms are low-rank, rank-one and sparse.
 
     Attributes:
         first: Final norm and head.
-        directions: The head's input for each text.
-        normaliser: log sum exp of the logits of each text.
-        likely: log(1 - p), sparse.
+        directions: Input of the head for each text.
+        normaliser: Log sum exp of the logits of each text.
+        likely: Sparse log(1 - p).
         mean: Mean log-odds of each entry over the texts.
-        scale: Standard deviation of the log-odds; 1 where they are constant.
+        scale: Standard deviation of the log-odds of each entry; 1 where they are constant.
     """
 
     first: FirstToken
@@ -127,7 +128,7 @@ class LogOddsDesign:
 
     @staticmethod
     def of(first: FirstToken, states: Float[Tensor, "text width"]) -> "LogOddsDesign":
-        """From the states of each text's last token after the last block."""
+        """Build the design from the last block's output at the last token of each text."""
         directions = first.directions(states)
         sums, squares = torch.zeros(2, len(first.weight), dtype=torch.float64)
         normalisers: list[Tensor] = []
@@ -153,9 +154,9 @@ class LogOddsDesign:
         )
 
     def __call__(self, weight: Float[Tensor, "entry output"]) -> Float[Tensor, "text output"]:
-        """Standardised log-odds times weights."""
+        """Multiply the standardised log-odds by weights."""
         raw = weight / self.scale[:, None]
-        # In this order: the transposed head times a matrix takes ten times as long.
+        # The order matters: multiplying the transposed head by a matrix takes ten times as long.
         low_rank = self.directions @ (raw.T @ self.first.weight).T
         rank_one = self.normaliser * raw.sum(0) + (self.mean - self.first.bias) @ raw
         return low_rank - rank_one - torch.sparse.mm(self.likely, raw)
@@ -165,11 +166,13 @@ class LogOddsDesign:
 class Muli(Baseline):
     """Moderation using LLM introspection (Hu et al., NeurIPS 2024, arXiv 2405.18822).
 
-    Every vocabulary entry's log p - log(1 - p) after the prompt, standardised on training texts;
-    L1 penalty, classes weighted by inverse frequency; softmax for more than two classes.
+    The features are log p - log(1 - p) of every vocabulary entry after the prompt, standardised on
+    the training texts. The logistic regression has an L1 penalty, classes weighted by inverse
+    frequency, and a softmax for more than two classes.
 
     Attributes:
-        shares: Penalties; see ``sparse_path``. The paper has one; here validation texts choose one.
+        shares: Penalties; see ``sparse_path``. The paper has a single one; here, one is chosen on
+            the validation texts.
         iterations: Steps per penalty.
     """
 
@@ -179,11 +182,11 @@ class Muli(Baseline):
     iterations: int = 100
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose the penalty on validation texts; nothing is random.
+        """Choose the penalty on the validation texts; deterministic.
 
         Raises:
-            SidelightError: The last token read is not the one before the answer, or the LLM's head
-                is unknown; see ``FirstToken``.
+            SidelightError: The last token read is not the one before the response, or the LLM's
+                head is not supported; see ``FirstToken``.
         """
         reads, prompts = dataset.training.states.reads, dataset.training.states.prompts
         if reads.side != "prompt" or not all(bool(prompt.mask(reads)[-1]) for prompt in prompts):
@@ -215,7 +218,7 @@ def _fitted(
     weight: Float[Tensor, "entry output"],
     bias: Float[Tensor, " output"],
 ) -> FittedBaseline:
-    """The baseline, which keeps only the entries with a weight, and no copy of the LLM's head."""
+    """Baseline that keeps only the entries with a nonzero weight, and no copy of the LLM's head."""
     entries = weight.any(1).nonzero()[:, 0]
     raw = weight[entries] / design.scale[entries, None]
     shift = bias - design.mean[entries] @ raw

@@ -1,6 +1,7 @@
-"""Baselines on one vector per text and layer (its mean or last token), and the linear classifiers.
+"""Baselines on one vector per text and layer (mean or last token), and their linear classifiers.
 
-These are logistic regressions and Gaussian discriminants by scikit-learn, on standardised vectors.
+The classifiers are logistic regressions and Gaussian discriminants on standardised vectors, built
+on scikit-learn.
 """
 
 import warnings
@@ -27,16 +28,16 @@ from sidelight.training.preparing import ProbeDataset
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, best_on_validation
 
-# L2 penalties per text, for features of variance 1: from very strong to very weak.
+# L2 penalties per text for features of variance 1, from very strong to very weak.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
-# The logit of a class that no training text has.
+# Logit of a class without training texts.
 _ABSENT = -20.0
 
 
-# Each penalty and layer reads them again: of training, validation and test texts.
+# Reused for every penalty and layer, on training, validation and test texts.
 @lru_cache(maxsize=3)
 def pooled_states(split: Split) -> Float[Tensor, "pooling text layer width"]:
-    """Means and last tokens; computed once and kept beside the texts' states."""
+    """Mean and last token of each text, computed once and stored next to the texts' states."""
     cache = split.states
     path = cache.directory / f"{cache.key}-pooled.safetensors"
     if not path.exists():
@@ -54,14 +55,14 @@ def pooled_states(split: Split) -> Float[Tensor, "pooling text layer width"]:
 
 @dataclass(frozen=True)
 class Linear:
-    """logits = inputs @ weight + bias."""
+    """Linear classifier: logits = inputs @ weight + bias."""
 
     weight: Float[np.ndarray, "feature output"]
     bias: Float[np.ndarray, " output"]
 
     @property
     def parameters(self) -> int:
-        """The number of fitted numbers."""
+        """Number of fitted parameters."""
         return self.weight.size + self.bias.size
 
     def __call__(
@@ -79,7 +80,7 @@ def fit_logistic(
     iterations: int = 100,
     is_balanced: bool = True,
 ) -> Linear:
-    """A regression on standardised inputs; one for each label of a multi-label task.
+    """Fit a logistic regression on standardised inputs, one per label of a multi-label task.
 
     Minimises mean loss + penalty / 2 * |weight|^2.
     """
@@ -93,10 +94,10 @@ def fit_logistic(
             weights = "balanced" if is_balanced else None
             model = LogisticRegression(C=strength, class_weight=weights, max_iter=iterations)
             with warnings.catch_warnings():
-                # Penalties are compared after the same number of iterations.
+                # Penalties are compared at the same iteration limit, converged or not.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(scaled, classes_of_rows)
-            # scikit-learn gives weights for the second of two classes only.
+            # For two classes, scikit-learn returns weights for the second only.
             weight[:, present[-len(model.coef_) :]] = model.coef_.T
             bias[present[-len(model.coef_) :]] = model.intercept_
         return Linear(weight, bias)
@@ -107,23 +108,24 @@ def fit_logistic(
 def gaussian_discriminant(
     inputs: Float[np.ndarray, "text feature"], labels: Int[np.ndarray, "text ..."], task: Task
 ) -> Linear:
-    """Gaussian classes with one covariance, shrunk as Ledoit and Wolf (2004) estimate.
+    """Fit Gaussian classes with a shared covariance, shrunk as in Ledoit and Wolf (2004).
 
-    Inputs are standardised first, so that the covariance shrinks towards equal importance.
+    Inputs are standardised first, so that the covariance shrinks towards equal importance of all
+    features.
     """
 
     def fit(scaled: np.ndarray, classes_of_rows: np.ndarray, classes: int) -> Linear:
         counts = np.bincount(classes_of_rows, minlength=classes)
-        # A class without texts has the mean of all, which is zero.
+        # A class without texts gets the overall mean, which is zero.
         means = (np.eye(classes, dtype=scaled.dtype)[classes_of_rows].T @ scaled) / np.maximum(
             counts, 1
         ).astype(scaled.dtype)[:, None]
         estimate = LedoitWolf(assume_centered=True, store_precision=False)
         covariance = estimate.fit(scaled - means[classes_of_rows]).covariance_
-        # The floor keeps it regular when all texts are equal.
+        # The floor keeps the covariance invertible when all texts are equal.
         floor = 1e-6 * np.eye(len(covariance))
         weight = np.linalg.solve(covariance + floor, means.T.astype(np.float64))
-        # One text is added to each class, so that an absent class has a prior.
+        # Add one text to each class, so that an absent class has a nonzero prior.
         prior = np.log((counts + 1) / (len(scaled) + classes))
         return Linear(weight, prior - (means.T * weight).sum(0) / 2)
 
@@ -136,11 +138,16 @@ def _fit_outputs(
     task: Task,
     fit: Callable[[np.ndarray, np.ndarray, int], Linear],
 ) -> Linear:
-    """Standardise inputs and fold that into the fit; two classes become their log-odds.
+    """Fit to standardised inputs and fold the scaling into the result.
+
+    Two classes are reduced to their log-odds.
 
     Args:
-        fit: Takes standardised inputs, class indices and the number of classes, and gives a logit
-            per class.
+        inputs: Features before standardisation.
+        labels: Labels of the texts.
+        task: The classes.
+        fit: Fits one logit per class, given standardised inputs, class indices and the number of
+            classes.
     """
     scaler: Any = StandardScaler().fit(inputs)
     scaled = scaler.transform(inputs)
@@ -159,10 +166,10 @@ class PooledRegression(Baseline):
     """A logistic regression on the mean or last token of a layer, before the final norm.
 
     Attributes:
-        token: Whether it reads the mean of the tokens that probes read, or the last of them.
-        layer: Whether it reads the last layer, the best one on validation texts, or all of them
-            side by side.
-        penalties: L2 penalties per text; validation texts choose one.
+        token: ``mean`` averages the tokens that probes read; ``last`` takes the last of them.
+        layer: ``last`` reads the last layer, ``best`` the best one on the validation texts, and
+            ``all`` concatenates all layers.
+        penalties: L2 penalties per text; one is chosen on the validation texts.
         iterations: Maximum solver iterations per penalty; stopping early acts as regularisation.
     """
 
@@ -173,7 +180,7 @@ class PooledRegression(Baseline):
     iterations: int = 100
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose penalty and layer on validation texts; nothing is random."""
+        """Choose the penalty and the layer on the validation texts; deterministic."""
         training = dataset.training
         layers = range(dataset.reader.fingerprint.layers)
         layer_choices = {
@@ -234,13 +241,12 @@ class MeansOfAllLayers(PooledRegression):
 class Mlpm(Baseline):
     """Multi-layer prototype moderator (ICML 2026).
 
-    A logistic regression stacks a Gaussian discriminant of each layer's last token. It is fitted to
-    out-of-fold scores, so that it learns how far to trust each layer on texts that the layer has
-    not seen.
+    A logistic regression stacks one Gaussian discriminant per layer, which reads the last token. It
+    is fitted to out-of-fold scores, so that it learns how far to trust each layer on unseen texts.
 
     Attributes:
-        folds: Number of parts of the training texts; one is left out at a time.
-        penalties: L2 penalties of the stacking regression; validation texts choose one.
+        folds: Number of folds of the training texts; one is left out at a time.
+        penalties: L2 penalties of the stacking regression; one is chosen on the validation texts.
     """
 
     title: ClassVar[str] = "MLPM: Gaussian discriminants of all layers, stacked"
@@ -249,7 +255,7 @@ class Mlpm(Baseline):
     penalties: tuple[float, ...] = PENALTIES
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose the stacking penalty on validation texts; the seed draws the folds."""
+        """Choose the stacking penalty on the validation texts; ``seed`` determines the folds."""
         task, labels = dataset.task, dataset.training.labels
         folds = dataset.training.examples.folds(self.folds, seed=seed)
         _, lasts = pooled_states(dataset.training)
@@ -288,7 +294,14 @@ def out_of_fold(
     folds: Sequence[Int[np.ndarray, " fold"]],
     task: Task,
 ) -> Float[np.ndarray, "text output"]:
-    """Each text's logits by a fit to the other folds: ``fit`` takes their rows and the fold's."""
+    """Out-of-fold logits: each text is scored by a fit to the other folds.
+
+    Args:
+        fit: Function of the rows of the other folds and the rows of the fold; returns the logits of
+            the latter.
+        folds: Rows of each fold; together, all texts.
+        task: The classes.
+    """
     texts = np.arange(sum(map(len, folds)))
     logits = np.empty((len(texts), task.outputs), dtype=np.float32)
     for fold in folds:

@@ -1,7 +1,7 @@
-"""Prompting: asks the backbone, and takes the label whose name is the likeliest answer.
+"""Prompting: ask the backbone, and predict the label whose name is the most likely answer.
 
-This is not single-pass: question, label names and examples are not part of the conversation that is
-served, so they need a forward pass of their own.
+Not single-pass: the question, label names and examples are not part of the served conversation, so
+they need a separate forward pass.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,23 @@ from sidelight.training.preparing import ProbeDataset
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
-# A longer list of names is given before the first text only.
+# Longer lists of names appear before the first text only.
 _LISTED = 20
 
 
 @dataclass(frozen=True)
 class ZeroShot(Baseline):
-    """The question and the label names.
+    """Prompt with the question and the label names.
 
     Attributes:
-        names: What each label is called in the prompt; None takes the names in the data, which mean
-            nothing to the model if they are numbers.
-        question: What is asked about the text.
-        max_tokens: Longer prompts lose the end of their text.
-        shots: Number of training texts that are shown with their labels as earlier turns, spread
-            evenly over the labels, in random order.
-        shot_characters: Longer ones are cut.
+        names: Name of each label in the prompt; None uses the names in the data, which mean nothing
+            to the model if they are numbers.
+        question: Question about the text.
+        max_tokens: Maximum length of a prompt; the text in longer ones is truncated at the end.
+        shots: Number of training texts included with their labels as earlier turns, in random order
+            and balanced across labels.
+        shot_characters: Maximum length of each of these texts, in characters; longer ones are
+            truncated.
     """
 
     title: ClassVar[str] = "Zero-shot prompting"
@@ -55,7 +56,7 @@ class ZeroShot(Baseline):
     shot_characters: int = 400
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fit nothing; only draw the examples."""
+        """Draw the examples; nothing is fitted."""
         backbone, names = dataset.reader, self.named(dataset.task)
         assert isinstance(backbone, TransformersBackbone)
         encoder, shots = backbone.encoder, self.examples(dataset, seed=seed)
@@ -63,7 +64,7 @@ class ZeroShot(Baseline):
         def encode(text: str) -> Sequence[int]:
             turns = self.turns(text, names, shots)
             if encoder.prompt_format == "raw":
-                # An empty last turn: its line break separates the text from the answer.
+                # The line break of an empty last turn separates the text from the answer.
                 turns.append(Message("assistant", ""))
             limit = min(self.max_tokens, encoder.max_tokens)
             return encoder.encode_any_length(turns).shortened(limit).token_ids
@@ -77,14 +78,14 @@ class ZeroShot(Baseline):
                 return scores
             if split.task.kind == "binary":
                 return scores[:, 1:] - scores[:, :1]
-            # Log-odds of each label against all others.
+            # Log-odds of each label versus all others.
             alternatives = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
             return scores - np.stack([np.logaddexp.reduce(each, 1) for each in alternatives], 1)
 
         return FittedBaseline(logits, parameters=0)
 
     def examples(self, dataset: ProbeDataset, *, seed: int) -> list[tuple[str, str]]:
-        """Texts that are shown before each text, with their answers."""
+        """Examples included before each text, as pairs of text and answer."""
         names = self.named(dataset.task)
         texts, labels = dataset.training.texts, dataset.training.labels
         return [
@@ -95,19 +96,19 @@ class ZeroShot(Baseline):
     def turns(
         self, text: str, names: Sequence[str], shots: Sequence[tuple[str, str]]
     ) -> list[Message]:
-        """The conversation up to the question about a text."""
+        """Conversation up to and including the question about a text."""
         turns: list[Message] = []
         for asked, answer in (*shots, (text, "")):
             listed = f"one of: {', '.join(names)}"
             if turns and len(names) > _LISTED:
                 listed = "one of these labels"
-            # The text comes last, so that the question is never cut from a long prompt.
+            # The text comes last, so that truncating a long prompt never removes the question.
             question = f"{self.question} Answer with {listed}.\n\nText: {asked}"
             turns += [Message("user", question), Message("assistant", answer)]
         return turns[:-1]
 
     def named(self, task: Task) -> tuple[str, ...]:
-        """What each label is called in the prompt."""
+        """Name of each label in the prompt."""
         chosen = task.labels if self.names is None else self.names
         if len(chosen) != len(task.labels):
             raise SidelightError(
@@ -120,7 +121,7 @@ class ZeroShot(Baseline):
 
 @dataclass(frozen=True)
 class FewShot(ZeroShot):
-    """The question, the label names and examples."""
+    """Prompt with the question, the label names and examples."""
 
     title: ClassVar[str] = "Few-shot prompting"
     max_tokens: int = 2048
@@ -133,14 +134,14 @@ def score_answers(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
 ) -> Float[np.ndarray, "prompt answer"]:
-    """The mean log-probability of each answer's tokens after each prompt.
+    """Mean log-probability of each answer's tokens after each prompt.
 
     Args:
-        backbone: The model that is asked.
-        prompts: Token ids up to where the answer begins.
+        backbone: Model to prompt.
+        prompts: Token ids of each prompt, up to the start of the answer.
         answers: Token ids of each possible answer.
     """
-    # At least one token of each prompt is left after what all share.
+    # Leave at least one token of each prompt after the shared prefix.
     shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     prefix = torch.tensor(prompts[0][:shared], dtype=torch.long, device=backbone.device)
     begun = cache_prefix(backbone.model, prefix)
@@ -148,11 +149,11 @@ def score_answers(
     texts = [(*prompts[prompt], *answers[answer]) for prompt, answer in pairs]
     scores = np.empty((len(prompts), len(answers)))
     with progress("Prompting", len(texts), unit="answers") as advance:
-        # Padding between the prefix and a text would shift what a sliding window sees.
+        # Padding between the prefix and a text would shift the tokens within a sliding window.
         most = BATCH_TOKENS if backbone.can_share_prefixes else 1
-        # Lengths include the prefix: each row has its keys and values too.
+        # Lengths include the prefix, because each row also holds its keys and values.
         for batch in by_length([*map(len, texts)], batch_tokens=most):
-            # On the left, so that every answer ends at the same place.
+            # Pad on the left, so that all answers end at the same position.
             rests = [EncodedPrompt(texts[row][shared:], ()) for row in batch]
             token_ids, present = backbone.pad(rests, side="left")
             longest = max(len(answers[pairs[row][1]]) for row in batch)
@@ -172,7 +173,7 @@ def score_answers(
 
 
 def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:
-    """Rows of training texts, drawn from each label in turn; no row is drawn twice."""
+    """Rows of training texts, drawn without replacement from each label in turn."""
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     holds = labels.astype(bool) if labels.ndim > 1 else labels[:, None] == np.unique(labels)

@@ -1,4 +1,4 @@
-"""SIREN: neurons that sparse probes select in every layer, read by a small network."""
+"""SIREN: a small network on the neurons that sparse probes select in each layer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,20 +29,21 @@ def sparse_path(
     shares: tuple[float, ...],
     iterations: int,
 ) -> Iterator[tuple[Float[Tensor, "feature output"], Float[Tensor, " output"]]]:
-    """Weights and bias of a logistic regression for each L1 penalty, which keeps few features.
+    """Weights and bias of a sparse logistic regression for each L1 penalty.
 
-    Minimises mean loss + penalty * |weight|_1, classes weighted by inverse frequency, by
-    accelerated proximal gradient steps (Beck & Teboulle 2009) that forget their momentum when it
-    points uphill (O'Donoghue & Candes 2015). Each penalty starts from the solution before.
+    Minimises mean loss + penalty * |weight|_1, with classes weighted by inverse frequency. The
+    solver is accelerated proximal gradient descent (Beck & Teboulle 2009), which resets its
+    momentum when it points uphill (O'Donoghue & Candes 2015). Each penalty is warm-started from the
+    previous solution.
 
     Args:
-        design: Multiplies the standardised features of the training texts by weights. A function,
-            so that MULI's wide matrix need not exist.
+        design: Multiplies the standardised features of the training texts by weights. It is a
+            function, so that MULI's wide matrix is never materialised.
         labels: Labels of the same texts.
-        task: The classes; the penalty of a multi-label task is the same for all labels.
+        task: The classes; all labels of a multi-label task share one penalty.
         features: Number of features.
-        shares: Penalties as shares of the weakest one under which all weights are zero; largest
-            first.
+        shares: Penalties, largest first, as shares of the smallest penalty for which all weights
+            are zero.
         iterations: Steps per penalty.
 
     Raises:
@@ -58,7 +59,7 @@ def sparse_path(
         value = smooth(leaf)
         return value.detach(), torch.autograd.grad(value, leaf)[0]
 
-    point = torch.zeros(features + 1, task.outputs)  # the last row is the bias
+    point = torch.zeros(features + 1, task.outputs)  # The last row is the bias.
     strongest = float(slope(point)[1][:-1].abs().max())
     if not math.isfinite(strongest):
         raise SidelightError(
@@ -74,7 +75,7 @@ def sparse_path(
                 new = _shrunk(ahead - step * gradient, by=step * share * strongest)
                 move = new - ahead
                 bound = value + (gradient * move).sum() + move.square().sum() / (2 * step)
-                # float32 cannot tell losses apart that are closer than this.
+                # Closer losses are indistinguishable in float32.
                 if smooth(new) <= bound + 1e-6 * value.abs():
                     break
                 step /= 2
@@ -88,7 +89,7 @@ def sparse_path(
 
 
 def _shrunk(point: Float[Tensor, "row output"], *, by: float) -> Float[Tensor, "row output"]:
-    """The proximal step: weights move towards zero, the bias does not."""
+    """Proximal step, which shrinks the weights towards zero but not the bias."""
     weight = point[:-1]
     return torch.cat([weight.sign() * (weight.abs() - by).clamp(min=0), point[-1:]])
 
@@ -100,17 +101,18 @@ _SETTINGS = TrainingSettings(epochs=20, patience=4, batch_size=64, class_weight=
 class Siren(Baseline):
     """Safeguard with internal representations (Jiao et al., ACL 2026, arXiv 2604.18519).
 
-    An L1 probe on each layer's mean token selects that layer's neurons: the fewest that hold a
-    share of the probe's absolute weight. The selected neurons of all layers, standardised and
-    multiplied by their layer's validation score relative to the best one's, are the input of a
-    network with one hidden layer.
+    An L1 probe on each layer's mean token selects neurons: the smallest set that accounts for a
+    given share of the probe's absolute weight. The selected neurons of all layers are standardised
+    and multiplied by their layer's validation score, relative to the best layer's. They are the
+    input of a network with one hidden layer.
 
     Attributes:
-        shares: Penalties of the probes; see ``sparse_path``. Validation texts choose, per layer.
+        shares: Penalties of the probes; see ``sparse_path``. One is chosen for each layer on the
+            validation texts.
         iterations: Steps per penalty.
-        coverage: Share of a probe's absolute weight that the selected neurons hold.
-        hidden: Units of the hidden layer.
-        settings: Settings of the network's training.
+        coverage: Share of a probe's absolute weight in the selected neurons.
+        hidden: Number of units in the hidden layer.
+        settings: Training settings of the network.
     """
 
     title: ClassVar[str] = "SIREN: selected neurons of all layers, small network"
@@ -122,10 +124,10 @@ class Siren(Baseline):
     settings: TrainingSettings = _SETTINGS
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose penalties, layer weights and the network's epoch on validation texts.
+        """Choose penalties, layer weights and the network's epoch on the validation texts.
 
         Raises:
-            SidelightError: No neuron tells the classes apart.
+            SidelightError: No neuron separates the classes.
         """
         layers = range(dataset.reader.fingerprint.layers)
         probes = [self._probe(dataset, layer) for layer in layers]
@@ -136,7 +138,7 @@ class Siren(Baseline):
                 "have two or more classes."
             )
         scores = torch.tensor([score for _, score in probes])
-        # Positive even if every score is zero.
+        # The divisor is positive even if every score is zero.
         strengths = scores / scores.max().clamp(min=1e-9)
         weights = strengths[:, None].expand_as(selected)[selected]
         mean, scale = moments(pooled_states(dataset.training)[0][:, selected])
@@ -145,13 +147,13 @@ class Siren(Baseline):
             return (pooled_states(split)[0][:, selected] - mean) / scale * weights
 
         network = self._network(dataset, neurons, seed=seed)
-        # The affine scaling folds into the first layer, so it does not count.
+        # The affine scaling can be folded into the first layer, so it is not counted.
         return FittedBaseline(
             lambda split: network(neurons(split)).numpy(), count_parameters(network)
         )
 
     def _probe(self, dataset: ProbeDataset, layer: int) -> tuple[Bool[Tensor, " width"], float]:
-        """The selected neurons, and the probe's validation score."""
+        """Neurons selected in a layer, and the validation score of its probe."""
         inputs, unseen = (
             pooled_states(split)[0][:, layer] for split in (dataset.training, dataset.validation)
         )
@@ -203,13 +205,13 @@ class Siren(Baseline):
 def moments(
     inputs: Float[Tensor, "text feature"],
 ) -> tuple[Float[Tensor, " feature"], Float[Tensor, " feature"]]:
-    """Mean and standard deviation over texts; a constant feature has scale 1."""
+    """Mean and standard deviation over texts; constant features get a scale of 1."""
     scale, mean = torch.std_mean(inputs, 0, correction=0)
     return mean, torch.where(scale > 1e-6, scale, 1.0)
 
 
 def _heaviest(weight: Float[Tensor, " width"], *, share: float) -> Bool[Tensor, " width"]:
-    """The fewest neurons that hold a share of the total weight; none if that is zero."""
+    """Smallest set of neurons with a share of the total weight; empty if the total is zero."""
     ordered = weight.sort(descending=True)
     before = ordered.values.cumsum(0) - ordered.values
     needed = before < share * weight.sum()
@@ -217,7 +219,7 @@ def _heaviest(weight: Float[Tensor, " width"], *, share: float) -> Bool[Tensor, 
 
 
 def _shuffled(texts: int, *, size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
-    """Endless batches of texts; each text is seen once before any is seen again."""
+    """Endless batches of texts, reshuffled after each pass over all texts."""
     shuffle = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(texts, generator=shuffle).split(size)

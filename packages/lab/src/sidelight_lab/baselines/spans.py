@@ -1,6 +1,6 @@
-"""What probes of spans are compared with: each gives logits to the tokens or words of texts.
+"""Baselines for span probes; each computes logits for the tokens or words of texts.
 
-Calibration and thresholds are not here: ``bench/spans.py`` gives all rows those of a probe.
+Calibration and thresholds are not here: ``bench/spans.py`` sets them for all rows as for a probe.
 """
 
 import math
@@ -29,22 +29,22 @@ from sidelight_lab.baselines.fine_tuning import (
     score_items,
 )
 
-# Gives the characters and the logits of each text's tokens.
+# Function that returns the character ranges and the logits of each text's tokens.
 Scorer = Callable[[SpanExamples], tuple[TokenPlaces, TokenScores]]
 
-# Words that the lexicon adds to those that it has seen, with the share of labelled ones.
+# Pseudo-count that the lexicon adds to each word's occurrences, labelled at the overall rate.
 _PRIOR_WORDS = 4.0
-# Words on each side of a word, and lengths of its parts, that the window's regression reads.
+# Number of words on each side of a word, and sizes of its character n-grams, read by `window`.
 _WINDOW = 3
 _NGRAM_SIZES = (1, 2, 3, 4)
-# Inverse penalties, of which validation texts choose one.
+# Inverse penalties; one is chosen on the validation texts.
 _STRENGTHS = (1.0, 10.0)
-# At least so many batches are what an encoder is fine-tuned on.
+# Minimum number of batches for fine-tuning an encoder.
 _STEPS = 400
 
 
 def lexicon(dataset: ProbeDataset) -> Iterator[Scorer]:
-    """How often each word was labelled in training, whatever stood beside it."""
+    """How often each word was labelled in training, regardless of its context."""
     names, labels = _labelled_words(dataset.training)
     seen, base = Counter(names), labels.mean(0)
     hits: dict[str, np.ndarray] = dict.fromkeys(seen, np.zeros(len(base)))
@@ -61,9 +61,9 @@ def lexicon(dataset: ProbeDataset) -> Iterator[Scorer]:
 
 
 def window(dataset: ProbeDataset) -> Iterator[Scorer]:
-    """Logistic regressions on TF-IDF of a word's letters, its shape, and the words around it."""
+    """Logistic regressions on TF-IDF features of a word's characters, shape and neighbours."""
     _, labels = _labelled_words(dataset.training)
-    # What it is given is a list of features already.
+    # The inputs are already lists of features.
     options: dict[str, Any] = {"analyzer": list, "min_df": 2}
     vectorizer: Any = TfidfVectorizer(**options)
     inputs = vectorizer.fit_transform(
@@ -85,7 +85,7 @@ def window(dataset: ProbeDataset) -> Iterator[Scorer]:
 
 
 def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> Iterator[Scorer]:
-    """A second model that reads in both directions, fine-tuned to label its tokens."""
+    """A second, bidirectional model, fine-tuned to label its tokens."""
     batch_size = FineTunedEncoder.batch_size
     epochs = math.ceil(_STEPS * batch_size / len(dataset.training))
     tuning = tuning or FineTunedEncoder(epochs=epochs)
@@ -93,7 +93,7 @@ def encoder(dataset: ProbeDataset, tuning: FineTunedEncoder | None = None) -> It
 
     def items_of(examples: SpanExamples) -> tuple[list[Item], TokenPlaces]:
         texts, spans_of = zip(*examples.text_spans, strict=True)
-        # The characters of each token; (0, 0) of one that the encoder adds.
+        # Character range of each token; (0, 0) for tokens added by the encoder.
         tokens = reader.tokens(texts, return_offsets_mapping=True)
         places: TokenPlaces = tokens["offset_mapping"]
         items: list[Item] = []
@@ -126,14 +126,14 @@ def _names(text: str) -> list[str]:
 
 
 def _labelled_words(split: Split) -> tuple[list[str], np.ndarray]:
-    """All words of some texts, and the labels of each."""
+    """All words of the texts, with the labels of each."""
     rows, names = split.span_examples.text_spans, split.task.output_labels
     labels = [token_labels(text, words(text), spans, names) for text, spans in rows]
     return [name for text, _ in rows for name in _names(text)], np.concatenate(labels)
 
 
 def _features(text: str) -> list[list[str]]:
-    """Of each word."""
+    """Features of each word."""
     names, features = _names(text), list[list[str]]()
     for place, (start, end) in enumerate(words(text)):
         word = f"<{text[start:end]}>"

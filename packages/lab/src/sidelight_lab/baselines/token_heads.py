@@ -1,4 +1,4 @@
-"""Baselines that read every token: attention heads, rolling windows, a smoothed linear probe."""
+"""Baselines on every token: attention heads, rolling windows and a smoothed linear probe."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ _ATTENTION_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=6, patience=2)
 
 
 class TokenHeads(nn.Module):
-    """Adds what each head (k) reads: logits = b + sum_k sum_t softmax_t(q_k . x_t) v_k . x_t.
+    """Sum of attention heads (k): logits = b + sum_k sum_t softmax_t(q_k . x_t) v_k . x_t.
 
-    A head has a value vector for each output. With a window, softmax and sum are over the tokens of
-    each run of so many, and each output of a head takes its maximum over runs. With features, x_t
-    is what two linear layers with a ReLU after each make of a token.
+    Each head has one value vector per output. With ``window``, softmax and sum run over each window
+    of this many tokens, and each output of a head is its maximum over windows. With ``features``,
+    x_t is a token after two linear layers, each followed by a ReLU.
     """
 
     def __init__(
@@ -69,19 +69,19 @@ class TokenHeads(nn.Module):
 
 
 def windows_of(tokens: Ragged, *, size: int) -> list[Float[Tensor, "window column token"]]:
-    """Every run of ``size`` neighbouring tokens of each text, as views.
+    """All windows of ``size`` consecutive tokens of each text, as tensor views.
 
-    A text with fewer tokens is one window.
+    A text with fewer tokens is a single window.
     """
     return [text.values.unfold(0, min(size, len(text.values)), 1) for text in tokens.split()]
 
 
 class OneLayer(nn.Module):
-    """Standardises a layer's tokens and hands them to a network.
+    """A network on the standardised tokens of one layer.
 
     Args:
         scaling: Mean and scale of the layer.
-        network: Takes ragged float32 tokens and gives the logits of each text.
+        network: Maps ragged float32 tokens to the logits of each text.
     """
 
     def __init__(self, scaling: Standardisation, network: nn.Module):
@@ -95,12 +95,12 @@ class OneLayer(nn.Module):
 
 
 class BestLayer(Baseline):
-    """A network on the tokens of one layer.
+    """A network on the tokens of the best layer.
 
     Attributes:
-        layers: How many of the most promising layers (see ``ranked_layers``) to train on; the best
-            by validation score is kept.
-        settings: Settings of the optimisation.
+        layers: Number of top-ranked layers (see ``ranked_layers``) to train on; the one with the
+            best validation score is kept.
+        settings: Optimisation settings.
     """
 
     is_single_pass: ClassVar[bool] = True
@@ -109,10 +109,10 @@ class BestLayer(Baseline):
 
     @abstractmethod
     def network(self, width: int, outputs: int) -> nn.Module:
-        """An untrained network from a layer's ragged tokens to logits."""
+        """Untrained network that maps a layer's ragged tokens to logits."""
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose the layer and the epoch on validation texts."""
+        """Choose the layer and the epoch on the validation texts."""
         width, task, settings = dataset.reader.fingerprint.width, dataset.task, self.settings
 
         def fitted(layer: int) -> FittedBaseline:
@@ -140,7 +140,7 @@ class BestLayer(Baseline):
 
 @dataclass(frozen=True)
 class AttentionProbe(BestLayer):
-    """EleutherAI's attention probe (2025), without its optional weight for a token's position."""
+    """EleutherAI's attention probe (2025), without its optional position weight."""
 
     title: ClassVar[str] = "Attention probe, best layer"
     heads: int = 8
@@ -156,9 +156,9 @@ class MlpHeads(BestLayer):
     """The Gemini production probe with attention over all tokens (arXiv 2601.11516).
 
     Attributes:
-        features: Features of a token, computed by a small network.
-        heads: Learned queries.
-        window: Tokens that a head reads at once; None reads all.
+        features: Number of features per token, computed by a small network.
+        heads: Number of learned queries.
+        window: Number of tokens that a head reads at once; None means all.
     """
 
     title: ClassVar[str] = "MLP and attention heads, best layer"
@@ -176,22 +176,22 @@ class MlpHeads(BestLayer):
 
 @dataclass(frozen=True)
 class RollingMax(MlpHeads):
-    """The Gemini production probe for long texts: max of rolling windows (arXiv 2601.11516)."""
+    """The Gemini production probe for long texts: max over rolling windows (arXiv 2601.11516)."""
 
     title: ClassVar[str] = "MLP and rolling attention, best layer"
     window: int | None = 10
 
 
 class SmoothedLinear(nn.Module):
-    """The largest sliding-window mean of a text's token logits, z_t = b + sum_l w_l . x_lt.
+    """Largest sliding-window mean of a text's token logits, z_t = b + sum_l w_l . x_lt.
 
-    Trained by the cross-entropy of every window's mean, the windows of a text weighted by a softmax
-    of those means. Classes of a multi-class task are trained one against the rest.
+    The training loss is the cross-entropy of each window's mean, with the windows of a text
+    weighted by a softmax of these means. Multi-class tasks are trained one-vs-rest.
 
     Args:
         scaling: Mean and scale of each layer.
         task: The classes.
-        window: Tokens of a window; a shorter text is one window.
+        window: Tokens per window; a shorter text is a single window.
     """
 
     def __init__(self, scaling: Standardisation, task: Task, *, window: int):
@@ -203,11 +203,11 @@ class SmoothedLinear(nn.Module):
         self._window = window
 
     def forward(self, batch: Shard) -> Float[Tensor, "text output"]:
-        """The largest smoothed logit, per output; in float32, as probes are scored."""
+        """Largest smoothed logit per output, in float32 like the scores of probes."""
         return self.smoothed(batch, dtype=torch.float32).maxima()
 
     def loss(self, batch: Shard, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
-        """The softmax-weighted loss over windows, from products in the states' own dtype."""
+        """Softmax-weighted loss over windows, with products computed in the states' dtype."""
         smoothed = self.smoothed(batch, dtype=batch.hidden.dtype)
         logits = smoothed.values
         target = class_targets(labels, self._task)[smoothed.segments]
@@ -216,11 +216,11 @@ class SmoothedLinear(nn.Module):
         return finish_softmax(state).mean()
 
     def smoothed(self, batch: Shard, *, dtype: torch.dtype) -> Ragged:
-        """``[window, output]``: the mean logit of each window, products taken in ``dtype``."""
+        """Mean logit of each window, ``[window, output]``, with products computed in ``dtype``."""
         folded = self._scaling.fold(self.weight, dtype=dtype)
-        # Layer by layer: a thin batched product of bf16 views is several times slower on a CPU.
+        # Layer by layer: on CPUs, a thin batched product of bf16 views is several times slower.
         smoothed_logits = [
-            # Adding the shift before rounding to bf16 takes away most of a large product.
+            # Add the shift before rounding to bf16, because it cancels most of a large product.
             torch.addmm(shift.to(dtype), states.to(dtype), weight)
             for shift, states, weight in zip(folded.shift, batch.hidden, folded.weight, strict=True)
         ]
@@ -235,8 +235,8 @@ class Concatenated(Baseline):
     """The probe of Constitutional Classifiers++ (arXiv 2601.04603), scored by its largest window.
 
     Attributes:
-        window: Tokens over which logits are averaged.
-        settings: Settings of the optimisation.
+        window: Number of tokens over which logits are averaged.
+        settings: Optimisation settings.
     """
 
     title: ClassVar[str] = "All layers concatenated, sliding mean"
@@ -245,7 +245,7 @@ class Concatenated(Baseline):
     settings: TrainingSettings = _SETTINGS
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Choose the epoch on validation texts; read the training states once per epoch."""
+        """Choose the epoch on the validation texts; read the training states once per epoch."""
         training = TokenSource.all_layers(dataset.training)
         model = SmoothedLinear(training.scaling(), dataset.task, window=self.window)
         train_on_tokens(

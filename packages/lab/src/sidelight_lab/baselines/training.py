@@ -1,4 +1,4 @@
-"""Training of small networks on the CPU: one loop, and the tokens that token models read."""
+"""Training of small networks on the CPU: the loop, and the token data for token-level models."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +26,12 @@ from sidelight.types import Task
 from sidelight_lab.baselines.pooled import pooled_states
 
 Batch = TypeVar("Batch")
-# With few texts, an epoch repeats them: a handful of steps is too few to judge progress by.
+# With few texts, an epoch repeats them, because a handful of steps is too few to show progress.
 STEPS_AT_LEAST = 40
-# Enough tokens to know a mean to about a hundredth of a standard deviation.
+# Enough tokens to estimate a mean to within about a hundredth of a standard deviation.
 _MOMENT_TOKENS = 8192
 _SCORED_TEXTS = 128
-# Penalties for features of variance 1, relative to the mean over texts: from weak to dominant.
+# Penalties for features of variance 1, relative to the mean over texts, from weak to dominant.
 _RIDGE_PENALTIES = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -46,19 +46,19 @@ def train(
     steps: int,
     settings: TrainingSettings,
 ) -> None:
-    """AdamW with a cosine schedule and early stopping; the model ends frozen at its best epoch.
+    """Train with AdamW, a cosine schedule and early stopping.
 
-    Of equally good epochs, the first is kept.
+    Afterwards, the model is frozen at its best epoch, or the first of several equally good ones.
 
     Args:
         model: Trained in place.
         data: Endless batches.
-        loss: The mean loss of a batch.
-        validation_logits: Gives the model's logits of the validation texts.
+        loss: Function that returns the mean loss of a batch.
+        validation_logits: Function that returns the model's logits of the validation texts.
         task: The classes.
         labels: Labels of the validation texts.
-        steps: Batches of an epoch; at least 40 are taken.
-        settings: Settings of the optimisation; ``loss`` has to heed ``class_weight``.
+        steps: Batches per epoch; the minimum is 40.
+        settings: Optimisation settings; ``loss`` must apply ``class_weight`` itself.
 
     Raises:
         SidelightError: The logits are no longer finite.
@@ -92,7 +92,11 @@ def train(
 def finite(
     logits: Float[np.ndarray, "text output"], *, learning_rate: float
 ) -> Float[np.ndarray, "text output"]:
-    """The same logits; raises a ``SidelightError`` if one is NaN or infinite."""
+    """Return the logits unchanged.
+
+    Raises:
+        SidelightError: A logit is NaN or infinite.
+    """
     if not np.isfinite(logits).all():
         raise SidelightError(
             "Training a baseline diverged: its logits are not finite. Lower the learning rate "
@@ -106,8 +110,8 @@ class TokenSource:
     """Tokens and labels of some texts: one layer in memory, or all layers from disk.
 
     Attributes:
-        shards: The texts that lie together, by their place in ``labels``; each text once.
-        read: Gives some texts of a shard.
+        shards: Texts that are stored together, as positions in ``labels``; each text occurs once.
+        read: Function that returns some texts of a shard.
         labels: As in ``LabelledExamples.labels``.
     """
 
@@ -128,7 +132,7 @@ class TokenSource:
 
     @staticmethod
     def all_layers(split: Split) -> "TokenSource":
-        """The shards on disk."""
+        """All layers, in the shards on disk."""
         states = split.states
         return TokenSource(states.shards, states.read, torch.from_numpy(split.labels))
 
@@ -137,7 +141,7 @@ class TokenSource:
         return Standardisation.measured(self.read(self.shards[0]).hidden[:, :_MOMENT_TOKENS])
 
     def batches(self, *, size: int, seed: int) -> Iterator[Shard]:
-        """Endless batches: shards in random order, each with a random first cut."""
+        """Endless batches: shards in random order, each with a random offset."""
         shuffle = torch.Generator().manual_seed(seed)
         while True:
             for index in torch.randperm(len(self.shards), generator=shuffle).tolist():
@@ -149,7 +153,7 @@ class TokenSource:
 def token_logits(
     model: Callable[[Shard], Tensor], source: TokenSource
 ) -> Float[np.ndarray, "text output"]:
-    """The logits of every text, in the order of the labels."""
+    """Logits of all texts, in the order of the labels."""
     found: list[Tensor] = []
     rows: list[Tensor] = []
     for shard in source.shards:
@@ -170,7 +174,7 @@ def train_on_tokens(
     settings: TrainingSettings,
     seed: int,
 ) -> None:
-    """Train a model that takes shards; see ``train``. The seed decides the order of the texts."""
+    """Train a model that reads shards; see ``train``. ``seed`` sets the order of the texts."""
     size = settings.batch_size
     train(
         model,
@@ -189,11 +193,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def ranked_layers(dataset: ProbeDataset) -> list[int]:
-    """All layers, the best by validation score first; of equal layers, the lower one.
+    """All layers, in descending order of validation score; ties keep the order of layers.
 
-    Layers are ranked by ridge regression on their mean tokens, each with the penalty that suits it
-    best; the closed form takes seconds for all layers. Means are a proxy: a probe that weighs
-    tokens may do better on another layer near the top of the list, so train it on a few of them.
+    The score is that of a ridge regression on the layer's mean tokens, with the layer's best
+    penalty; the closed form takes seconds for all layers. Mean tokens are only a proxy: a probe
+    that weighs tokens may do better on another layer near the top of the list, so train it on a few
+    of them.
     """
     validation = dataset.validation
     targets = class_targets(torch.from_numpy(dataset.training.labels), dataset.task).numpy()
@@ -214,7 +219,7 @@ def ranked_layers(dataset: ProbeDataset) -> list[int]:
 
 
 def class_targets(labels: Int[Tensor, "text ..."], task: Task) -> Float[Tensor, "text output"]:
-    """1 where a text has an output's class, else 0."""
+    """Targets for each output: 1 if the text has its class, else 0."""
     if task.kind == "multiclass":
         return functional.one_hot(labels, task.outputs).float()
     return labels.to(torch.float32).reshape(len(labels), -1)

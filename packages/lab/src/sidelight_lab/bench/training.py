@@ -4,12 +4,13 @@ Each training run has a separate process, whose peak memory is measured.
 """
 
 import json
+import os
 import resource
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -152,11 +153,11 @@ def _largest(folder: Path) -> Generator[list[int]]:
 
 def _bytes(folder: Path) -> int:
     size = 0
-    for path in folder.rglob("*"):
-        try:
-            size += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # Removed since it was listed.
-            continue
+    # Folders and files may be removed meanwhile.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.path.getsize(os.path.join(parent, name))
     return size
 
 
