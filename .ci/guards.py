@@ -67,7 +67,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "packages" / "guards" / "src" / "sidelight_guards"
 BUILD = ROOT / "build" / "guards"
 PAGES = (ROOT / "docs" / "guards.md", ROOT / "README.md")
-# Objectives of thresholds. At F1, `harmful` flags a fifth of the harmless texts of sources left out.
+# Objectives of thresholds. At F1, `harmful` flags 11 to 18 % of the harmless texts of sources that
+# are left out of training.
 RULES = {"harmful": ThresholdRule("fpr", 0.02)}
 STATES, LEFT_OUT = BUILD / "states", "left_out.json"
 TRAININGS = 3
