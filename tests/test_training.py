@@ -415,9 +415,9 @@ def test_memory_limit_is_shared_by_training_and_validation(tiny, tmp_path, monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_products_match_float32_projections_and_gradients(is_normalised, dtype):
     random = torch.Generator().manual_seed(0)
-    # States of the other dtype are converted layer by layer.
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    hidden = torch.randn(4, 7, 5, generator=random).to(torch.bfloat16).to(other)
+    # States of another dtype are converted layer by layer.
+    stored = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    hidden = torch.randn(4, 7, 5, generator=random).to(torch.bfloat16).to(stored)
     products: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     shard = cache.Shard.joined({0: hidden})

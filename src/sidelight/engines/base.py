@@ -156,7 +156,7 @@ class Sampling:
 
 
 Admission = Callable[[PromptClassified], bool]
-"""Decides whether a judged prompt is answered.
+"""Decides whether a classified prompt is answered.
 
 The engine may call it in any thread, or in the event loop. It must decide from the event alone,
 without waiting, and must not raise.

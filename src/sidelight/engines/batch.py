@@ -171,7 +171,7 @@ class Generation:
 
 
 Prefill = tuple[Request, ...]
-"""Requests of one panel whose prompts are read together."""
+"""Requests with the same banks whose prompts are read together."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Batch:
     """Texts that enter when their prompts are read and leave when they are complete.
 
     Texts with the same probes and similar lengths are generated together. After a change of the
-    probes, there are several panels until the texts that began before the change are complete.
+    probes, there are several ``ProbeBanks`` until the texts that began before it are complete.
 
     Args:
         decoder: Decoder that runs the model.
@@ -235,7 +235,7 @@ class Batch:
         return [request for work in works for request in work]
 
     def begin(self, requests: Sequence[Request]) -> None:
-        """Add prompts, which are read together if they have the same panel."""
+        """Add prompts, which are read together if they have the same banks."""
         for banks in dict.fromkeys(request.banks for request in requests):
             members = tuple(request for request in requests if request.banks is banks)
             self.prefills[members] = self._prefill(members)
@@ -267,7 +267,7 @@ class Batch:
         The running texts are changed last, once everything has succeeded.
 
         Args:
-            requests: Requests with the same panel.
+            requests: Requests with the same banks.
         """
         banks = requests[0].banks
         prompts = [request.prompt for request in requests]

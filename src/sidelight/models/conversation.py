@@ -363,9 +363,9 @@ class Segment:
 def split_segments(token_roles: bytes) -> list[Segment]:
     """The parts of a prompt to classify separately, so that other turns cannot outweigh them.
 
-    Each turn with a text is judged by itself, a short one with the turns after it, or else before
-    it; also by itself if those outweigh it, which a client could write too. The user's turns are
-    also judged together, without what stands between them.
+    Each turn with a text is classified by itself, a short one together with the turns after it, or
+    else before it; also by itself if those outweigh it, since a client could have written them. The
+    user's turns are also classified together, without what stands between them.
 
     Args:
         token_roles: The ``TokenRole`` of each token.

@@ -159,8 +159,8 @@ class PromptEncoder:
     def _excess(self, size: str) -> ContextLengthError:
         limit = f"{self.max_tokens} token{'s' * (self.max_tokens != 1)}"
         return ContextLengthError(
-            f"The text has {size}, but the model reads at most {limit}. Shorten it, or judge it in "
-            f"parts.{self.more}"
+            f"The text has {size}, but the model reads at most {limit}. Shorten it, or split it "
+            f"into parts.{self.more}"
         )
 
     def encode_any_length(

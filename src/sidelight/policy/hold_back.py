@@ -4,7 +4,7 @@ A token is sent once it and ``hold_back`` further tokens are classified, and not
 every rule could have ended the text. With a warm-up of 3 tokens, ``consecutive`` of 2 and
 ``hold_back`` of 2:
 
-    last token judged    1  2  3  4   5   6  7  8
+    last token read      1  2  3  4   5   6  7  8
     tokens then sent     -  -  -  -  1-3  4  5  6
 
 If tokens 7 and 8 are above the threshold, the text ends at 8, and 6, 7 and 8 are never sent. The

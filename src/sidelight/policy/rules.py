@@ -70,17 +70,17 @@ class Rule:
             it. ``shadow``: counted, never shown.
         threshold: Probability from which a label counts; None: the artifact's own.
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
-        on_failure: Whether a rule that blocks or redacts blocks what could not be judged;
+        on_failure: Whether a rule that blocks or redacts blocks what could not be classified;
             ``probe``: where the judge gave no verdict, the probe's counts.
         defer: Who decides where the probe is unsure; None: the probe.
-        max_tokens: Longest text that the probe judges; None: any.
+        max_tokens: Longest text that the probe classifies; None: any.
         ignore: Spans that do not count; None: all count.
         turns: Input only: ``tool``: nothing follows from turns of other roles.
         routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
         consecutive: Output only: tokens in a row that have to count before the text is cut.
         warm_up: Output only: first tokens that never count.
-        hold_back: Output only: judged tokens that are not sent yet; None: ``consecutive``, so that
+        hold_back: Output only: tokens classified but not yet sent; None: ``consecutive``, so that
             the streak that cuts the text is never sent.
         disclose: What answers tell keys without the admin role; None: ``labels`` if the rule
             blocks or redacts answers, otherwise ``scores``.
@@ -168,7 +168,7 @@ class BoundRule:
 
     @property
     def is_enforced(self) -> bool:
-        """Whether text must not pass before it is judged."""
+        """Whether text must not pass before it is classified."""
         return self.is_blocking or self.is_redacting
 
     @property
@@ -254,7 +254,7 @@ class BoundRule:
         return self.rule.max_tokens is not None and tokens > self.rule.max_tokens
 
     def decide(self, verdict: Verdict) -> Verdict:
-        """The verdict at the rule's thresholds."""
+        """The verdict at the rule's thresholds instead of the probe's own; clients see this one."""
         scores, spans, thresholds = verdict.probabilities, verdict.spans, self.thresholds
         annotated = verdict.labels
         ignored: list[Span] = []
@@ -316,7 +316,7 @@ class BoundRule:
 
 
 def side_of(card: "ProbeCard") -> Side:
-    """The side that a probe judges: the response, if it reads any of it."""
+    """The side that a probe classifies: the response, if it reads any of it."""
     return "output" if card.reads.includes_response else "input"
 
 
@@ -374,9 +374,9 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
             else "train one on one label"
         )
         raise SidelightError(
-            f"Probe '{bound.name}' cannot have turns = \"tool\", which takes one that judges each "
-            f"turn of a chat's prompt, got task {kind}, side {reads.side}, format {form}, scope "
-            f"{reads.scope}. Leave 'turns' out, or {remedy}."
+            f"Probe '{bound.name}' cannot have turns = \"tool\", which takes one that classifies "
+            f"each turn of a chat's prompt, got task {kind}, side {reads.side}, format {form}, "
+            f"scope {reads.scope}. Leave 'turns' out, or {remedy}."
         )
     if bound.rule.defer is not None:
         _require_deferrable(bound, bound.rule.defer)

@@ -1,8 +1,8 @@
 """Many probes on one backbone, served by one thin matmul per layer.
 
 The probes' projections are concatenated, so 50 probes run as many matmuls as one. Probes that do
-the same to their columns do it in one call. ``Bank`` summarises and judges; ``ProbeBanks`` decides
-which probes are judged when. Neither holds a request: states are values that the caller keeps,
+the same to their projections do it in one call. ``Bank`` summarises and classifies; ``ProbeBanks``
+decides which probes run when. Neither holds a request: states are values that the caller keeps,
 splits, packs and merges.
 """
 
@@ -338,10 +338,10 @@ class Bank:
 
 
 class ProbeBanks:
-    """The probes of an engine, in two banks that are judged at different times.
+    """The probes of an engine, in two banks that classify at different times.
 
-    Probes that read the prompt alone are judged when it ends. Probes that read the response can be
-    judged at any of its tokens, from a state that grows token by token.
+    Probes that read only the prompt classify when it ends. Probes that read the response can
+    classify at any of its tokens, from a state that grows token by token.
 
     Args:
         probes: Probes of one backbone, with distinct names; possibly none.
@@ -388,7 +388,7 @@ class ProbeBanks:
         token_roles: Sequence[bytes],
         is_plain: Sequence[bool],
     ) -> list[Verdicts]:
-        """For each prompt, what the early probes say.
+        """The verdicts of the prompt probes for each prompt.
 
         Args:
             projections: The columns of all probes for all tokens, one prompt after the other.
@@ -413,13 +413,13 @@ class ProbeBanks:
         token_roles: Sequence[bytes],
         before: Sequence[BankState | None],
     ) -> list[BankState | None]:
-        """For each text, what the late probes know after some more tokens.
+        """The state of the response probes for each text after some more tokens.
 
         Args:
-            projections: The columns of all probes, or of the late ones alone, for all tokens, one
+            projections: Those of all probes, or of the response probes alone, for all tokens, one
                 text after the other.
             token_roles: For each text, the ``TokenRole`` of every new token.
-            before: What the late probes knew about each text; None at its beginning.
+            before: State of the response probes for each text; None at its beginning.
         """
         if self.response_probes is None:
             return [None] * len(token_roles)
@@ -440,7 +440,7 @@ class ProbeBanks:
     def classify_responses(
         self, states: Sequence[BankState | None], is_plain: Sequence[bool]
     ) -> list[Verdicts]:
-        """For each text, what the late probes say about as much as they have read.
+        """The verdicts of the response probes for each text, on the tokens read so far.
 
         Args:
             states: As ``read`` gives them.

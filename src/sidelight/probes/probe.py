@@ -111,7 +111,7 @@ class Probe:
         return self.standardisation.to(projections.device).fold(projections)
 
     def verdict(self, logits: np.ndarray, *, turn: int | None = None) -> Verdict:
-        """The verdict on one text.
+        """The verdict on one text, at the probe's own thresholds; a rule may have others.
 
         Args:
             logits: ``[output]``.
@@ -189,7 +189,7 @@ class Probe:
         return replace(text_output, logits=every.max(0), turn=turn)
 
     def require_finite(self, logits: np.ndarray) -> None:
-        """Check that a text's logits, ``[output]``, can be judged.
+        """Check that a text's logits, ``[output]``, are finite.
 
         Raises:
             VerdictError: One is not finite.

@@ -1,7 +1,7 @@
 """``POST /v1/chat/completions`` and ``/v1/completions``: text and verdicts from one forward pass.
 
-The texts of a request are written side by side; all its prompts are judged before the first text
-is sent. The answer has OpenAI's formats: one JSON object, or server-sent events.
+The texts of a request are written side by side; all its prompts are classified before the first
+text is sent. The answer has OpenAI's formats: one JSON object, or server-sent events.
 """
 
 import asyncio
@@ -229,7 +229,7 @@ def _writing(path: str, answer: type[Completion | ChatCompletion]) -> Callable[.
 
 @_writing("/v1/chat/completions", ChatAnswer)
 async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
-    """The text, plain or streamed; either begins once the prompt has been judged."""
+    """The text, plain or streamed; either begins once the prompt has been classified."""
     return await _answer(body, request, [body.conversation()], is_chat=True)
 
 
@@ -249,7 +249,7 @@ async def _answer(
     request.require_model(body.model)
     sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
     context = await request.begin(prompts, body.probes, n=n, max_tokens=sampling.max_tokens)
-    # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
+    # Nothing is awaited until the engine has all texts, so that it uses these very probes.
     result = RequestResult(context)
     answer = CompletionFormat(result, is_chat=is_chat, includes_usage=options.include_usage)
     stream_scores = bool(body.stream and options.include_scores)
@@ -270,7 +270,7 @@ async def _answer(
 
 
 async def _wait_for_admission(streams: Streams) -> None:
-    """Waits until the prompt of each choice has been judged; one that is blocked refuses all."""
+    """Wait until the prompt of each choice is classified; a blocked one refuses all."""
     places = asyncio.Semaphore(_WAITING)
 
     async def first(stream: AsyncGenerator[Passed, None]) -> None:

@@ -148,7 +148,7 @@ class Split:
 
     @cached_property
     def segments(self) -> list[list[Int[np.ndarray, " _"]]]:
-        """The stored tokens of each part of a text that is judged beside the whole."""
+        """The stored tokens of each part of a text that is classified beside the whole."""
         reads = self.states.reads
         if reads.scope != "each_turn":
             return [[] for _ in self.states.prompts]

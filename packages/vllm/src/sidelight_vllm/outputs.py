@@ -62,7 +62,7 @@ class TextReports:
         report = read_report(params)
         if report.revision == self._revision:
             return report
-        message = "Other probes have judged than those that the request began with."
+        message = "Probes other than those at the start of the request classified it."
         return Report(error=report.error or message)
 
 

@@ -226,7 +226,7 @@ async def _measure(
     answers = servers[0].answers
     found = faults(answers)
     unanswered = abs(servers[0].classified() - counted - len(answers))
-    found["judged by the server, but not answered, or the reverse"] = unanswered
+    found["classified by the server, but not answered, or the reverse"] = unanswered
     return {
         "rounds": [
             {"with": classifying, "without": plain}

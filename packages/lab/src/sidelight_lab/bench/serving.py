@@ -34,7 +34,7 @@ from sidelight_lab.bench.measurement import offline_engine, untrained_guards, un
 NOTHING = "no probe"
 # With their units. The first is of a single request, the others of requests that run together; the
 # throughput counts from the first prompt to the last token. CPU time is that of the steps and of
-# the thread that judges beside them.
+# the thread that classifies beside them.
 MEASURES = {
     "time to first token": "ms",
     "time per prompt": "ms",

@@ -34,7 +34,7 @@ def measure_tools(backbone: Backbone, probe: Probe, examples: LabelledExamples) 
 
     Args:
         backbone: The probe's model.
-        probe: A binary one that judges each turn of a prompt.
+        probe: A binary one that classifies each turn of a prompt.
         examples: Chats that end with a tool's result, or such results, with labels. The column
             ``subset`` has their kinds, if there is one.
 
