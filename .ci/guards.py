@@ -5,8 +5,9 @@
 
 The steps are ``train``, ``package``, ``accept`` and ``tables``; after a kill, each goes on.
 
-``train`` trains every guard three times on the embedded model into ``build/guards``, each time on
-other texts of the guard, and in another order. It also trains each without some of its sources,
+``train`` trains every guard three times on the embedded model into ``build/guards``, on all of its
+texts (``sidelight guard`` draws 250,000 tokens on a CPU), each time in another order, with other
+contexts and at the smallest depth that is as good. It also trains each without some of its sources,
 and measures what the probe finds of these. ``package`` takes the training that is best on the
 sources left out, measures all three on the public tests, and packages the probe with
 ``figures.json`` (tests), ``trainings.json`` (all three trainings) and ``build.json``, which says
@@ -23,7 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from itertools import chain
@@ -49,7 +50,7 @@ from sidelight.scoring import GuardTests, assess_logits, encode
 from sidelight.states.extraction import text_logits
 from sidelight.states.reader import Backbone
 from sidelight.statistics.metrics import wilson
-from sidelight.statistics.thresholds import F1, OperatingPoint
+from sidelight.statistics.thresholds import F1, OperatingPoint, ThresholdRule
 from sidelight.storage import write_json
 from sidelight.training.background import load_background
 from sidelight.training.dataset import Split
@@ -57,7 +58,7 @@ from sidelight.training.fit import fit
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.measuring import measure_sources
 from sidelight.training.preparing import prepare
-from sidelight.training.ready import affordable, guard_options, load_guard
+from sidelight.training.ready import guard_options, load_guard
 from sidelight.training.settings import FitOptions
 from sidelight_llama.backbone import LlamaBackbone
 from sidelight_llama.files import EMBEDDED_GGUF, find_gguf
@@ -66,6 +67,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "packages" / "guards" / "src" / "sidelight_guards"
 BUILD = ROOT / "build" / "guards"
 PAGES = (ROOT / "docs" / "guards.md", ROOT / "README.md")
+# Objectives of thresholds. At F1, `harmful` flags 11 to 18 % of the harmless texts of sources that
+# are left out of training.
+RULES = {"harmful": ThresholdRule("fpr", 0.02)}
 STATES, LEFT_OUT = BUILD / "states", "left_out.json"
 TRAININGS = 3
 # The share of background traffic up to which a training may be packaged.
@@ -207,7 +211,7 @@ def train(names: Sequence[str]) -> None:
 def train_once(name: str, seed: int, backbone: Backbone) -> None:
     """Train a guard once, and measure it on sources left out of training."""
     folder = BUILD / f"training-{seed}" / name
-    texts = affordable(load_guard(name), backbone.encoder, seed=seed)
+    texts = load_guard(name)
     options = _options(name, texts, backbone, seed)
     if not holds_probe(folder):
         print(f"{name}, training {seed + 1}: {len(texts):,} texts", flush=True)
@@ -218,9 +222,9 @@ def train_once(name: str, seed: int, backbone: Backbone) -> None:
 
 
 def _options(name: str, texts: LabelledExamples, backbone: Backbone, seed: int) -> FitOptions:
-    """The options of ``sidelight guard``, with another seed and a shared cache."""
-    options = guard_options(name, texts, backbone, F1, seed=seed)
-    return replace(options, cache_root=STATES, keep_cache=True)
+    """The options of ``sidelight guard``, with another seed, a shared cache and early exit."""
+    options = guard_options(name, texts, backbone, RULES.get(name, F1), seed=seed)
+    return replace(options, cache_root=STATES, keep_cache=True, early_exit=True)
 
 
 def left_out(
@@ -234,7 +238,8 @@ def left_out(
     dataset = prepare(backbone, texts, None, options=options)
     split, folds = dataset.training, FOLDS[probe.name]
     assert options.settings is not None
-    candidate = (probe.card.mechanism, options.settings)
+    (*_, depth) = (trial.layers for trial in probe.card.training.depths if trial.is_accepted)
+    candidate = (probe.card.mechanism, replace(options.settings, layers=depth))
     # A labelled text and its contexts; conversations of the background have no source.
     sources = np.array(split.examples.sources, dtype=object)
     sources[[context.kind == "background" for context in split.contexts]] = ""
@@ -250,8 +255,9 @@ def left_out(
     probabilities = probe.calibration.apply(logits)
     flags = probabilities[:, 0] >= probe.thresholds[0]
     is_background = sources == ""
+    sources_found = measure_sources(examples, probabilities[without_context], probe.thresholds)
     metrics: dict[str, Any] = {
-        "sources": measure_sources(examples, probabilities[without_context], probe.thresholds),
+        "sources": {source: asdict(counts) for source, counts in sources_found.items()},
         "auroc": _auroc(logits[without_context, 0], examples.labels),
         "conversations": int(is_background.sum()),
         "flagged": int(flags[is_background].sum()),
@@ -332,13 +338,10 @@ def _measure_tests(
     name: str, probes: Sequence[Probe], folder: Path, backbone: Backbone
 ) -> list[dict[str, Any]]:
     """Figures of several probes on each test, from one forward pass; each test is saved."""
-    texts = [
-        affordable(load_guard(name), backbone.encoder, seed=p.card.training.seed) for p in probes
-    ]
     tests = {
         test: load_guard(name, f":{test}", probes[0].task) for test in find_guard(name).card.tests
     }
-    trained = [GuardTests(each, tests) for each in texts]
+    trained = GuardTests(load_guard(name), tests)
     metrics: list[dict[str, Any]] = [{} for _ in probes]
     for test, examples in tests.items():
         path = folder / f"{test}.json"
@@ -347,20 +350,17 @@ def _measure_tests(
         if [[each["probe"], each["texts_sha256"]] for each in known] != wanted:
             print(f"{name}: test {test}, {len(examples)} texts", flush=True)
             if probes[0].spans is not None:
-                known = [
-                    each.measure(backbone, probe, test)
-                    for each, probe in zip(trained, probes, strict=True)
-                ]
+                known = [trained.measure(backbone, probe, test) for probe in probes]
             else:
                 # A bank wants names that differ.
                 named = [p.changed(name=f"{name}-{p.card.training.seed}") for p in probes]
                 bank = Bank(named, device=backbone.device)
                 outputs = text_logits(backbone, bank, encode(backbone.encoder, examples.items))
                 known = [
-                    each.results(
+                    trained.results(
                         assess_logits(probe, examples, np.array([x.logits for x in outputs])), test
                     )
-                    for each, probe, outputs in zip(trained, probes, outputs, strict=True)
+                    for probe, outputs in zip(probes, outputs, strict=True)
                 ]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
@@ -518,7 +518,7 @@ def _record(name: str, probe: Probe, commit: str) -> dict[str, Any]:
         "guard": name,
         "version": find_guard(name).card.version,
         "probe": probe.version,
-        "command": f"sidelight guard --model {EMBEDDED_NAME}",
+        "command": "make guards",
         "commit": commit,
         "date": date.today().isoformat(),
         "texts_sha256": load_guard(name).content_hash,
