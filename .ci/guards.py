@@ -375,6 +375,7 @@ def accept(names: Sequence[str]) -> None:
     copies = _accepted_copies(probes)
     for name, copy in copies.items():
         save_probe(copy, PACKAGE / name / EMBEDDED_GGUF)
+        (PACKAGE / name / EMBEDDED_GGUF / "README.md").unlink()
         record = _packaged(name, "build.json")
         agreement_of_guard = json.loads((BUILD / "agreement.json").read_bytes())[name]
         write_json(PACKAGE / name / "build.json", record | {"gguf": agreement_of_guard})
