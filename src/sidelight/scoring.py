@@ -60,10 +60,10 @@ def classify(backbone: Backbone, probe: Probe, examples: Sequence[Example]) -> l
         VerdictError: A logit is not finite; the message names the first text with one.
     """
     require_side(probe.card, examples)
-    return _classified(backbone, probe, examples, encode(backbone.encoder, examples))
+    return _classify_prompts(backbone, probe, examples, encode(backbone.encoder, examples))
 
 
-def _classified(
+def _classify_prompts(
     backbone: Backbone,
     probe: Probe,
     examples: Sequence[Example],
@@ -112,7 +112,7 @@ def score_characters(
             texts.append(example.span_text)
     require_side(probe.card, examples)
     prompts = encode(backbone.encoder, examples, with_places=True)
-    outputs = _classified(backbone, probe, examples, prompts)
+    outputs = _classify_prompts(backbone, probe, examples, prompts)
     calibration = probe.spans.calibration
     tokens = [calibration.apply(text.tokens) for text in outputs if text.tokens is not None]
     places = span_places(examples, prompts, [*map(len, tokens)])

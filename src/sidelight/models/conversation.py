@@ -302,6 +302,7 @@ class EncodedPrompt:
             self,
             token_ids=tuple(self.token_ids[i] for i in remaining),
             token_roles=tuple(self.token_roles[i] for i in remaining),
+            places=tuple(self.places[i] for i in remaining) if self.places else (),
             dropped=excess,
         )
 

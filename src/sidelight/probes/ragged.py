@@ -116,8 +116,8 @@ def by_length(lengths: Sequence[int], *, batch_tokens: int = BATCH_TOKENS) -> li
 
     Args:
         lengths: Tokens of each prompt.
-        batch_tokens: The largest size of a batch, padding to ``padded_length`` included; a longer
-            prompt is alone.
+        batch_tokens: The largest size of a batch if its prompts are padded to the
+            ``padded_length`` of the longest; a longer prompt is alone.
 
     Returns:
         Indices of the prompts of each batch, the longest prompts first.

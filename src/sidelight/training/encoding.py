@@ -5,6 +5,7 @@ of each token all come from the same encoding.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sidelight.data.examples import Example, Examples, located, place_of
 from sidelight.errors import SidelightError
@@ -49,7 +50,9 @@ def encode_shortened(
     prompts: list[EncodedPrompt] = []
     for index, item in enumerate(examples.items):
         with located(item, index):
-            prompts.append(encode(item.conversation, item.response).shortened(limit, reads))
+            prompt = encode(item.conversation, item.response).shortened(limit, reads)
+            # Prompts are kept as long as the states; places take several times their memory.
+            prompts.append(replace(prompt, texts=(), places=()) if prompt.places else prompt)
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
     if not unread:
         return prompts

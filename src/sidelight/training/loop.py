@@ -39,7 +39,7 @@ _VALIDATION_BATCH = 128
 # memory.
 _MOST_PROJECTIONS = 256
 # Where matmuls keep memory for each shape, their rows are padded to a multiple of this.
-_ROWS = 512
+_ROW_MULTIPLE = 512
 # Probability of showing a part of an unlabelled text instead of the whole.
 _SEGMENT_SHARE = 0.7
 _NOTHING = np.array([], dtype=np.int64)
@@ -395,9 +395,11 @@ def layer_products(shard: Shard, projection: Projection) -> Float[Tensor, "layer
     return projections + projection.shift[:, None]
 
 
-def _padded_rows(tokens: int, like: Tensor) -> int:
-    """The rows of a matrix for a product with ``like``; those after the tokens are zero."""
-    return -(-tokens // _ROWS) * _ROWS if keeps_shapes(like.device, like.dtype) else tokens
+def _padded_rows(matrix: Tensor, like: Tensor) -> Tensor:
+    """The matrix in the dtype of ``like``, with rows of zeros where products keep each shape."""
+    matrix = matrix.to(like.dtype)
+    missing = -len(matrix) % _ROW_MULTIPLE if keeps_shapes(like.device, like.dtype) else 0
+    return pad(matrix, (0, 0, 0, missing)) if missing else matrix
 
 
 class _LayerProducts(torch.autograd.Function):
@@ -410,25 +412,20 @@ class _LayerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        tokens, rows = hidden.shape[1], _padded_rows(hidden.shape[1], weight)
-        projections = weight.new_empty(len(hidden), rows, weight.shape[2])
-        states = weight.new_zeros(rows, hidden.shape[2])
+        tokens = hidden.shape[1]
+        projections = weight.new_empty(len(hidden), tokens, weight.shape[2])
         for layer, layer_weight, out in zip(hidden, weight, projections, strict=True):
-            states[:tokens] = layer
-            torch.mm(states, layer_weight, out=out)
-        return projections[:, :tokens]
+            out[:] = torch.mm(_padded_rows(layer, weight), layer_weight)[:tokens]
+        return projections
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (hidden,), (gradient,) = ctx.saved_tensors, gradients
         shape = (len(hidden), gradient.shape[2], hidden.shape[2])
         turned = gradient.new_empty(shape)
-        tokens, rows = hidden.shape[1], _padded_rows(hidden.shape[1], gradient)
-        states = gradient.new_zeros(rows, hidden.shape[2])
-        of_layer = gradient.new_zeros(rows, gradient.shape[2])
         for layer, layer_gradient, out in zip(hidden, gradient, turned, strict=True):
-            states[:tokens], of_layer[:tokens] = layer, layer_gradient
-            torch.mm(of_layer.T, states, out=out)
+            states = _padded_rows(layer, gradient)
+            torch.mm(_padded_rows(layer_gradient, gradient).T, states, out=out)
         return None, turned.transpose(1, 2)
 
 

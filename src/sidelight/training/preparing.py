@@ -111,6 +111,8 @@ def prepare(
         background_folds = background_folds[len(rows) :]
         groups = [*zip(_groups(validation, len(background_folds)), background_folds, strict=False)]
         planned.append(split(validation, groups=groups))
+    # They hold the complete prompts of all texts.
+    del encode, split
     keeping = choose_keeping(reader, planned, candidates, options)
     titles = ("Training texts", "Validation texts")
     splits = [

@@ -62,7 +62,7 @@ class TextReports:
         report = read_report(params)
         if report.revision == self._revision:
             return report
-        message = "Probes other than those at the start of the request classified it."
+        message = "The probes changed during the request."
         return Report(error=report.error or message)
 
 

@@ -203,11 +203,12 @@ class TransformersBackbone:
     ) -> None:
         """As ``Backbone.run``, in one forward pass that stops after the required layers."""
         token_ids, mask = self.pad(prompts)
-        if keeps_shapes(self.device, self.model.dtype):
-            longest = token_ids.shape[1]
+        longest = token_ids.shape[1]
+        # Longer prompts are alone, and few.
+        if keeps_shapes(self.device, self.model.dtype) and longest <= self.batch_tokens:
             # Some models have no positions after their context.
-            most = max(longest, self.max_tokens)
-            padding = (0, min(after + padded_length(longest - after), most) - longest)
+            limit = max(longest, self.max_tokens)
+            padding = (0, min(after + padded_length(longest - after), limit) - longest)
             token_ids, mask = pad(token_ids, padding), pad(mask, padding)
         # Without the language-model head, whose logits are not needed here.
         body = self.model.base_model
