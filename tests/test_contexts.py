@@ -25,6 +25,7 @@ from sidelight.training import contexts, loop
 from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler, draw_contexts
 from sidelight.training.dataset import make_split
+from sidelight.training.encoding import TextEncoder
 from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import TrainingRun
@@ -429,7 +430,9 @@ def test_gpu_draws_more_context_tokens(examples, options, monkeypatch):
             backbone = tiny_backbone()
             backbone.model.to(where)
             groups = [(np.arange(60), options.background)]
-            drawn = draw_contexts(backbone, examples, groups, options)
+            drawn = draw_contexts(
+                backbone, examples, groups, options, TextEncoder(backbone.encoder)
+            )
             counts.append(sum(len(context.prompt) for context in drawn))
     assert counts[0] < 6_000 < counts[1]
 

@@ -414,6 +414,8 @@ def test_preparing_encodes_each_text_once(tiny, tmp_path, monkeypatch, rows, col
     background = Background(((Message("user", "Tell me about the weather in Oslo."),),) * 8)
     examples = load_examples(rows, **columns)
     options = FitOptions(cache_root=tmp_path, background=background, context_tokens=300)
-    prepare(tiny, examples, None, options=options.resolved_for(examples))
+    dataset = prepare(tiny, examples, None, options=options.resolved_for(examples))
+    # Places would take several times the memory of the prompts.
+    assert not any(prompt.places for prompt in dataset.training.states.prompts)
     texts = [tuple(message.content for message in item.messages) for item in examples.items]
     assert {encoded[text] for text in texts} == {1}

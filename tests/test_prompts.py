@@ -233,6 +233,19 @@ def test_shortened_preserves_template_and_counts_dropped_tokens(text, reply, roo
     assert words(encoded, TokenRole.PROMPT, TokenRole.RESPONSE).encode().startswith(words_left)
 
 
+def test_shortened_prompt_keeps_the_place_of_each_token():
+    turn = user("The first words stay and the last words go.")
+    complete = ENCODERS["chatml"].encode([turn], with_places=True)
+    short = complete.shortened(len(complete) - 5)
+    assert short.dropped == 5
+    in_prompt = [i for i, role in enumerate(short.token_roles) if role == TokenRole.PROMPT]
+    ends = [place.end for i in in_prompt if (place := short.places[i]) is not None]
+    starts = [place.start for i in in_prompt if (place := short.places[i]) is not None]
+    assert starts == sorted(starts)
+    assert max(ends) < len(turn.content)
+    assert len(short.places) == len(short) < len(complete.places)
+
+
 @law
 @given(
     question=st.text("abc", min_size=1, max_size=60),

@@ -70,18 +70,18 @@ class Rule:
             it. ``shadow``: counted, never shown.
         threshold: Probability from which a label counts; None: the artifact's own.
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
-        on_failure: Whether a rule that blocks or redacts blocks what could not be classified;
-            ``probe``: where the judge gave no verdict, the probe's counts.
+        on_failure: Whether a blocking or redacting rule blocks a text without a verdict. With
+            ``probe``, the probe's verdict counts if the judge gives none.
         defer: Who decides where the probe is unsure; None: the probe.
-        max_tokens: Longest text that the probe classifies; None: any.
+        max_tokens: Length of the longest text that the probe classifies; None means any length.
         ignore: Spans that do not count; None: all count.
         turns: Input only: ``tool``: nothing follows from turns of other roles.
         routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
         consecutive: Output only: tokens in a row that have to count before the text is cut.
         warm_up: Output only: first tokens that never count.
-        hold_back: Output only: tokens classified but not yet sent; None: ``consecutive``, so that
-            the streak that cuts the text is never sent.
+        hold_back: Output only: number of classified tokens to hold back; None means
+            ``consecutive``, so that the streak that cuts the text is never sent.
         disclose: What answers tell keys without the admin role; None: ``labels`` if the rule
             blocks or redacts answers, otherwise ``scores``.
     """

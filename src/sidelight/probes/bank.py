@@ -416,8 +416,8 @@ class ProbeBanks:
         """The state of the response probes for each text after some more tokens.
 
         Args:
-            projections: Those of all probes, or of the response probes alone, for all tokens, one
-                text after the other.
+            projections: Projections of all probes, or only of the response probes. The tokens of
+                the texts follow each other.
             token_roles: For each text, the ``TokenRole`` of every new token.
             before: State of the response probes for each text; None at its beginning.
         """

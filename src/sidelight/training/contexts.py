@@ -80,8 +80,7 @@ def draw_contexts(
     examples: LabelledExamples,
     groups: Sequence[Group],
     options: FitOptions,
-    *,
-    encode: TextEncoder | None = None,
+    encode: TextEncoder,
 ) -> tuple[Context, ...]:
     """Draw contexts of texts, and background alone; empty without background or for labelled spans.
 
@@ -90,9 +89,8 @@ def draw_contexts(
         examples: The texts.
         groups: Groups of texts to draw contexts for.
         options: Options that set what is read, the tokens of contexts, and the longest context.
-        encode: Encodes the texts, if some are encoded already.
+        encode: Encodes the texts.
     """
-    encode = encode or TextEncoder(reader.encoder)
     task, encoder = examples.task, reader.encoder
     is_available = (
         any(len(background) for _, background in groups) or encoder.prompt_format == "both"

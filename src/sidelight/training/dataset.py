@@ -216,7 +216,7 @@ def plan_split(
         SidelightError: A text without a token to read.
     """
     encode = encode or text_encoder(reader.encoder, examples)
-    drawn, contexts = draw_contexts(reader, examples, groups, options, encode=encode), ()
+    drawn, contexts = draw_contexts(reader, examples, groups, options, encode), ()
     limit = min(options.max_tokens, reader.max_tokens)
     prompts = encode_shortened(encode, examples, reads=options.reads, limit=limit)
     if drawn:

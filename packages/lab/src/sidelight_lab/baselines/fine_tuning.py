@@ -55,7 +55,7 @@ class SequenceClassifier(nn.Module):
         read: Bool[Tensor, "text token"],
         labels: Int[Tensor, "text ..."],
     ) -> dict[str, Tensor]:
-        """Compute the loss and float32 logits; the body runs in bf16, whatever its weights are."""
+        """Compute the loss and the logits in float32; the body always runs in bfloat16."""
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
             output = self.body(input_ids=input_ids, attention_mask=present.long())
         hidden = output.last_hidden_state.float()
