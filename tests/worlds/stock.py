@@ -140,6 +140,8 @@ def _wait_for(server: StockServer, until: str | None) -> None:
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 NAMED_SCHEMA = {"name": "x", "schema": SCHEMA}
+# An empty answer, which a tiny model samples at times, has an end token and nothing to cut.
+_NOT_EMPTY = {"min_tokens": 1}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 
 
@@ -149,7 +151,7 @@ def completion(text: str | list, **options: Any) -> Asked:
 
 def tokens_in(subjects: Subjects | None, text: str, **options: Any) -> Asked:
     ids = [] if subjects is None else list(subjects.chat(text).token_ids)
-    sampling = {"max_tokens": 8, "logprobs": 2, **options}
+    sampling = {"max_tokens": 8, "logprobs": 2, **_NOT_EMPTY, **options}
     return "/inference/v1/generate", {"token_ids": ids, "sampling_params": sampling}
 
 
@@ -167,7 +169,7 @@ def requests_of(subjects: Subjects | None, text: str, *, streamed: bool) -> list
     ways = [
         chat(text),
         chat(text, n=2),
-        chat(text, logprobs=True, top_logprobs=3, return_token_ids=True),
+        chat(text, logprobs=True, top_logprobs=3, return_token_ids=True, **_NOT_EMPTY),
         chat(text, response_format={"type": "json_schema", "json_schema": NAMED_SCHEMA}),
         chat(text, tools=[TOOL]),
         chat(text, tools=[TOOL], tool_choice="required"),
@@ -175,13 +177,13 @@ def requests_of(subjects: Subjects | None, text: str, *, streamed: bool) -> list
         chat(text, stop=["e", "a"], include_stop_str_in_output=True),
         chat(text, stop_token_ids=[*range(5, 300)], include_stop_str_in_output=True),
         chat(text, ignore_eos=True, min_tokens=8, skip_special_tokens=False),
-        chat(text, max_tokens=1, logprobs=True, top_logprobs=3),
-        chat(text, echo=True, return_tokens_as_token_ids=True, logprobs=True),
+        chat(text, max_tokens=1, logprobs=True, top_logprobs=3, **_NOT_EMPTY),
+        chat(text, echo=True, return_tokens_as_token_ids=True, logprobs=True, **_NOT_EMPTY),
         chat(text, kv_transfer_params={**claim, "do_remote_prefill": True}),
         chat(text, vllm_xargs={"kv_transfer_params": "x", "sidelight": "y"}),
         chat(text, include_reasoning=False, stream_options=usage),
         completion(text),
-        completion(text, n=2, logprobs=3, return_token_ids=True),
+        completion(text, n=2, logprobs=3, return_token_ids=True, **_NOT_EMPTY),
         completion([text, text]),
         completion(text, stop=["e"], min_tokens=2),
         ("/v1/responses", {"input": text}),
