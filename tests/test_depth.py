@@ -231,9 +231,7 @@ def test_smallest_lossless_depth_is_chosen(tiny, tmp_path):
         options=options,
         candidates=candidates,
     )
-    deep, middle, low = train_mechanisms(
-        candidates, training=dataset.training, validation=None, folds=dataset.folds
-    )
+    deep, middle, low = train_mechanisms(candidates, split=dataset.split, left_out=dataset.left_out)
     losses_of = partial(TextSelection().losses, dataset=dataset, options=options)
     good, bad = deep.logits, np.random.default_rng(0).normal(size=deep.logits.shape)
     for logits, chosen, tried in (

@@ -81,6 +81,8 @@ def draw_contexts(
     groups: Sequence[Group],
     options: FitOptions,
     encode: TextEncoder,
+    *,
+    first: int = 0,
 ) -> tuple[Context, ...]:
     """Draw contexts of texts, and background alone; empty without background or for labelled spans.
 
@@ -90,6 +92,7 @@ def draw_contexts(
         groups: Groups of texts to draw contexts for.
         options: Options that set what is read, the tokens of contexts, and the longest context.
         encode: Encodes the texts.
+        first: Index of the first group.
     """
     task, encoder = examples.task, reader.encoder
     is_available = (
@@ -104,7 +107,7 @@ def draw_contexts(
         is_slow = reader.device.type == "cpu"
         least = _LEAST_CONTEXT_TOKENS if is_slow else _LEAST_CONTEXT_TOKENS_ON_GPU
     contexts: list[Context] = []
-    for group, (texts, background) in enumerate(groups):
+    for group, (texts, background) in enumerate(groups, start=first):
         sampler = ContextSampler(
             encoder,
             options.reads,
