@@ -16,7 +16,7 @@ from sidelight.data.examples import (
     SpanExamples,
     as_example,
 )
-from sidelight.data.guards import guard_of
+from sidelight.data.guards import guard_of, span_column
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.engines.backend import EngineOptions, backend_of
@@ -151,8 +151,7 @@ class Classifier:
             SidelightError: The data cannot be read, has other labels, or has no responses for a
                 probe that reads them; or ``spans`` is given and the probe labels whole texts.
         """
-        if (guard := guard_of(data)) is not None:
-            spans = spans or guard.card.columns["spans"]
+        spans = span_column(data, spans)
         if spans is not None and self.probe.spans is None:
             raise SidelightError(
                 f"Probe '{self.probe.name}' labels whole texts, so it finds no spans. Leave spans= "
@@ -168,7 +167,7 @@ class Classifier:
                 "Load them with task=classifier.probe.task."
             )
         assessment = assess(self.backbone, self.probe, examples if spans else examples.of_texts())
-        return assessment.spans or assessment.report
+        return assessment.headline
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray:
         """The probe's logits, ``[text, output]``.
@@ -237,9 +236,9 @@ def train(
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
     # Before the model loads, which takes seconds: what is wrong with options or texts.
+    spans = span_column(data, spans)
     if (guard := guard_of(data)) is not None:
-        columns = guard.card.columns
-        response, spans = response or columns["response"], spans or columns["spans"]
+        response = response or guard.card.columns["response"]
     read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
     training = read(data, positive=positive)
     has_spans = isinstance(training, SpanExamples)

@@ -86,10 +86,9 @@ def train(
     by a probe that was not trained on it. Run the same command again to resume an interrupted run.
     """
     from sidelight.data.examples import LabelledExamples, SpanExamples
-    from sidelight.data.guards import guard_of
+    from sidelight.data.guards import span_column
 
-    if (guard := guard_of(inputs.data)) is not None:
-        spans = spans or guard.card.columns["spans"]
+    spans = span_column(inputs.data, spans)
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models are loaded, so that a misspelt name or value is refused immediately.
     from sidelight.probes.card import require_free, require_name
