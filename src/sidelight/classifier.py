@@ -241,8 +241,8 @@ def train(
         response = response or guard.card.columns["response"]
     read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
     training = read(data, positive=positive)
-    has_spans = isinstance(training, SpanExamples)
-    if has_spans and (background not in ("packaged", "none") or positive is not None):
+    is_text_option = background not in ("packaged", "none") or positive is not None
+    if isinstance(training, SpanExamples) and is_text_option:
         raise SidelightError(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."
         )
@@ -250,7 +250,7 @@ def train(
         mechanism=None if mechanism == AUTO else mechanism_spec(mechanism),
         settings=replace(suggested_settings(named_mechanism(mechanism, type(training))), seed=seed),
         reads=replace(READS, side="response" if response else "prompt"),
-        background=load_background("none" if has_spans else background),
+        background=load_background(background if training.takes_contexts else "none"),
         threshold=ThresholdRule.parse(threshold),
         context_tokens=context_tokens,
         none=none,

@@ -171,8 +171,6 @@ def _with_spans(
     probes: Mapping[str, Probe],
     spans: Mapping[str, tuple[Span, ...] | None],
 ) -> Verdicts:
-    if not spans:
-        return text_verdicts
     verdicts = (
         verdict
         if (probe_spans := spans.get(verdict.probe)) is None

@@ -427,12 +427,12 @@ def _require_deferrable(bound: BoundRule, defer: Defer) -> None:
             f"The rule of probe '{bound.name}' defers to judge '{defer.judge}', which the policy "
             f"does not have. Write a table [judges.{defer.judge}]."
         )
-    if bound.probe.spans is not None or len(bound.thresholds) != 1:
+    where = "" if bound.probe.spans is None else " in spans"
+    if where or len(bound.thresholds) != 1:
         counted = ", ".join(bound.thresholds) or "none"
         raise SidelightError(
             f"The rule of probe '{bound.name}' cannot defer: a judge says whether one label holds, "
-            f"and the rule counts {counted}{' in spans' if bound.probe.spans else ''}. Name one in "
-            "'labels', or leave 'defer' out."
+            f"and the rule counts {counted}{where}. Name one in 'labels', or leave 'defer' out."
         )
     if defer.share and not len(bound.probe.card.background):
         raise SidelightError(
