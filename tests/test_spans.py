@@ -14,7 +14,7 @@ import torch
 
 import wordings
 from sidelight.classifier import Classifier, train
-from sidelight.cli.show import print_spans
+from sidelight.cli.show import print_report
 from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
@@ -337,7 +337,7 @@ def test_span_report_counts_characters_and_exact_spans(capsys):
     found = [[Span(7, 12, "NAME")], [], [Span(14, 17, "NAME")]]
     report = evaluate_spans(examples, found, bootstrap=50)
     assert (report.complete, report.partial) == ({"NAME": 0, "TIME": 0}, {"NAME": 1, "TIME": 0})
-    print_spans(report)
+    print_report(report)
     output = capsys.readouterr().out
     assert all(row in output for row in ("all", "NAME", "TIME"))
 

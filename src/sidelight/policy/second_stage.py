@@ -94,7 +94,7 @@ class SecondStage:
         Raises:
             JudgeError: The spans to redact are unknown.
         """
-        if any(d.verdict is None or d.verdict.spans is None for d in self._redacting):
+        if not all(decision.has_spans for decision in self._redacting):
             raise JudgeError("not_redacted", "The spans to redact are unknown.")
         spans = [span for each in self._redacting for span in each.spans]
         turns = [

@@ -83,6 +83,12 @@ class Probe:
         """How tokens are labelled; None for a probe of whole texts."""
         return self.card.spans
 
+    @property
+    def span_rule(self) -> SpanRule:
+        """``spans`` of a probe that labels spans."""
+        assert self.spans is not None, "only probes of spans are asked for them"
+        return self.spans
+
     def changed(self, **fields: Any) -> "Probe":
         """A copy of the probe with these card fields replaced, not yet saved."""
         return replace(self, card=self.card.changed(**fields))
