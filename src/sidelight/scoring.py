@@ -275,7 +275,14 @@ def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Asse
     warn_of_trained_texts(probe.card.training, examples)
     if isinstance(examples, SpanExamples) and probe.spans is not None:
         return _assess_spans(backbone, probe, examples)
-    probabilities = probe.calibration.apply(probe_logits(backbone, probe, examples.items))
+    return assess_logits(probe, examples, probe_logits(backbone, probe, examples.items))
+
+
+def assess_logits(
+    probe: Probe, examples: LabelledExamples, logits: Float[np.ndarray, "text output"]
+) -> Assessment:
+    """Measure a probe on whole texts whose logits are known."""
+    probabilities = probe.calibration.apply(logits)
     predictions = decide(probe.task, probabilities, examples.labels, thresholds=probe.thresholds)
     return Assessment(examples, probe, probabilities, evaluate(predictions))
 
