@@ -94,7 +94,7 @@ def measure_tools(backbone: Backbone, probe: Probe, examples: LabelledExamples) 
 
 def _chat(item: Example) -> tuple[Message, ...]:
     if item.messages[-1].role == "tool":
-        return item.messages
+        return tuple(item.messages)
     return REQUEST, CALL, Message("tool", item.text)
 
 
