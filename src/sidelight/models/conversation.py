@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -202,6 +202,21 @@ class Place:
     message: int
     start: int
     end: int
+
+
+@runtime_checkable
+class PromptTokens(Protocol):
+    """What probes need to know about a prompt."""
+
+    @property
+    def token_roles(self) -> Sequence[int]:
+        """The ``TokenRole`` of each token."""
+        ...
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text has no chat template around it."""
+        ...
 
 
 @dataclass(frozen=True)

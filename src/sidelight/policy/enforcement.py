@@ -312,7 +312,7 @@ def _require_passed(event: PromptClassified, decisions: Sequence[Decision]) -> N
         return
     status = 400
     too_long = next((d.rule for d in failed if d.is_too_long), None)
-    chats_only = [d for d in failed if not d.rule.probe.can_classify(is_plain=event.is_plain)]
+    chats_only = [d for d in failed if not d.rule.probe.can_classify(event.prompt)]
     if too_long is not None:
         message = (
             f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' classifies at "
