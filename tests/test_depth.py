@@ -107,7 +107,7 @@ def test_missing_layer_prevents_verdict(tiny, is_fitted):
     with tiny.tapped(tap):
         tiny.run([prompt], layers=3 if is_fitted else 2)
     outputs = bank.prompt_logits(tap.projected()[0], [bytes(prompt.token_roles)])
-    (verdicts,) = bank.classify(outputs, [False])
+    (verdicts,) = bank.classify(outputs, [prompt])
     assert (verdicts.failed == ("a",)) != is_fitted
     assert bool(verdicts.verdicts) == is_fitted
 

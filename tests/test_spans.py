@@ -280,7 +280,7 @@ def test_label_of_any_token_holds_without_token_positions(tiny):
     generator, seen = torch.Generator().manual_seed(0), set()
     for scale in np.linspace(0, 1, 50):
         projections = scale * torch.randn(len(prompt), layers, width, generator=generator)
-        (verdicts,) = banks.classify_prompts(projections, [bytes(prompt.token_roles)], [False])
+        (verdicts,) = banks.classify_prompts(projections, [prompt])
         (verdict,) = annotate_spans(verdicts, [probe], prompt).verdicts
         token_label_names = {label for _, label, _ in verdicts.token_labels["pii"]}
         for rule, least in ((Rule("block"), 0.8), (Rule("block", threshold=0.7), 0.7)):

@@ -103,7 +103,7 @@ class Classifier:
         """
         example = as_example(text)
         answer = example.response if response is None else response
-        prompt = self.backbone.encoder.encode(example.conversation, answer, with_places=True)
+        prompt = self.backbone.encoder.encode(example.messages, answer, with_places=True)
         bank = Bank([self.probe], device=self.backbone.device)
         tap = bank.tap()
         with self.backbone.tapped(tap):

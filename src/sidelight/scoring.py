@@ -45,7 +45,7 @@ def encode(
     for index, example in enumerate(examples):
         with located(example, index):
             prompts.append(
-                encoder.encode(example.conversation, example.response, with_places=with_places)
+                encoder.encode(example.messages, example.response, with_places=with_places)
             )
     return prompts
 

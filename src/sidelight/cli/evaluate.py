@@ -341,7 +341,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
     from sidelight.models.conversation import Message
 
     if example.response is None:
-        return example.messages
+        return tuple(example.messages)
     return (*example.messages, Message("assistant", example.response))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, warn
-from sidelight.models.conversation import Conversation, Message, PlainText, Reads
+from sidelight.models.conversation import Message, PlainText, Reads
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
 # Rows that suffice to choose a threshold and a calibration.
@@ -25,29 +25,23 @@ _ENOUGH_VALIDATION_ROWS = 150
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One chat to classify. A plain text is a chat of one user message.
+    """One chat to classify. A text is a chat of one user message.
 
     Attributes:
-        messages: The prompt, oldest turn first; at least one message has some text.
+        messages: The prompt, oldest turn first; at least one message has some text. A ``PlainText``
+            is read without a chat template.
         response: The assistant's answer, for probes that read responses.
         place: Origin of the text, such as `train.jsonl, line 17`, or "". Ignored by equality.
-        is_plain: Whether the text is read without a chat template.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] | PlainText
     response: str | None = None
     place: str = field(default="", compare=False)
-    is_plain: bool = False
 
     @property
     def text(self) -> str:
         """The contents of the prompt's messages, joined by newlines."""
         return "\n".join(message.content for message in self.messages)
-
-    @property
-    def conversation(self) -> Conversation:
-        """The prompt in the form that is encoded."""
-        return PlainText(self.text) if self.is_plain else self.messages
 
     @property
     def span_text(self) -> str:

@@ -257,7 +257,7 @@ def plan_split(
     )
     places: TokenPlaces = ()
     if isinstance(examples, SpanExamples):
-        complete = [encode(item.conversation, item.response) for item in examples.items]
+        complete = [encode(item.messages, item.response) for item in examples.items]
         places = span_places(examples.items, complete, states.lengths)
     return Split(examples, states, contexts, places)
 

@@ -169,7 +169,7 @@ def _with_room(
         # A text of one message has only the template, as all texts do.
         if len(item.messages) > 1:
             with located(item, index):
-                prompt = encode(item.conversation, item.response)
+                prompt = encode(item.messages, item.response)
             if len(prompt) > limit and prompt.fixed >= limit:
                 full.append(index)
     if len(full) in (0, len(examples)):
