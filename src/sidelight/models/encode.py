@@ -44,7 +44,8 @@ class PromptEncoder:
         tokenizer: A fast tokenizer (its offsets tell what each token belongs to).
         prompt_format: ``chat`` renders the model's chat template, and so does ``both``; ``raw``
             joins the turns by line breaks and adds the tokenizer's own special tokens. A
-            ``PlainText`` is always encoded as with ``raw``.
+            ``PlainText`` is always encoded as with ``raw``. None means chat if the tokenizer has a
+            chat template.
         max_tokens: The longest input that the backbone accepts.
         more: The end of a refusal, if a setting allows longer ones.
     """
@@ -53,13 +54,14 @@ class PromptEncoder:
         self,
         tokenizer: Tokenizer,
         *,
-        prompt_format: PromptFormat,
+        prompt_format: PromptFormat | None,
         max_tokens: int,
         more: str = "",
     ):
         self.tokenizer = tokenizer
         self._contents = ContentTokenizer(tokenizer)
-        self.prompt_format: PromptFormat = prompt_format
+        by_default: PromptFormat = "chat" if tokenizer.chat_template else "raw"
+        self.prompt_format: PromptFormat = prompt_format or by_default
         self.max_tokens, self.more = max_tokens, more
         # Clients choose the sequences of roles, so both their number and length are bounded.
         self._cached_frame = lru_cache(maxsize=256)(self._render_frame)

@@ -358,12 +358,13 @@ def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
     if bound.probe.spans is None:
         _require_text_rule(bound)
     reads, form, kind = bound.probe.reads, bound.probe.card.prompt_format, bound.probe.task.kind
-    is_known = bound.side == "input" and form != "raw" and bound.probe.classifies_turns
+    uses_template = bound.probe.uses_template
+    is_known = bound.side == "input" and uses_template and bound.probe.classifies_turns
     if bound.rule.turns == "tool" and not is_known:
         remedy = (
-            "train one on a model with a chat template (--tokenizer, if its file lacks one)"
-            if form == "raw"
-            else "train one on one label"
+            "train one on one label"
+            if uses_template
+            else "train one on a model with a chat template (--tokenizer, if its file lacks one)"
         )
         raise SidelightError(
             f"Probe '{bound.name}' cannot have turns = \"tool\", which takes one that classifies "
