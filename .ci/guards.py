@@ -281,13 +281,13 @@ def left_out(
 
 
 def _without(candidate: Candidate, split: Split, fold_of: np.ndarray) -> np.ndarray:
-    """The logits of each part by a probe of the others; parts below 0 are in no part."""
+    """The logits of each part by a probe of the others; NaN for texts in no part (below 0)."""
     folds = tuple(np.flatnonzero(fold_of == fold) for fold in np.unique(fold_of[fold_of >= 0]))
-    (run,) = train_mechanisms(
-        [candidate], training=split, validation=None, folds=folds, shares_matmuls=True
-    )
+    (run,) = train_mechanisms([candidate], split=split, left_out=folds, shares_matmuls=True)
     assert run is not None, "the training diverged"
-    return run.logits
+    logits = np.full((len(split), split.task.outputs), np.nan)
+    logits[fold_of >= 0] = run.logits
+    return logits
 
 
 def _auroc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 import wordings
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.models.conversation import (
+    EncodedPrompt,
     Message,
     Reads,
     Segment,
@@ -90,7 +91,7 @@ def test_bank_logits_match_dense_form_for_any_chunking(tiny, probes, prompts):
     masks, token_roles = read_masks(prompts, bank.reads), padded_roles(prompts)
     state = summarise(bank, projections, token_roles)
     full = bank.logits(state)
-    text_verdicts = bank.classify(bank.text_logits(state), [False] * len(prompts))
+    text_verdicts = bank.classify(bank.text_logits(state), prompts)
     edges = [0, 9, 10, 40, projections.shape[1]]
     chunks = [summarise(bank, projections[:, a:b], token_roles[:, a:b]) for a, b in pairwise(edges)]
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
@@ -178,10 +179,9 @@ def test_overflowed_hidden_states_raise_verdict_errors(tiny):
     tap = bank.tap()
     for layer in range(tiny.fingerprint.layers):
         tap(layer, torch.full((1, 2, 32), torch.inf))
-    state = summarise(
-        bank, tap.projected(), torch.full((1, 2), TokenRole.PROMPT, dtype=torch.uint8)
-    )
-    assert bank.classify(bank.text_logits(state), [False]) == [Verdicts((), ("p",))]
+    prompt = EncodedPrompt((1, 2), (TokenRole.PROMPT,) * 2)
+    state = summarise(bank, tap.projected(), padded_roles([prompt]))
+    assert bank.classify(bank.text_logits(state), [prompt]) == [Verdicts((), ("p",))]
     with pytest.raises(VerdictError, match=wordings.OVERFLOWED):
         probe.verdict(bank.logits(state)[0][0])
 
@@ -201,7 +201,7 @@ def test_chunked_prompts_and_responses_match_full_text_verdicts(tiny, probes, pr
     rows = projected(tiny, banks.prompt_tap(), prompts)
     projections = [row[: len(prompt)] for row, prompt in zip(rows, prompts, strict=True)]
     token_roles = [bytes(prompt.token_roles) for prompt in prompts]
-    prompt_verdicts = banks.classify_prompts(torch.cat(projections), token_roles, [False] * 4)
+    prompt_verdicts = banks.classify_prompts(torch.cat(projections), prompts)
     states = [None] * len(prompts)
     # Each in two pieces, of which two texts' come one pass before those of the others.
     cuts = [1, len(prompts[1]) // 2, 2, len(prompts[3]) - 1]
@@ -215,7 +215,7 @@ def test_chunked_prompts_and_responses_match_full_text_verdicts(tiny, probes, pr
         )
         for i, state in zip(chosen, new, strict=True):
             states[i] = state
-    response_verdicts = banks.classify_responses(states, [False] * 4)
+    response_verdicts = banks.classify_responses(states, prompts)
     for bank, text_verdicts in (
         (banks.prompt_probes, prompt_verdicts),
         (banks.response_probes, response_verdicts),

@@ -237,7 +237,7 @@ def test_fit_warns_about_truncated_shared_or_few_texts(tiny, warned):
     fit(tiny, training, few, name="p", options=options_of("gate"))
     warnings = warned()
     (truncated,) = (warning for warning in warnings if "truncated" in warning)
-    assert truncated.startswith("7 of 40 texts were truncated to 256 tokens")
+    assert truncated.startswith("7 of 52 texts were truncated to 256 tokens")
     assert any("(recommended: 30)" in warning for warning in warnings)
     assert any(
         w.startswith("12 validation texts also occur in the training data") for w in warnings

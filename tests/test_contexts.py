@@ -172,7 +172,7 @@ def test_contexts_and_background_stay_in_fold_of_their_text(tiny, examples, opti
 def test_validation_texts_share_no_background_with_training_texts(tiny, examples, options):
     held_out, rest = examples.select(range(20)), examples.select(range(20, 60))
     dataset = prepare(tiny, rest, held_out, options=options)
-    sides = [dataset.training.examples.items[40:], dataset.measured.examples.items[20:]]
+    sides = [dataset.training.examples.items[40:], dataset.scored.examples.items[20:]]
     seen = [*map(words_of_traffic, sides)]
     assert all(seen)
     assert not seen[0] & seen[1]
@@ -197,8 +197,8 @@ def test_texts_crowded_out_by_system_prompt_are_dropped_and_counted(
     rest = with_long_system_prompts(examples.select(range(20, 60)), [5, 7])
     options = replace(options, max_tokens=200, background=Background())
     dataset = prepare(tiny, rest, held_out, options=options)
-    assert (len(dataset.originals), len(dataset.validation)) == (38, 19)
-    assert rest.items[5] not in dataset.originals.examples.items
+    assert (len(dataset.training.without_contexts()), len(dataset.validation)) == (38, 19)
+    assert rest.items[5] not in dataset.training.without_contexts().examples.items
     warnings = warned()
     for message in (
         "2 of 40 training texts were left out",
@@ -404,7 +404,7 @@ def test_training_loss_uses_text_weights(tiny, examples, options, monkeypatch):
 
     monkeypatch.setattr(TrainingRun, "loss", counted)
     settings = TrainingSettings(epochs=1, least_steps=0, standardise=False)
-    train_mechanisms([(mechanism_spec("pooling"), settings)], training=dataset, validation=None)
+    train_mechanisms([(mechanism_spec("pooling"), settings)], split=dataset)
     np.testing.assert_allclose(sorted(heard), sorted(dataset.weights), rtol=1e-6)
 
 
@@ -541,8 +541,8 @@ def test_training_scores_match_served_scores(tiny, options, monkeypatch):
     labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
     split = make_split(tiny, labelled, options)
     candidate = mechanism_spec("readout"), TrainingSettings(learning_rate=0.03, epochs=4)
-    (trained,) = train_mechanisms([candidate], training=split, validation=split)
-    dataset = ProbeDataset(tiny, split, split)
+    dataset = ProbeDataset.held_out(tiny, split, split)
+    (trained,) = train_mechanisms([candidate], split=dataset.split, left_out=dataset.left_out)
     fitted = calibrate_probe([trained], dataset, name="p", options=options)
     prompts = [tiny.encoder.encode(item.messages) for item in items]
     (served,) = score(tiny, Bank([fitted.probe]), prompts)
@@ -568,7 +568,7 @@ def test_segments_of_negative_texts_replace_them_in_training(tiny, options, monk
 
     monkeypatch.setattr(TrainingRun, "loss", heard)
     candidate = mechanism_spec("readout"), TrainingSettings(epochs=8, least_steps=0)
-    train_mechanisms([candidate], training=split, validation=None)
+    train_mechanisms([candidate], split=split)
     wholes = {*split.states.lengths}
     lengths = {len(segment) for segments in split.segments for segment in segments} - wholes
     assert {*read[1]} <= wholes

@@ -107,7 +107,7 @@ def test_missing_layer_prevents_verdict(tiny, is_fitted):
     with tiny.tapped(tap):
         tiny.run([prompt], layers=3 if is_fitted else 2)
     outputs = bank.prompt_logits(tap.projected()[0], [bytes(prompt.token_roles)])
-    (verdicts,) = bank.classify(outputs, [False])
+    (verdicts,) = bank.classify(outputs, [prompt])
     assert (verdicts.failed == ("a",)) != is_fitted
     assert bool(verdicts.verdicts) == is_fitted
 
@@ -231,9 +231,7 @@ def test_smallest_lossless_depth_is_chosen(tiny, tmp_path):
         options=options,
         candidates=candidates,
     )
-    deep, middle, low = train_mechanisms(
-        candidates, training=dataset.training, validation=None, folds=dataset.folds
-    )
+    deep, middle, low = train_mechanisms(candidates, split=dataset.split, left_out=dataset.left_out)
     losses_of = partial(TextSelection().losses, dataset=dataset, options=options)
     good, bad = deep.logits, np.random.default_rng(0).normal(size=deep.logits.shape)
     for logits, chosen, tried in (

@@ -20,6 +20,7 @@ from sidelight.probes.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probes.standardisation import Standardisation
 from sidelight.states.extraction import text_logits
 from sidelight.training.loop import train_mechanisms
+from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings
 from sidelight_vllm.settings import Served, revision_of
 from sidelight_vllm.slots import GatherPlan, set_receiver
@@ -154,11 +155,18 @@ def test_every_trained_mechanism_matches_cpu(there, tiny, tmp_path):
     results = []
     for backbone in (tiny, there):
         folder = tmp_path / backbone.device.type
-        splits = {
-            name: split_of(backbone, folder, "binary", count, seed=count)
-            for name, count in {"training": 60, "validation": 30}.items()
-        }
-        results.append(train_mechanisms(candidates, **splits, device=backbone.device))
+        training, validation = (
+            split_of(backbone, folder, "binary", count, seed=count) for count in (60, 30)
+        )
+        dataset = ProbeDataset.held_out(backbone, training, validation)
+        results.append(
+            train_mechanisms(
+                candidates,
+                split=dataset.split,
+                left_out=dataset.left_out,
+                device=backbone.device,
+            )
+        )
     for (spec, _), wanted, actual in zip(candidates, *results, strict=True):
         np.testing.assert_allclose(actual.logits, wanted.logits, atol=1e-3, err_msg=str(spec))
 

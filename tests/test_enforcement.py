@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 import wordings
 from sidelight.engines.base import Finished, PromptClassified, ResponseScored, TextDelta
-from sidelight.models.conversation import PlainText, Reads
+from sidelight.models.conversation import EncodedPrompt, PlainText, Reads, TokenRole
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Classified, Enforcement
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.types import Task, Verdict, Verdicts
 from worlds.models import TOPICS, untrained_probe
+
+PROMPT = EncodedPrompt((1, 2, 3), (TokenRole.PROMPT,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def prompt_probe(tiny):
 
 
 def prompt_event(score):
-    return PromptClassified(Verdicts((verdict(score, "early"),)), tokens=3)
+    return PromptClassified(Verdicts((verdict(score, "early"),)), PROMPT)
 
 
 def guarded(enforcement, *events):

@@ -7,7 +7,7 @@ import wordings
 from sidelight.classifier import Classifier
 from sidelight.data.examples import Example
 from sidelight.errors import VerdictError
-from sidelight.models.conversation import Message, Reads
+from sidelight.models.conversation import Message, PlainText, Reads
 from sidelight.probes.bank import Bank
 from sidelight.probes.mechanisms.base import mechanism_names
 from worlds.models import (
@@ -41,7 +41,7 @@ def backbone():
 
 
 def logits_of(backbone, probe, example):
-    prompt = backbone.encoder.encode(example.conversation, example.response)
+    prompt = backbone.encoder.encode(example.messages, example.response)
     (logits,) = score(backbone, Bank([probe]), [prompt])
     return logits[0]
 
@@ -103,7 +103,7 @@ def test_explained_logit_comes_from_deciding_turns(backbone):
 
 def test_text_without_verdict_is_not_explained(backbone):
     probe = untrained_probe(backbone, "p")
-    plain = Example((Message("user", "hello"),), is_plain=True)
+    plain = Example(PlainText("hello"))
     with pytest.raises(VerdictError, match=wordings.NOT_OF_PLAIN_TEXT):
         Classifier(backbone, probe).explain(plain)
     with pytest.raises(VerdictError, match=wordings.NOT_FINITE.format(probe="p")):

@@ -134,7 +134,7 @@ def dataset(tiny, tmp_path_factory):
     examples = load_examples(planted_rows("binary", 40))
     options = FitOptions(max_tokens=512, cache_root=tmp_path_factory.mktemp("activations"))
     split = make_split(tiny, examples, options)
-    return ProbeDataset(tiny, split, split)
+    return ProbeDataset(tiny, split, choose_folds(examples))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def folds(dataset):
 
 
 def cross_fitted_on(training, folds, **options):
-    return train_mechanisms(CANDIDATES, training=training, validation=None, folds=folds, **options)
+    return train_mechanisms(CANDIDATES, split=training, left_out=folds, **options)
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_cross_fitted_scores_are_out_of_fold(dataset, folds, cross_fitted):
     labels = dataset.training.labels.copy()
     labels[fold] = 1 - labels[fold]
     examples = replace(dataset.training.examples, labels=labels)
-    changed = replace(dataset, training=replace(dataset.training, examples=examples))
-    for before, after in zip(cross_fitted, cross_fitted_on(changed.training, folds), strict=True):
+    changed = replace(dataset.training, examples=examples)
+    for before, after in zip(cross_fitted, cross_fitted_on(changed, folds), strict=True):
         np.testing.assert_array_equal(before.logits[fold], after.logits[fold])
         assert not np.isclose(before.logits[rest], after.logits[rest]).all()
 
@@ -191,7 +191,7 @@ def test_shared_and_separate_fold_projections_give_same_logits(
 
 @pytest.mark.slow
 def test_final_probe_trains_on_all_texts_for_all_epochs(dataset, cross_fitted):
-    expected = train_mechanisms(CANDIDATES, training=dataset.training, validation=None)
+    expected = train_mechanisms(CANDIDATES, split=dataset.training)
     for one, separate in zip(cross_fitted, expected, strict=True):
         assert one.best_epoch == one.settings.epochs
         assert one.validation_scores == []

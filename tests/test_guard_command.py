@@ -222,7 +222,7 @@ def test_changed_texts_or_options_replace_guard_only_with_force(words, tmp_path,
 
 def test_cpu_training_draws_affordable_sample_of_texts(model, tiny, tmp_path, monkeypatch, capsys):
     texts = ready.load_guard("shouts")
-    sizes = {item: len(tiny.encoder.encode(item.conversation)) for item in texts.items}
+    sizes = {item: len(tiny.encoder.encode(item.messages)) for item in texts.items}
     most = sum(sizes.values()) // 2
     monkeypatch.setattr(ready, "TOKENS_ON_CPU", most)
     drawn = ready.affordable(texts, tiny.encoder)

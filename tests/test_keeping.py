@@ -232,7 +232,7 @@ def test_streaming_recomputes_states_without_writing_to_disk(tiny, tmp_path, exa
             shard.hidden, split.states.read(rows).hidden, rtol=2**-6, atol=1e-3
         )
     on_disk, computed = (
-        train_mechanisms([READOUT], training=each_split, validation=None)[0]
+        train_mechanisms([READOUT], split=each_split)[0]
         for each_split in (split, replace(split, states=states))
     )
     assert on_disk is not None
@@ -389,7 +389,8 @@ def test_shared_states_stay_uncompressed_on_disk(tiny, examples, tmp_path, monke
         ([], FitOptions()),
         ([READOUT], FitOptions(keep_cache=True)),
     ):
-        assert keeping.choose_keeping(tiny, [split], candidates, options) == keeping.Keeping()
+        chosen = keeping.choose_keeping(tiny, split, candidates, options, tokens=1_000)
+        assert chosen == keeping.Keeping()
 
 
 def test_resume_without_checkpoint_starts_at_epoch_zero(tmp_path):

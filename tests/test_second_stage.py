@@ -21,7 +21,7 @@ from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.transformers.engine import TransformersEngine
 from sidelight.judges.question import JudgeAnswer
 from sidelight.models.conversation import Message, Reads
-from sidelight.policy.decisions import SecondOpinion
+from sidelight.policy.decisions import Decision, SecondOpinion
 from sidelight.policy.enforcement import Enforcement
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Defer, Rule
@@ -272,14 +272,15 @@ def test_judge_receives_redacted_text_only():
 
     def redacting(spans):
         rule = SimpleNamespace(mode="redact", side="input", name="pii")
-        verdict = None if spans is None else SimpleNamespace(spans=spans)
-        return SimpleNamespace(rule=rule, verdict=verdict, spans=spans or ())
+        return Decision(rule, Verdict("pii", "NAME", ("NAME",), {}, True, spans=spans), "redact")
 
     rule = SimpleNamespace(rule=Rule("block", defer=Defer("guardian")))
     text = [Message("user", "I am An\u200bn."), Message("user", "Call Bob.")]
     spans = [Span(5, 9, "NAME", message=0), Span(5, 8, "NAME", message=1)]
-    for found, wanted in ((spans, True), (None, False)):
-        second_stage = SecondStage(Judges(), text, [redacting(found)], invisible="strip")
+    unclassified = replace(redacting(()), verdict=None)
+    decided = ((redacting(spans), True), (redacting(None), False), (unclassified, False))
+    for decision, wanted in decided:
+        second_stage = SecondStage(Judges(), text, [decision], invisible="strip")
         opinion = asyncio.run(second_stage.opinion(rule))
         assert (opinion.probability is not None) == wanted
     (question,) = questions

@@ -14,7 +14,7 @@ import torch
 
 import wordings
 from sidelight.classifier import Classifier, train
-from sidelight.cli.show import print_spans
+from sidelight.cli.show import print_report
 from sidelight.data.evaluation import evaluate_spans
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
@@ -280,7 +280,7 @@ def test_label_of_any_token_holds_without_token_positions(tiny):
     generator, seen = torch.Generator().manual_seed(0), set()
     for scale in np.linspace(0, 1, 50):
         projections = scale * torch.randn(len(prompt), layers, width, generator=generator)
-        (verdicts,) = banks.classify_prompts(projections, [bytes(prompt.token_roles)], [False])
+        (verdicts,) = banks.classify_prompts(projections, [prompt])
         (verdict,) = annotate_spans(verdicts, [probe], prompt).verdicts
         token_label_names = {label for _, label, _ in verdicts.token_labels["pii"]}
         for rule, least in ((Rule("block"), 0.8), (Rule("block", threshold=0.7), 0.7)):
@@ -337,7 +337,7 @@ def test_span_report_counts_characters_and_exact_spans(capsys):
     found = [[Span(7, 12, "NAME")], [], [Span(14, 17, "NAME")]]
     report = evaluate_spans(examples, found, bootstrap=50)
     assert (report.complete, report.partial) == ({"NAME": 0, "TIME": 0}, {"NAME": 1, "TIME": 0})
-    print_spans(report)
+    print_report(report)
     output = capsys.readouterr().out
     assert all(row in output for row in ("all", "NAME", "TIME"))
 

@@ -43,13 +43,21 @@ TWO_TEXTS = Targets(Ragged.one_row_each(torch.tensor([0, 1])), torch.ones(2))
 
 @pytest.fixture(scope="module")
 def corpora(tiny, tmp_path_factory):
-    """For each kind of task a training and a validation set."""
+    """For each kind of task 120 texts, and 60 that are left out."""
     root = tmp_path_factory.mktemp("activations")
-    sizes = {"training": 120, "validation": 60}
-    return {
-        kind: {split: split_of(tiny, root, kind, n, seed=n) for split, n in sizes.items()}
-        for kind in TASKS
-    }
+    parts = {kind: [split_of(tiny, root, kind, n, seed=n) for n in (120, 60)] for kind in TASKS}
+    return {kind: held_out(*splits) for kind, splits in parts.items()}
+
+
+def held_out(training, validation):
+    """What trains on one split, and leaves another out."""
+    rows = len(training) + np.arange(len(validation))
+    return {"split": training.joined(validation), "left_out": (rows,)}
+
+
+def labels_left_out(corpus):
+    (rows,) = corpus["left_out"]
+    return corpus["split"].labels[rows]
 
 
 def candidate(mechanism="readout", *, seed=0, settings=QUICK, normalise=False, **options):
@@ -118,7 +126,7 @@ def test_mechanisms_learn_planted_signals(corpora, kind):
         candidate(name, settings=replace(learn, learning_rate=rates[name])) for name in names
     ]
     candidates.append(candidate(settings=candidates[names.index("readout")][1], normalise=True))
-    labels = corpora[kind]["validation"].labels
+    labels = labels_left_out(corpora[kind])
     target = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
     for one in train_mechanisms(candidates, **corpora[kind]):
         auprc = average_precision_score(target, one.logits, average="macro")
@@ -138,7 +146,7 @@ def test_training_returns_best_epoch_and_stops_after_patience(corpora):
     runs = train_mechanisms(candidates, **corpora["binary"])
     for one in runs:
         assert one.best_epoch == 1 + int(np.argmax(one.validation_scores))
-        labels = corpora["binary"]["validation"].labels
+        labels = labels_left_out(corpora["binary"])
         score = validation_score(TASKS["binary"], one.logits, labels)
         # Epochs are scored in bf16, the result in float32.
         assert score == pytest.approx(one.validation_scores[one.best_epoch - 1], abs=0.02)
@@ -242,7 +250,7 @@ def test_scaling_and_weighting_options_change_training(together):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_validation_score_is_one_for_perfect_logits(corpora, kind):
-    labels = corpora[kind]["validation"].labels
+    labels = labels_left_out(corpora[kind])
     perfect = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
     assert validation_score(TASKS[kind], perfect.astype(float), labels) == 1.0
     assert validation_score(TASKS[kind], 1.0 - perfect, labels) < 0.7
@@ -288,7 +296,7 @@ def test_duplicated_texts_do_not_change_layer_weights(tiny, tmp_path, normalise)
     ]
 
     def scales(split, *candidates):
-        runs = train_mechanisms(candidates, training=split, validation=None)
+        runs = train_mechanisms(candidates, split=split)
         return [one.standardisation.scale for one in runs]
 
     found = [scales(split, plain, weighted) for split in splits]
@@ -341,8 +349,7 @@ def test_diverging_run_does_not_affect_others(corpora):
     assert [one is None for one in found] == [False, True, False]
     (separate,) = train_mechanisms(candidates[:1], **corpora["binary"])
     np.testing.assert_allclose(found[0].logits, separate.logits, rtol=1e-3, atol=1e-4)
-    without = {**corpora["binary"], "validation": None}
-    assert train_mechanisms(candidates[1:2], **without) == [None]
+    assert train_mechanisms(candidates[1:2], split=corpora["binary"]["split"]) == [None]
 
 
 @pytest.mark.parametrize(("side", "differs"), [("response", True), ("prompt", False)])
@@ -351,7 +358,7 @@ def test_only_response_probes_learn_from_prefixes(tiny, tmp_path, side, differs)
     training.states.reads = Reads(side)
     without_prefixes = replace(BRIEF, prefixes=False)
     candidates = [candidate(settings=BRIEF), candidate(settings=without_prefixes)]
-    both, one = train_mechanisms(candidates, training=training, validation=training)
+    both, one = train_mechanisms(candidates, **held_out(training, training))
     assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
 
 
@@ -382,7 +389,7 @@ def test_small_shards_are_combined_into_full_batches(tiny, tmp_path, monkeypatch
         lambda self, *arguments: (steps.append(1), step(self, *arguments)),
     )
     settings = replace(QUICK, batch_size=size)
-    train_mechanisms([candidate("gate", settings=settings)], training=training, validation=None)
+    train_mechanisms([candidate("gate", settings=settings)], split=training)
     assert len(steps) in range(2 * settings.epochs, 3 * settings.epochs + 1)
 
 
@@ -392,7 +399,7 @@ def test_memory_limit_is_shared_by_training_and_validation(tiny, tmp_path, monke
     training, validation = (examples.select(range(*ends)) for ends in ((0, 40), (40, 60)))
     options = FitOptions(cache_root=tmp_path)
     dataset = prepare(tiny, training, validation, options=options)
-    splits = {"training": dataset.training, "validation": dataset.measured}
+    splits = {"training": dataset.training, "validation": dataset.scored}
     sizes = {
         split.states.path(row): split.states.stored_bytes(row)
         for split in splits.values()
@@ -402,13 +409,13 @@ def test_memory_limit_is_shared_by_training_and_validation(tiny, tmp_path, monke
     dataset = prepare(tiny, training, validation, options=options)
     reads, read = Counter(), cache.read_tensors
     monkeypatch.setattr(cache, "read_tensors", lambda path: (reads.update([path]), read(path))[1])
-    train_mechanisms([candidate("gate")], training=dataset.training, validation=dataset.measured)
+    train_mechanisms([candidate("gate")], split=dataset.split, left_out=dataset.left_out)
     assert {*reads} == {*sizes}
     in_memory = [path for path, times in reads.items() if times == 1]
     least, most = options.memory_bytes - max(sizes.values()), options.memory_bytes
     assert least <= sum(map(sizes.get, in_memory)) <= most
     # What trains comes first.
-    assert (dataset.measured.states.path(0) in in_memory) == (share == 1)
+    assert (dataset.scored.states.path(0) in in_memory) == (share == 1)
 
 
 @pytest.mark.parametrize("is_normalised", [None, torch.tensor([True, False, True])])

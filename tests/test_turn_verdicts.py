@@ -87,7 +87,7 @@ def classify(backbone, probes, prompt):
     tap = banks.prompt_tap()
     with backbone.tapped(tap):
         backbone.run([prompt])
-    return banks.classify_prompts(tap.projected()[0], [bytes(prompt.token_roles)], [False])[0]
+    return banks.classify_prompts(tap.projected()[0], [prompt])[0]
 
 
 def test_user_turns_between_answers_are_also_classified_jointly(tiny):

@@ -16,7 +16,7 @@ from sidelight.data.examples import (
     SpanExamples,
     as_example,
 )
-from sidelight.data.guards import guard_of
+from sidelight.data.guards import guard_of, span_column
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.engines.backend import EngineOptions, backend_of
@@ -103,7 +103,7 @@ class Classifier:
         """
         example = as_example(text)
         answer = example.response if response is None else response
-        prompt = self.backbone.encoder.encode(example.conversation, answer, with_places=True)
+        prompt = self.backbone.encoder.encode(example.messages, answer, with_places=True)
         bank = Bank([self.probe], device=self.backbone.device)
         tap = bank.tap()
         with self.backbone.tapped(tap):
@@ -151,8 +151,7 @@ class Classifier:
             SidelightError: The data cannot be read, has other labels, or has no responses for a
                 probe that reads them; or ``spans`` is given and the probe labels whole texts.
         """
-        if (guard := guard_of(data)) is not None:
-            spans = spans or guard.card.columns["spans"]
+        spans = span_column(data, spans)
         if spans is not None and self.probe.spans is None:
             raise SidelightError(
                 f"Probe '{self.probe.name}' labels whole texts, so it finds no spans. Leave spans= "
@@ -168,7 +167,7 @@ class Classifier:
                 "Load them with task=classifier.probe.task."
             )
         assessment = assess(self.backbone, self.probe, examples if spans else examples.of_texts())
-        return assessment.spans or assessment.report
+        return assessment.headline
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray:
         """The probe's logits, ``[text, output]``.
@@ -237,13 +236,13 @@ def train(
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
     # Before the model loads, which takes seconds: what is wrong with options or texts.
+    spans = span_column(data, spans)
     if (guard := guard_of(data)) is not None:
-        columns = guard.card.columns
-        response, spans = response or columns["response"], spans or columns["spans"]
+        response = response or guard.card.columns["response"]
     read = partial(_as_examples, text=text, label=label, response=response, spans=spans)
     training = read(data, positive=positive)
-    has_spans = isinstance(training, SpanExamples)
-    if has_spans and (background not in ("packaged", "none") or positive is not None):
+    is_text_option = background not in ("packaged", "none") or positive is not None
+    if isinstance(training, SpanExamples) and is_text_option:
         raise SidelightError(
             "background= and positive= are for labels of whole texts. Leave them out, or spans=."
         )
@@ -251,7 +250,7 @@ def train(
         mechanism=None if mechanism == AUTO else mechanism_spec(mechanism),
         settings=replace(suggested_settings(named_mechanism(mechanism, type(training))), seed=seed),
         reads=replace(READS, side="response" if response else "prompt"),
-        background=load_background("none" if has_spans else background),
+        background=load_background(background if training.takes_contexts else "none"),
         threshold=ThresholdRule.parse(threshold),
         context_tokens=context_tokens,
         none=none,

@@ -1,6 +1,6 @@
 """Classification by a probe: logits, spans, and metrics on labelled rows or on a guard's tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ def encode(
     for index, example in enumerate(examples):
         with located(example, index):
             prompts.append(
-                encoder.encode(example.conversation, example.response, with_places=with_places)
+                encoder.encode(example.messages, example.response, with_places=with_places)
             )
     return prompts
 
@@ -95,17 +95,17 @@ def find_spans(
         VerdictError: A logit is not finite.
         SidelightError: The probe reads responses and a text has none, or the reverse.
     """
-    assert probe.spans is not None
     scored = score_characters(backbone, probe, examples)
     logits = np.reshape([text.logits for text, _ in scored], (len(examples), probe.task.outputs))
-    return logits, [probe.spans.read(scores, probe.task.output_labels) for _, scores in scored]
+    labels = probe.task.output_labels
+    return logits, [probe.span_rule.read(scores, labels) for _, scores in scored]
 
 
 def score_characters(
     backbone: Backbone, probe: Probe, examples: Sequence[Example]
 ) -> list[tuple[ProbeOutput, Float[np.ndarray, "character label"]]]:
     """The output of a span probe for each text, and the probabilities of its characters."""
-    assert probe.spans is not None
+    calibration = probe.span_rule.calibration
     texts: list[str] = []
     for index, example in enumerate(examples):
         with located(example, index):
@@ -113,7 +113,6 @@ def score_characters(
     require_side(probe.card, examples)
     prompts = encode(backbone.encoder, examples, with_places=True)
     outputs = _classify_prompts(backbone, probe, examples, prompts)
-    calibration = probe.spans.calibration
     tokens = [calibration.apply(text.tokens) for text in outputs if text.tokens is not None]
     places = span_places(examples, prompts, [*map(len, tokens)])
     scores = map(character_scores, texts, places, tokens)
@@ -131,47 +130,70 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """The result of measuring a probe.
+    """The result of measuring a probe on whole texts.
 
     Attributes:
         examples: The labelled rows.
         probe: The probe.
         probabilities: Its probabilities for the rows.
         report: Metrics on whole texts.
-        spans: Span metrics; None if whole texts are labelled.
     """
 
     examples: LabelledExamples
     probe: Probe
     probabilities: Float[np.ndarray, "row output"]
     report: Report
-    spans: SpanReport | None = None
+
+    @property
+    def headline(self) -> Report | SpanReport:
+        """Metrics of what is labelled: whole texts, or spans."""
+        return self.report
 
     @property
     def operating_points(self) -> list[OperatingPoint]:
-        """Alternative thresholds measured on these rows; empty except for a binary probe of whole
-        texts.
-        """
+        """Alternative thresholds measured on these rows; empty except for a binary probe."""
         task, labels = self.probe.task, self.examples.labels
-        if self.spans is not None or task.kind != "binary" or len(np.unique(labels)) < 2:
+        if task.kind != "binary" or len(np.unique(labels)) < 2:
             return []
         (curve,) = operating_curves(task, self.probabilities, labels).values()
         return curve.operating_points()
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics at the top level, as JSON values."""
-        flagged, conversations = self.probe.card.training.flagged
-        traffic = {"flagged": flagged, "conversations": conversations}
-        metrics = (
-            {**self.report.to_dict(), "traffic": traffic}
-            if self.spans is None
-            else {**self.spans.to_dict(), "full_texts": self.report.to_dict()}
-        )
         return {
             "probe": self.probe.name,
             "mechanism": self.probe.card.mechanism.name,
-            **metrics,
+            **self._metrics(),
             "operating_points": [point._asdict() for point in self.operating_points],
+        }
+
+    def _metrics(self) -> dict[str, Any]:
+        flagged, conversations = self.probe.card.training.flagged
+        traffic = {"flagged": flagged, "conversations": conversations}
+        return {**self.report.to_dict(), "traffic": traffic}
+
+    def test_results(
+        self, score_words: Callable[[LabelledExamples], Float[np.ndarray, " text"]]
+    ) -> dict[str, Any]:
+        """The metrics that the tests of a guard record.
+
+        Args:
+            score_words: Scores of TF-IDF, compared at the same number of false positives.
+        """
+        examples, probe = self.examples, self.probe
+        positive = examples.labels == 1
+        flags = self.probabilities[:, 0] >= probe.thresholds[0]
+        scores = score_words(examples)
+        alarms, negatives = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
+        highest = [*negatives, -np.inf][alarms]
+        has_both = 0 < positive.sum() < len(positive)
+        return {
+            "positives": int(positive.sum()),
+            "found": int(flags[positive].sum()),
+            "false_positives": alarms,
+            "auroc": self.report.metrics["auroc"].to_dict(),
+            "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
+            "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
         }
 
     def plot(self, folder: Path) -> None:
@@ -210,6 +232,35 @@ class Assessment:
         ]
 
 
+@dataclass(frozen=True)
+class SpanAssessment(Assessment):
+    """The result of measuring a probe that labels spans.
+
+    Attributes:
+        spans: Span metrics.
+    """
+
+    spans: SpanReport
+
+    @property
+    def headline(self) -> SpanReport:
+        return self.spans
+
+    @property
+    def operating_points(self) -> list[OperatingPoint]:
+        """None: the thresholds of whole texts do not decide on spans."""
+        return []
+
+    def _metrics(self) -> dict[str, Any]:
+        return {**self.spans.to_dict(), "full_texts": self.report.to_dict()}
+
+    def test_results(
+        self, score_words: Callable[[LabelledExamples], Float[np.ndarray, " text"]]
+    ) -> dict[str, Any]:
+        del score_words
+        return self.spans.to_dict()
+
+
 def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Assessment:
     """Measure a probe on labelled rows.
 
@@ -222,35 +273,29 @@ def assess(backbone: Backbone, probe: Probe, examples: LabelledExamples) -> Asse
         SidelightError: The probe and the texts do not fit each other.
     """
     warn_of_trained_texts(probe.card.training, examples)
-    if not isinstance(examples, SpanExamples) or probe.spans is None:
-        return assess_logits(probe, examples, probe_logits(backbone, probe, examples.items))
-    return assess_logits(probe, examples, *find_spans(backbone, probe, examples.items))
+    if isinstance(examples, SpanExamples) and probe.spans is not None:
+        return _assess_spans(backbone, probe, examples)
+    return assess_logits(probe, examples, probe_logits(backbone, probe, examples.items))
 
 
 def assess_logits(
-    probe: Probe,
-    examples: LabelledExamples,
-    logits: Float[np.ndarray, "text output"],
-    found: Sequence[Sequence[Span]] | None = None,
+    probe: Probe, examples: LabelledExamples, logits: Float[np.ndarray, "text output"]
 ) -> Assessment:
-    """Measure a probe whose logits are known.
+    """Measure a probe on whole texts whose logits are known."""
+    probabilities = probe.calibration.apply(logits)
+    predictions = decide(probe.task, probabilities, examples.labels, thresholds=probe.thresholds)
+    return Assessment(examples, probe, probabilities, evaluate(predictions))
 
-    Args:
-        probe: The probe.
-        examples: As for ``assess``.
-        logits: Its logits of each text.
-        found: Spans found in each text; None if whole texts are labelled.
-    """
-    spans, row_thresholds = None, None
-    if found is not None:
-        assert isinstance(examples, SpanExamples)
-        spans = evaluate_spans(examples, found)
-        # The label of a span holds for its text, regardless of the text's own probability.
-        names = [{span.label for span in found_spans} for found_spans in found]
-        limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
-        row_thresholds = np.array(
-            [[0.0 if x in text_labels else t for x, t in limits] for text_labels in names]
-        )
+
+def _assess_spans(backbone: Backbone, probe: Probe, examples: SpanExamples) -> SpanAssessment:
+    logits, found = find_spans(backbone, probe, examples.items)
+    spans = evaluate_spans(examples, found)
+    # The label of a span holds for its text, regardless of the text's own probability.
+    names = [{span.label for span in found_spans} for found_spans in found]
+    limits = [*zip(probe.task.output_labels, probe.thresholds, strict=True)]
+    row_thresholds = np.array(
+        [[0.0 if x in text_labels else t for x, t in limits] for text_labels in names]
+    )
     probabilities = probe.calibration.apply(logits)
     predictions = decide(
         probe.task,
@@ -259,7 +304,7 @@ def assess_logits(
         thresholds=probe.thresholds,
         row_thresholds=row_thresholds,
     )
-    return Assessment(examples, probe, probabilities, evaluate(predictions), spans)
+    return SpanAssessment(examples, probe, probabilities, evaluate(predictions), spans)
 
 
 @dataclass(frozen=True)
@@ -285,7 +330,7 @@ class GuardTests:
     def results(self, assessment: Assessment, test: str) -> dict[str, Any]:
         """As ``measure``, from an assessment."""
         probe, examples = assessment.probe, assessment.examples
-        results: dict[str, Any] = {
+        results = {
             "title": find_guard(probe.name).card.tests[test].title,
             "rows": len(examples),
             "trained": trained_texts(probe.card.training, examples),
@@ -293,19 +338,7 @@ class GuardTests:
             "probe": probe.version,
             "texts_sha256": examples.content_hash,
         }
-        if assessment.spans is not None:
-            return results | assessment.spans.to_dict()
-        positive = examples.labels == 1
-        flags = assessment.probabilities[:, 0] >= probe.thresholds[0]
-        scores = self._tfidf.logits(examples.full_texts)[:, 0]
-        alarms, negatives = int(flags[~positive].sum()), np.sort(scores[~positive])[::-1]
-        highest = [*negatives, -np.inf][alarms]
-        has_both = 0 < positive.sum() < len(positive)
-        return results | {
-            "positives": int(positive.sum()),
-            "found": int(flags[positive].sum()),
-            "false_positives": alarms,
-            "auroc": assessment.report.metrics["auroc"].to_dict(),
-            "tfidf_auroc": float(roc_auc_score(positive, scores)) if has_both else None,
-            "tfidf_found": int((scores[positive] > highest).sum()) if has_both else None,
-        }
+        return results | assessment.test_results(self._score_words)
+
+    def _score_words(self, examples: LabelledExamples) -> Float[np.ndarray, " text"]:
+        return self._tfidf.logits(examples.full_texts)[:, 0]

@@ -248,16 +248,22 @@ class Verdict:
     ignored: tuple[Span, ...] = ()
     version: str = field(default="", compare=False)
 
+    @property
+    def known_spans(self) -> tuple[Span, ...]:
+        """``spans``, or none if they are unknown."""
+        return self.spans or ()
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; ``spans`` only if known, and ``ignored`` only if there are any."""
+        """JSON-ready values, with those of ``spans_dict``."""
         # The dictionary keeps the positions of the first two keys.
         values = {"probe": self.probe, "version": self.version, **asdict(self)}
         del values["spans"], values["ignored"]
-        if self.spans is not None:
-            values["spans"] = spans_json(self.spans)
-        if self.ignored:
-            values["ignored"] = spans_json(self.ignored)
-        return values
+        return {**values, **self.spans_dict()}
+
+    def spans_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """``spans`` in JSON's form only if known, and ``ignored`` only if there are any."""
+        values = {} if self.spans is None else {"spans": spans_json(self.spans)}
+        return {**values, "ignored": spans_json(self.ignored)} if self.ignored else values
 
 
 def spans_json(spans: Iterable[Span]) -> list[dict[str, Any]]:

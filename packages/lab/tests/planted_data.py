@@ -32,7 +32,7 @@ def dataset_without_states(
         split_of(backbone, root, kind, count, seed, is_extracted=False)
         for seed, count in enumerate((training, validation))
     )
-    return ProbeDataset(backbone, *splits)
+    return ProbeDataset.held_out(backbone, *splits)
 
 
 def tiny_bert(folder: Path, letters: Sequence[str]) -> str:

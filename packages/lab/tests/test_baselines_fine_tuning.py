@@ -63,7 +63,9 @@ def test_lora_learns_counts_parameters_and_restores_the_backbone(dataset):
 
 
 def subset_of(dataset, count):
-    return ProbeDataset(dataset.reader, dataset.training.select(range(count)), dataset.validation)
+    return ProbeDataset.held_out(
+        dataset.reader, dataset.training.select(range(count)), dataset.validation
+    )
 
 
 def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):

@@ -63,7 +63,7 @@ def states(tmp_path_factory):
 @pytest.fixture(scope="module")
 def datasets(tiny, states) -> dict[TaskKind, ProbeDataset]:
     splits = {kind: [split_of(tiny, states, kind, n, n) for n in (240, 100)] for kind in TASKS}
-    return {kind: ProbeDataset(tiny, *pair) for kind, pair in splits.items()}
+    return {kind: ProbeDataset.held_out(tiny, *pair) for kind, pair in splits.items()}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,8 @@ def test_classes_without_training_texts_are_rarely_predicted(baseline, kind, dat
     labels = datasets[kind].training.labels
     present = labels != 2 if kind == "multiclass" else labels[:, 2] == 0
     few = datasets[kind].training.select(np.flatnonzero(present)[:24])
-    rival = baseline.fit(replace(datasets[kind], training=few), seed=0)
+    dataset = ProbeDataset.held_out(datasets[kind].reader, few, datasets[kind].validation)
+    rival = baseline.fit(dataset, seed=0)
     logits = rival.logits(unseen[kind])
     assert np.isfinite(logits).all()
     predicted = logits.argmax(1) == 2 if kind == "multiclass" else logits[:, 2] > 0
@@ -240,7 +241,7 @@ def test_muli_rejects_unsupported_models_and_states(tiny, tmp_path):
         FirstToken.of(gemma).require(gemma, prompt)
     split = split_of(tiny, tmp_path, "binary", 8, 8, reads=Reads(template=False))
     with pytest.raises(SidelightError, match="template=True"):
-        Muli().fit(ProbeDataset(tiny, split, split), seed=0)
+        Muli().fit(ProbeDataset.held_out(tiny, split, split), seed=0)
 
 
 def test_states_are_pooled_shard_by_shard(tiny, tmp_path, monkeypatch):

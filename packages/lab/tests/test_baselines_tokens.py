@@ -61,7 +61,7 @@ def splits(tiny, tmp_path_factory):
 
 
 def dataset_of(tiny, splits, kind="binary"):
-    return ProbeDataset(tiny, splits[kind]["training"], splits[kind]["validation"])
+    return ProbeDataset.held_out(tiny, splits[kind]["training"], splits[kind]["validation"])
 
 
 # Width 32, 4 layers of states: parameters by the number of outputs.
@@ -191,7 +191,7 @@ def test_layers_are_ranked_by_class_separation(tiny, tmp_path, kind):
     for split, split_means in zip((training, validation), means.split(200), strict=True):
         path = split.states.directory / f"{split.states.key}-pooled.safetensors"
         write_tensors({"means": split_means.clone(), "lasts": split_means.bfloat16()}, path)
-    assert ranked_layers(ProbeDataset(tiny, training, validation)) == [1, 2, 0]
+    assert ranked_layers(ProbeDataset.held_out(tiny, training, validation)) == [1, 2, 0]
 
 
 class Blind(torch.nn.Module):

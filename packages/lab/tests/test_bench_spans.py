@@ -61,7 +61,7 @@ def test_encoder_learns_to_label_spans(tiny, tmp_path):
     texts = [load_examples(span_rows(80, seed), spans="spans") for seed in (0, 1)]
     splits = [make_split(tiny, split_texts, options) for split_texts in texts]
     tuning = FineTunedEncoder(path=path, epochs=8, batch_size=8, learning_rate=1e-2)
-    (score,) = baselines.encoder(ProbeDataset(tiny, *splits), tuning)
+    (score,) = baselines.encoder(ProbeDataset.held_out(tiny, *splits), tuning)
     rule, _ = calibrate_spans(texts[1], *score(texts[1]), rule=F1, bootstrap=0)
     test = load_examples(span_rows(40, 2), spans="spans")
     places, logits = score(test)

@@ -38,7 +38,7 @@ def dataset_at(backbone, root, *, flipped=False):
     if flipped:
         labels = 1 - validation.labels
         validation = replace(validation, examples=replace(validation.examples, labels=labels))
-    return ProbeDataset(backbone, training, validation)
+    return ProbeDataset.held_out(backbone, training, validation)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_trial_score_matches_separate_training_and_highest_score_is_best(dataset
     trial = found[2]
     (separate,) = train_mechanisms(
         [(trial.spec, trial.settings)],
-        training=dataset.training,
-        validation=dataset.validation,
+        split=dataset.split,
+        left_out=dataset.left_out,
     )
     assert trial.score == average_precision_score(dataset.validation.labels, separate.logits[:, 0])
     scores = [trial.score for trial in found]

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
     from sidelight.engines.parity import Difference
     from sidelight.models.conversation import Message
-    from sidelight.probes.card import ProbeCard
     from sidelight.probes.explanation import Explanation
     from sidelight.types import Span, Verdict
 
@@ -119,10 +118,15 @@ def evaluate(
     # Before slow imports, so that a wrong file or column is refused immediately.
     probe = runtime.probe_folder(probe)
     card = read_card(probe)
-    if plots is not None:
-        _require_full_texts(card)
-    labels = {"label": label, "on_missing_label": missing_label}
-    columns |= labels if card.spans is None else {"spans": spans}
+    if card.spans is None:
+        columns |= {"label": label, "on_missing_label": missing_label}
+    elif plots is None:
+        columns["spans"] = spans
+    else:
+        raise SidelightError(
+            f"--plots draws verdicts on whole texts, but '{card.name}' labels spans. Leave "
+            "--plots out. To draw spans, run `sidelight anatomy PROBE --data FILE --out FOLDER`."
+        )
     examples = load_examples(data, task=card.task, **columns)
     require_side(card, examples.items)
     if second is not None:
@@ -156,15 +160,6 @@ def evaluate(
 
         print_deferral(report)
         click.echo(f"Saved to {save}")
-
-
-def _require_full_texts(card: "ProbeCard") -> None:
-    """Refuse plots of a probe that labels spans."""
-    if card.spans is not None:
-        raise SidelightError(
-            f"--plots draws verdicts on whole texts, but '{card.name}' labels spans. Leave "
-            "--plots out. To draw spans, run `sidelight anatomy PROBE --data FILE --out FOLDER`."
-        )
 
 
 @click.command(
@@ -293,7 +288,7 @@ def _print_spans(
 
     terminal = console()
     for item, verdict in zip(items, verdicts, strict=True):
-        annotated = annotated_text(item.span_text, verdict.spans or (), labels)
+        annotated = annotated_text(item.span_text, verdict.known_spans, labels)
         terminal.print(annotated, soft_wrap=True)
 
 
@@ -346,7 +341,7 @@ def _turns(example: "Example") -> "tuple[Message, ...]":
     from sidelight.models.conversation import Message
 
     if example.response is None:
-        return example.messages
+        return tuple(example.messages)
     return (*example.messages, Message("assistant", example.response))
 
 

@@ -82,7 +82,7 @@ class SecondStageOptions:
         thresholds = defer_thresholds(probe, self.share, self.ask)
         rows = np.flatnonzero(scores >= min(thresholds.values()))
         questions = [
-            Question.about(examples.items[row].conversation, examples.items[row].response)
+            Question.about(examples.items[row].messages, examples.items[row].response)
             for row in rows
         ]
         stored = cached_answers(judge)

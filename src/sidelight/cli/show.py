@@ -5,6 +5,7 @@ The results of training and evaluation end with a one-sentence ``summary``.
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import singledispatch
 
 import click
 import numpy as np
@@ -15,7 +16,7 @@ from rich.text import Text
 from sidelight.data.evaluation import Report, SpanReport
 from sidelight.judges.fitting import DeferralPoint, DeferralReport
 from sidelight.probes.card import DepthTrial
-from sidelight.scoring import Assessment
+from sidelight.scoring import Assessment, SpanAssessment
 from sidelight.statistics.background import Detections, Traffic
 from sidelight.statistics.metrics import wilson
 from sidelight.training.fit import Fit
@@ -53,8 +54,10 @@ def print_reports(title: str, reports: Mapping[str, Report]) -> None:
 def print_fit(result: Fit) -> None:
     """Print the metrics of training on held-out texts and background traffic."""
     spec, folds = result.probe.card.mechanism, result.probe.card.training.folds
+    headline = result.report
     if result.spans is not None:
-        print_spans(result.spans)
+        headline = result.spans
+        print_report(headline)
         click.echo(f"Lookahead: {result.probe.mechanism.lookahead} tokens")
     else:
         title = f"All texts, out of fold ({folds} folds)" if folds else "Validation data"
@@ -66,7 +69,7 @@ def print_fit(result: Fit) -> None:
         print_sources(sources)
     if result.traffic is not None and len(result.traffic.background):
         click.echo(traffic_lines(result.traffic, abstains=result.probe.task.abstains))
-    click.echo(summary(result.spans or result.report, result.probe.card.training.flagged))
+    click.echo(summary(headline, result.probe.card.training.flagged))
 
 
 def depth_sentence(trials: Sequence[DepthTrial]) -> str:
@@ -99,14 +102,10 @@ def print_sources(sources: Mapping[str, Detections]) -> None:
     console().print(table)
 
 
+@singledispatch
 def print_assessment(assessment: Assessment) -> None:
     """Print the metrics on labelled rows; for whole texts, also thresholds and the worst errors."""
     probe = assessment.probe
-    if assessment.spans is not None:
-        print_spans(assessment.spans)
-        print_report(assessment.report)
-        click.echo(summary(assessment.spans, probe.card.training.flagged))
-        return
     click.echo(f"\n'{probe.name}', {probe.card.mechanism.name}")
     print_report(assessment.report)
     for label, threshold in probe.card.label_thresholds.items():
@@ -124,7 +123,14 @@ def print_assessment(assessment: Assessment) -> None:
         for label, is_missed, probability, text in mistakes:
             error = "missed" if is_missed else "falsely"
             click.echo(f"  {error} '{label}' {probability:.2f}  {text}")
-    click.echo(summary(assessment.report, (flagged, conversations)))
+    click.echo(summary(assessment.headline, (flagged, conversations)))
+
+
+@print_assessment.register
+def _(assessment: SpanAssessment) -> None:
+    print_report(assessment.headline)
+    print_report(assessment.report)
+    click.echo(summary(assessment.headline, assessment.probe.card.training.flagged))
 
 
 def print_operating_points(assessment: Assessment) -> None:
@@ -178,8 +184,9 @@ def print_deferral(report: DeferralReport) -> None:
         click.echo(finding)
 
 
+@singledispatch
 def print_report(report: Report) -> None:
-    """Print a table of the metrics, then one of the labels."""
+    """Print a table of the metrics, then one of the labels; for spans, a row for each label."""
     metrics = Table(title=f"{report.rows:,} rows, {report.task.kind}", title_justify="left")
     metrics.add_column("metric")
     metrics.add_column("value [95 % interval]")
@@ -195,29 +202,29 @@ def print_report(report: Report) -> None:
     console().print(metrics, labels)
 
 
-def print_spans(report: SpanReport) -> None:
-    """Print a row for all labels pooled, and one for each."""
+@print_report.register
+def _(report: SpanReport) -> None:
     table = Table(title=f"Spans in {report.texts:,} texts", title_justify="left")
     table.add_column("label")
     for name in (*report.metrics, "spans"):
         table.add_column(name.replace("_", " "), justify="right")
-    is_several = len(report.spans) > 1
-    lines = {"all": report.metrics, **report.per_label} if is_several else report.per_label
+    lines = report.per_label
+    if len(lines) > 1:
+        lines = {"all": report.metrics, **lines}
     for label, values in lines.items():
         count = report.spans.get(label, sum(report.spans.values()))
         table.add_row(Text(label), *map(str, values.values()), f"{count:,}")
     console().print(table)
 
 
-def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
+@singledispatch
+def summary(report: Report, background: tuple[int, int]) -> str:
     """One sentence on true and false positives of a probe.
 
     Args:
         report: Metrics on texts that the probe was not trained on.
         background: Number of flagged background conversations, and their total; (0, 0) if unknown.
     """
-    if isinstance(report, SpanReport):
-        return _span_summary(report)
     task, counts, rows = report.task, report.confusion_matrix, report.rows
     traffic = _background_share(*background)
     if task.kind == "multiclass":
@@ -243,7 +250,9 @@ def summary(report: Report | SpanReport, background: tuple[int, int]) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _span_summary(report: SpanReport) -> str:
+@summary.register
+def _(report: SpanReport, background: tuple[int, int]) -> str:
+    del background
     spans, complete, partial = (
         sum(counts.values()) for counts in (report.spans, report.complete, report.partial)
     )

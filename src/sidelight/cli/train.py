@@ -86,10 +86,10 @@ def train(
     by a probe that was not trained on it. Run the same command again to resume an interrupted run.
     """
     from sidelight.data.examples import LabelledExamples, SpanExamples
-    from sidelight.data.guards import guard_of
+    from sidelight.data.guards import span_column
 
-    if (guard := guard_of(inputs.data)) is not None:
-        spans = spans or guard.card.columns["spans"]
+    spans = span_column(inputs.data, spans)
+    examples = SpanExamples if spans else LabelledExamples
     _require_agreement(inputs, mechanism, assigned, spans, background)
     # Before texts and models are loaded, so that a misspelt name or value is refused immediately.
     from sidelight.probes.card import require_free, require_name
@@ -97,9 +97,7 @@ def train(
     from sidelight.training.background import load_background
     from sidelight.training.validation import choose_validation
 
-    fit_options, prompt_format = _fit_options(
-        inputs, mechanism, assigned, SpanExamples if spans else LabelledExamples
-    )
+    fit_options, prompt_format = _fit_options(inputs, mechanism, assigned, examples)
     fit_options = replace(fit_options, threshold=ThresholdRule.parse(threshold))
     if background not in (None, "none") and fit_options.reads.includes_response:
         raise SidelightError(
@@ -109,7 +107,7 @@ def train(
     name = name or out.resolve().name
     require_name(name)
     require_free(out, force=force)
-    traffic = load_background("none" if spans else background or "packaged")
+    traffic = load_background((background or "packaged") if examples.takes_contexts else "none")
     fit_options = replace(fit_options, background=traffic)
     options.announce(f"Reading {inputs.data}")
     training, validation = inputs.load(spans)

@@ -7,6 +7,7 @@ from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, SupportsIndex, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from sidelight.data.labels import is_missing
 from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, warn
-from sidelight.models.conversation import Conversation, Message, PlainText, Reads
+from sidelight.models.conversation import Message, PlainText, Reads
 from sidelight.types import Flags, Numbers, Span, Task, Values
 
 # Rows that suffice to choose a threshold and a calibration.
@@ -24,29 +25,23 @@ _ENOUGH_VALIDATION_ROWS = 150
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One chat to classify. A plain text is a chat of one user message.
+    """One chat to classify. A text is a chat of one user message.
 
     Attributes:
-        messages: The prompt, oldest turn first; at least one message has some text.
+        messages: The prompt, oldest turn first; at least one message has some text. A ``PlainText``
+            is read without a chat template.
         response: The assistant's answer, for probes that read responses.
         place: Origin of the text, such as `train.jsonl, line 17`, or "". Ignored by equality.
-        is_plain: Whether the text is read without a chat template.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] | PlainText
     response: str | None = None
     place: str = field(default="", compare=False)
-    is_plain: bool = False
 
     @property
     def text(self) -> str:
         """The contents of the prompt's messages, joined by newlines."""
         return "\n".join(message.content for message in self.messages)
-
-    @property
-    def conversation(self) -> Conversation:
-        """The prompt in the form that is encoded."""
-        return PlainText(self.text) if self.is_plain else self.messages
 
     @property
     def span_text(self) -> str:
@@ -165,7 +160,12 @@ class Examples:
         return replace(self, skipped=Skipped(), compared=compared, **self._at(chosen))
 
     def split(self: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
-        """Split into the examples to train on, and a held-out part of about `fraction`.
+        """Split into the examples to train on, and a held-out part; as for `hold_out`."""
+        held_out = self.hold_out(fraction, seed)
+        return self.select(np.setdiff1d(np.arange(len(self)), held_out)), self.select(held_out)
+
+    def hold_out(self, fraction: float, seed: int) -> Int[Numbers, " _"]:
+        """Row numbers, in order, of a part of about `fraction`.
 
         Each label keeps its share and, if it has two distinct texts, appears in both parts.
         Near-duplicates stay together, whatever their responses, and a warning counts them. If all
@@ -178,7 +178,7 @@ class Examples:
             )
         held_out = _hold_out(self._grouping[0], self._strata(), fraction=fraction, seed=seed)
         self.warn_of_near_duplicates()
-        return self.select(np.flatnonzero(~held_out)), self.select(np.flatnonzero(held_out))
+        return np.flatnonzero(held_out)
 
     def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
         """Row numbers, in order, of `count` random examples, or of all if there are fewer.
@@ -293,6 +293,16 @@ def _group_of(cells: Mapping[str, object], column: str) -> object:
     return None if is_missing(cell) else str(cell)
 
 
+def _end_to_end(columns: Sequence[Any]) -> Any:
+    """The values of all rows of several sets, which are tuples, arrays or, all of them, None."""
+    if isinstance(columns[0], tuple):
+        return tuple(chain.from_iterable(columns))
+    return None if columns[0] is None else np.concatenate(columns)
+
+
+_Labelled = TypeVar("_Labelled", bound="LabelledExamples")
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LabelledExamples(Examples):
     """Labelled texts for training and evaluation.
@@ -318,6 +328,23 @@ class LabelledExamples(Examples):
     def of_texts(self) -> "LabelledExamples":
         """The same texts, of which only labels of whole texts are known."""
         return self
+
+    def joined(self: _Labelled, appended: _Labelled) -> _Labelled:
+        """These texts, then those of another set with the same task.
+
+        Texts of a set without weights count as one each beside a set with weights.
+        """
+        sets = (self, appended)
+        if len({each.weights is None for each in sets}) > 1:
+            sets = [
+                replace(each, weights=np.ones(len(each))) if each.weights is None else each
+                for each in sets
+            ]
+        parts = [each._at(range(len(each))) for each in sets]
+        columns = {
+            name: _end_to_end([columns_of[name] for columns_of in parts]) for name in parts[0]
+        }
+        return replace(self, skipped=Skipped(), compared=None, **columns)
 
     def reads(self, chosen: Reads) -> Reads:
         """The tokens that a probe of these texts reads, given the user's choice.

@@ -236,6 +236,12 @@ def guard_of(source: object) -> Guard | None:
     return replace(guard, test=test if colon else None, user_file=user_file if comma else None)
 
 
+def span_column(source: object, spans: str | None) -> str | None:
+    """The column of spans: the given one, or else that of a guard that labels spans."""
+    guard = guard_of(source)
+    return spans if guard is None else spans or guard.card.columns["spans"]
+
+
 def draw_texts(
     examples: LabelledExamples,
     count: int | None = None,

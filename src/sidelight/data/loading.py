@@ -132,8 +132,6 @@ def load_examples(
     named += [("set groups", name) for name in joined if groups]
     columns = _find_columns(rows, label, named)
     usable, plain = _usable(rows, columns, text, response, on_missing_label=on_missing_label)
-    if spans is None and not columns:
-        return plain
     items = plain.items
     form = LabelledExamples
     if spans is not None:
@@ -141,6 +139,8 @@ def load_examples(
         task, labels, text_spans = encode_spans(items, column, spans, task=task)
         form = partial(SpanExamples, spans=text_spans)
         _warn_of_new_labels(usable, text_spans)
+    elif not columns:
+        return plain
     else:
         task, labels = encode_labels(usable, columns, positive=positive, task=task)
         pairs = zip(items, labels, strict=True)

@@ -46,7 +46,6 @@ def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedP
 
     def spans(name: str, labels: Iterable[TokenLabel]) -> tuple[Span, ...] | None:
         probe = by_name[name]
-        assert probe.spans is not None
         is_read = prompt.mask(probe.reads).tolist()
         # By message, the positions of its tokens, and the index of each token among these.
         tokens: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -67,7 +66,7 @@ def annotate_spans(verdicts: Verdicts, probes: Iterable[Probe], prompt: EncodedP
         return tuple(
             as_sent(span, message)
             for message, ranges in sorted(by_message.items())
-            for span in probe.spans.labelled_spans(
+            for span in probe.span_rule.labelled_spans(
                 messages[message], tokens[message], ranges, probe.task.output_labels
             )
         )
@@ -132,10 +131,9 @@ class AnswerSpans:
     def _spans(self, name: str, labels: Iterable[TokenLabel], end: int) -> list[Span]:
         """The spans of the text before ``end``, which is the end of a word."""
         probe, (start, earlier) = self._probes[name], self._prefixes[name]
-        assert probe.spans is not None
         first = bisect_right(self.places, start, key=lambda place: place[1])
         stop = bisect_left(self.places, end, key=lambda place: place[0])
-        rest = probe.spans.labelled_spans(
+        rest = probe.span_rule.labelled_spans(
             self.text[start:end],
             [(place[0] - start, place[1] - start) for place in self.places[first:stop]],
             # The characters of later tokens are not complete.
@@ -173,8 +171,6 @@ def _with_spans(
     probes: Mapping[str, Probe],
     spans: Mapping[str, tuple[Span, ...] | None],
 ) -> Verdicts:
-    if not spans:
-        return text_verdicts
     verdicts = (
         verdict
         if (probe_spans := spans.get(verdict.probe)) is None

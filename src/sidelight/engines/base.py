@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
-from sidelight.models.conversation import Conversation, Message
+from sidelight.models.conversation import Conversation, EncodedPrompt, Message
 from sidelight.models.fingerprint import Fingerprint, accepted_copy
 from sidelight.probes.artifact import gives_verdicts
 from sidelight.probes.explanation import Explanation
@@ -29,18 +29,21 @@ class PromptClassified:
 
     Attributes:
         verdicts: Verdicts of every probe that reads only the prompt.
-        is_plain: Whether the prompt is plain text, for which probes of chats fail.
-        tokens: Length of the prompt in tokens.
+        prompt: The prompt; probes of chats fail for plain text.
         explanations: Explanations of the requested probes that gave a verdict.
         classification_s: Seconds that the probes added to the pass over the prompt. Every request
             in a pass waits for the whole time, so it is not divided among them.
     """
 
     verdicts: Verdicts
-    is_plain: bool = field(default=False, kw_only=True)
-    tokens: int = field(kw_only=True)
+    prompt: EncodedPrompt
     explanations: tuple[Explanation, ...] = field(default=(), compare=False)
     classification_s: float = field(default=0.0, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt in tokens."""
+        return len(self.prompt)
 
 
 @dataclass(frozen=True)

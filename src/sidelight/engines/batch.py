@@ -297,8 +297,7 @@ class Batch:
         for i, (request, verdicts) in enumerate(zip(requests, text_verdicts, strict=True)):
             event = PromptClassified(
                 verdicts,
-                is_plain=request.prompt.is_plain,
-                tokens=len(request.prompt),
+                request.prompt,
                 explanations=explanations[i],
                 classification_s=classification_s,
             )
@@ -374,26 +373,26 @@ def _classify(
         requests: Requests whose prompts have been read.
         projections: Projections of all tokens of the prompts, concatenated.
     """
-    token_roles = [bytes(request.prompt.token_roles) for request in requests]
-    is_plain = [request.prompt.is_plain for request in requests]
-    text_verdicts = banks.classify_prompts(projections, token_roles, is_plain)
+    prompts = [request.prompt for request in requests]
+    text_verdicts = banks.classify_prompts(projections, prompts)
+    token_roles = [bytes(prompt.token_roles) for prompt in prompts]
     states = banks.read(projections, token_roles, [None] * len(requests))
     answered = [i for i, request in enumerate(requests) if request.has_response]
     response_verdicts = banks.classify_responses(
-        [states[i] for i in answered], [is_plain[i] for i in answered]
+        [states[i] for i in answered], [prompts[i] for i in answered]
     )
     for i, verdicts in zip(answered, response_verdicts, strict=True):
         text_verdicts[i] |= verdicts
     annotated = [
-        annotate_spans(verdicts, banks.probes, request.prompt)
-        for request, verdicts in zip(requests, text_verdicts, strict=True)
+        annotate_spans(verdicts, banks.probes, prompt)
+        for prompt, verdicts in zip(prompts, text_verdicts, strict=True)
     ]
     return annotated, states
 
 
 def _classify_responses(banks: ProbeBanks, generations: Sequence[Generation]) -> list[Verdicts]:
-    is_plain = [generation.request.prompt.is_plain for generation in generations]
-    return banks.classify_responses([generation.state for generation in generations], is_plain)
+    prompts = [generation.request.prompt for generation in generations]
+    return banks.classify_responses([generation.state for generation in generations], prompts)
 
 
 def _write(

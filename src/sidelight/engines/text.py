@@ -14,7 +14,6 @@ from sidelight.errors import ContextLengthError
 from sidelight.models.conversation import (
     Conversation,
     EncodedPrompt,
-    PlainText,
     as_read,
     characters,
     has_response,
@@ -197,11 +196,11 @@ class TextCodec:
             DisguisedTextError: The policy refuses the text.
         """
         read = as_read(text)
-        if isinstance(read, PlainText) or not has_response(read):
-            prompt = self._encoder.encode(read, with_places=with_places)
-        else:
+        if has_response(read):
             answer = read[-1].content
             prompt = self._encoder.encode(read[:-1], answer, with_places=with_places)
+        else:
+            prompt = self._encoder.encode(read, with_places=with_places)
         return prompt.read_from(text)
 
     def encode_to_continue(

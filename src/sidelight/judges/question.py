@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import Conversation, Message, PlainText, characters
+from sidelight.models.conversation import Conversation, Message, characters
 
 FailureReason = Literal[
     "timeout",
@@ -71,7 +71,7 @@ class Question:
         All turns are sent, not only the one with the highest score: beside a decoy that scores
         higher and is harmless, an attack would otherwise go unread.
         """
-        turns = [Message("user", text.content)] if isinstance(text, PlainText) else [*text]
+        turns = [*text]
         while len(turns) > 1 and turns[0].role in ("system", "developer"):
             del turns[0]
         if response is None:

@@ -223,7 +223,7 @@ def fingerprint(
         config=hash_of(_stable(checkpoint.config)),
         weights=_weights_hash(checkpoint.samples),
         tokenizer=hash_of(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
-        template="raw" if encoder.prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
+        template=hash_of(str(tokenizer.chat_template)) if encoder.uses_template else "raw",
         layers=layers,
         width=width,
         dtype=checkpoint.dtype,

@@ -1,10 +1,10 @@
 """Conversations, and the tokens and segments that a probe reads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -47,17 +47,29 @@ class Message:
 
 
 @dataclass(frozen=True)
-class PlainText:
+class PlainText(Sequence[Message]):
     """A text without a chat template around it, such as a prompt to complete.
 
-    ``invisible`` is as for ``Message``.
+    Its only turn is the user's; only an encoder needs to know that it is no chat. ``invisible`` is
+    as for ``Message``.
     """
 
     content: str
     invisible: Invisible = field(default="off", compare=False)
 
+    def __len__(self) -> int:
+        return 1
 
-Conversation = Sequence[Message] | PlainText
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Message, ...]: ...
+    def __getitem__(self, index: int | slice) -> Message | tuple[Message, ...]:
+        return (Message("user", self.content, self.invisible),)[index]
+
+
+Conversation = Sequence[Message]
+"""A chat, or a ``PlainText``."""
 
 
 def has_response(turns: Sequence[Message]) -> bool:
@@ -72,16 +84,12 @@ def characters(messages: Conversation, response: str | None = None) -> int:
 
 def contents(messages: Conversation, response: str | None) -> list[str]:
     """The contents of a conversation, including the response."""
-    is_plain = isinstance(messages, PlainText)
-    texts = [messages.content] if is_plain else [turn.content for turn in messages]
-    return [*texts, response or ""]
+    return [*(turn.content for turn in messages), response or ""]
 
 
 def with_invisible(text: Conversation, invisible: Invisible) -> Conversation:
     """The text with this handling of its invisible characters."""
-    if isinstance(text, PlainText):
-        return replace(text, invisible=invisible)
-    return [replace(turn, invisible=invisible) for turn in text]
+    return _changed(text, lambda turn: replace(turn, invisible=invisible))
 
 
 def as_read(text: Conversation) -> Conversation:
@@ -91,13 +99,19 @@ def as_read(text: Conversation) -> Conversation:
         DisguisedTextError: The policy refuses the text.
     """
 
-    def read(content: str, invisible: Invisible) -> str:
-        reject_disguises(content, invisible)
-        return visible(content) if invisible == "strip" else content
+    def read(turn: Message) -> Message:
+        reject_disguises(turn.content, turn.invisible)
+        return replace(turn, content=visible(turn.content)) if turn.invisible == "strip" else turn
 
+    return _changed(text, read)
+
+
+def _changed(text: Conversation, change: Callable[[Message], Message]) -> Conversation:
+    """The text with each turn changed; plain text stays plain."""
+    turns = [change(turn) for turn in text]
     if isinstance(text, PlainText):
-        return replace(text, content=read(text.content, text.invisible))
-    return [replace(turn, content=read(turn.content, turn.invisible)) for turn in text]
+        return PlainText(turns[0].content, turns[0].invisible)
+    return turns
 
 
 class TokenRole(IntEnum):
@@ -188,6 +202,21 @@ class Place:
     message: int
     start: int
     end: int
+
+
+@runtime_checkable
+class PromptTokens(Protocol):
+    """What probes need to know about a prompt."""
+
+    @property
+    def token_roles(self) -> Sequence[int]:
+        """The ``TokenRole`` of each token."""
+        ...
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text has no chat template around it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class PromptEncoder:
         tokenizer: A fast tokenizer (its offsets tell what each token belongs to).
         prompt_format: ``chat`` renders the model's chat template, and so does ``both``; ``raw``
             joins the turns by line breaks and adds the tokenizer's own special tokens. A
-            ``PlainText`` is always encoded as with ``raw``.
+            ``PlainText`` is always encoded as with ``raw``. None means chat if the tokenizer has a
+            chat template.
         max_tokens: The longest input that the backbone accepts.
         more: The end of a refusal, if a setting allows longer ones.
     """
@@ -53,16 +54,22 @@ class PromptEncoder:
         self,
         tokenizer: Tokenizer,
         *,
-        prompt_format: PromptFormat,
+        prompt_format: PromptFormat | None,
         max_tokens: int,
         more: str = "",
     ):
         self.tokenizer = tokenizer
         self._contents = ContentTokenizer(tokenizer)
-        self.prompt_format: PromptFormat = prompt_format
+        by_default: PromptFormat = "chat" if tokenizer.chat_template else "raw"
+        self.prompt_format: PromptFormat = prompt_format or by_default
         self.max_tokens, self.more = max_tokens, more
         # Clients choose the sequences of roles, so both their number and length are bounded.
         self._cached_frame = lru_cache(maxsize=256)(self._render_frame)
+
+    @property
+    def uses_template(self) -> bool:
+        """Whether chats are rendered with the model's chat template."""
+        return self.prompt_format != "raw"
 
     @property
     def warning(self) -> str | None:
@@ -89,7 +96,7 @@ class PromptEncoder:
         Ids that are not a conversation are plain text, and all are if the format is ``raw``.
         """
         ids = tuple(token_ids)
-        turns = () if self.prompt_format == "raw" else self.chat_format.turns(ids)
+        turns = self.chat_format.turns(ids) if self.uses_template else ()
         if turns:
             token_roles = roles_of_tokens(turns, len(ids), has_response=False)
             tools = [
@@ -170,12 +177,11 @@ class PromptEncoder:
         texts = contents(messages, response)
         for text in texts:
             require_valid_unicode(text, place="The text")
-        is_plain = isinstance(messages, PlainText)
-        turns = [Message("user", messages.content)] if is_plain else [*messages]
-        if not turns:
+        if not messages:
             raise SidelightError("A conversation needs at least one message.")
-        is_raw = is_plain or self.prompt_format == "raw"
-        prompt, places = (self._encode_raw if is_raw else self._encode_chat)(turns, response)
+        is_rendered = self.uses_template and not isinstance(messages, PlainText)
+        encode = self._encode_chat if is_rendered else self._encode_raw
+        prompt, places = encode(messages, response)
         return replace(prompt, texts=tuple(texts), places=tuple(places)) if with_places else prompt
 
     def _encode_raw(

@@ -107,7 +107,12 @@ class Decision:
     @property
     def spans(self) -> Sequence[Span]:
         """The spans that the probe has labelled and its rule counts."""
-        return (self.verdict and self.verdict.spans) or ()
+        return self.verdict.known_spans if self.verdict else ()
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether ``spans`` are known, and not empty because there is no verdict on them."""
+        return self.verdict is not None and self.verdict.spans is not None
 
 
 class PolicyError(SidelightError):

@@ -17,7 +17,7 @@ from sidelight.engines.base import (
     TextDelta,
     verdict_failure,
 )
-from sidelight.models.conversation import Conversation, PlainText
+from sidelight.models.conversation import Conversation
 from sidelight.models.invisible import Invisible
 from sidelight.policy.decisions import Decision, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
@@ -282,7 +282,7 @@ def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None
     if not policy.refuses_system_turns:
         return
     for text in texts:
-        if not isinstance(text, PlainText) and text and text[0].role in ("system", "developer"):
+        if text and text[0].role in ("system", "developer"):
             raise PolicyError(
                 f"The conversation begins with a {text[0].role} turn, which no probe of chats "
                 "reads, so the server's policy refuses it. Begin with a user's turn. If only the "
@@ -312,7 +312,7 @@ def _require_passed(event: PromptClassified, decisions: Sequence[Decision]) -> N
         return
     status = 400
     too_long = next((d.rule for d in failed if d.is_too_long), None)
-    chats_only = [d for d in failed if not d.rule.probe.can_classify(is_plain=event.is_plain)]
+    chats_only = [d for d in failed if not d.rule.probe.can_classify(event.prompt)]
     if too_long is not None:
         message = (
             f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' classifies at "

@@ -60,7 +60,7 @@ def redacted_spans(rules: Iterable[BoundRule], verdicts: Verdicts) -> list[Span]
         span
         for bound in rules
         if bound.is_redacting and (verdict := verdicts.verdict(bound.name)) is not None
-        for span in bound.decide(verdict).spans or ()
+        for span in bound.decide(verdict).known_spans
     ]
 
 
@@ -169,7 +169,7 @@ class HoldBack:
         for bound in self._rules:
             verdict = self._running.verdict(bound.name)
             if bound.is_redacting and bound.rule.ignore is not None and verdict is not None:
-                for span in verdict.spans or ():
+                for span in verdict.known_spans:
                     if span.end >= final:
                         final = min(final, span.start)
         return final
@@ -201,11 +201,8 @@ class HoldBack:
             end = self._released + len(self._pending[0].text)
             if characters is not None and end > characters:
                 break
-            delta = self._pending.pop(0)
-            if spans:
-                text = redacted(self._text, spans, start=self._released, end=end)
-                delta = replace(delta, text=text)
-            released.append(delta)
+            text = redacted(self._text, spans, start=self._released, end=end)
+            released.append(replace(self._pending.pop(0), text=text))
             self._released = end
         return released
 

@@ -24,7 +24,7 @@ from sidelight.policy.enforcement import Classified, Enforcement, TextObserver
 from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.policy.second_stage import AsksJudges
 from sidelight.probes.probe import Probe
-from sidelight.types import Verdict, spans_json
+from sidelight.types import Verdict
 
 VERDICTS_HEADER = "x-sidelight-verdicts"
 # Proxies refuse responses whose headers exceed 4 to 8 KiB in total.
@@ -80,8 +80,7 @@ class VisibleVerdict:
             **({"probabilities": verdict.probabilities} if self.has_scores else {}),
             "flagged": verdict.flagged,
             **({} if verdict.turn is None else {"turn": verdict.turn}),
-            **({} if verdict.spans is None else {"spans": spans_json(verdict.spans)}),
-            **({"ignored": spans_json(verdict.ignored)} if verdict.ignored else {}),
+            **verdict.spans_dict(),
             **decided_by,
         }
 

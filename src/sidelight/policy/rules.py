@@ -255,10 +255,10 @@ class BoundRule:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds instead of the probe's own; clients see this one."""
-        scores, spans, thresholds = verdict.probabilities, verdict.spans, self.thresholds
+        scores, spans, thresholds = verdict.probabilities, verdict.known_spans, self.thresholds
         annotated = verdict.labels
         ignored: list[Span] = []
-        if spans and self.rule.ignore is not None:
+        if self.rule.ignore is not None:
             spans, ignored = split(spans, self.rule.ignore)
             # What the text has of such a label are the ignored words.
             ignored_labels = {span.label for span in ignored} - {span.label for span in spans}
@@ -267,12 +267,12 @@ class BoundRule:
             }
         if self.rule.threshold is not None:
             annotated = ()
-            spans = spans and [span for span in spans if scores[span.label] >= self.rule.threshold]
+            spans = [span for span in spans if scores[span.label] >= self.rule.threshold]
         decided = self.probe.task.decide(
             self.name,
             scores,
             thresholds,
-            spans,
+            None if verdict.spans is None else spans,
             annotated,
             turn=verdict.turn,
             version=verdict.version,
@@ -355,23 +355,16 @@ def require_policy_applies(policy: Policy, probes: "Sequence[Probe]") -> None:
 def require_rule_applies(bound: BoundRule, probes: "Iterable[Probe]") -> None:
     """Refuses a rule that could never do what it says for this probe."""
     _require_labels(bound)
-    if bound.mode == "redact" and bound.probe.spans is None:
-        raise SidelightError(
-            f"Probe '{bound.name}' labels no spans, so rule 'redact' would never apply. Train one "
-            "that does (sidelight train --spans COLUMN), or use another mode."
-        )
-    if bound.rule.ignore is not None and bound.probe.spans is None:
-        raise SidelightError(
-            f"Probe '{bound.name}' labels no spans, so 'ignore' would never apply. Train one that "
-            "does (sidelight train --spans COLUMN), or leave 'ignore' out."
-        )
+    if bound.probe.spans is None:
+        _require_text_rule(bound)
     reads, form, kind = bound.probe.reads, bound.probe.card.prompt_format, bound.probe.task.kind
-    is_known = bound.side == "input" and form != "raw" and bound.probe.classifies_turns
+    uses_template = bound.probe.uses_template
+    is_known = bound.side == "input" and uses_template and bound.probe.classifies_turns
     if bound.rule.turns == "tool" and not is_known:
         remedy = (
-            "train one on a model with a chat template (--tokenizer, if its file lacks one)"
-            if form == "raw"
-            else "train one on one label"
+            "train one on one label"
+            if uses_template
+            else "train one on a model with a chat template (--tokenizer, if its file lacks one)"
         )
         raise SidelightError(
             f"Probe '{bound.name}' cannot have turns = \"tool\", which takes one that classifies "
@@ -414,6 +407,20 @@ def _require_labels(bound: BoundRule) -> None:
         )
 
 
+def _require_text_rule(bound: BoundRule) -> None:
+    """Refuses what would apply only to spans, which the probe does not label."""
+    settings = (
+        (bound.mode == "redact", "rule 'redact'", "use another mode"),
+        (bound.rule.ignore is not None, "'ignore'", "leave 'ignore' out"),
+    )
+    for is_set, setting, remedy in settings:
+        if is_set:
+            raise SidelightError(
+                f"Probe '{bound.name}' labels no spans, so {setting} would never apply. Train one "
+                f"that does (sidelight train --spans COLUMN), or {remedy}."
+            )
+
+
 def _require_deferrable(bound: BoundRule, defer: Defer) -> None:
     """Refuses to defer where one answer, yes or no, could not decide."""
     if bound.judge is None:
@@ -421,12 +428,12 @@ def _require_deferrable(bound: BoundRule, defer: Defer) -> None:
             f"The rule of probe '{bound.name}' defers to judge '{defer.judge}', which the policy "
             f"does not have. Write a table [judges.{defer.judge}]."
         )
-    if bound.probe.spans is not None or len(bound.thresholds) != 1:
+    where = "" if bound.probe.spans is None else " in spans"
+    if where or len(bound.thresholds) != 1:
         counted = ", ".join(bound.thresholds) or "none"
         raise SidelightError(
             f"The rule of probe '{bound.name}' cannot defer: a judge says whether one label holds, "
-            f"and the rule counts {counted}{' in spans' if bound.probe.spans else ''}. Name one in "
-            "'labels', or leave 'defer' out."
+            f"and the rule counts {counted}{where}. Name one in 'labels', or leave 'defer' out."
         )
     if defer.share and not len(bound.probe.card.background):
         raise SidelightError(

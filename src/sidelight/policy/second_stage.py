@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from sidelight.judges.question import JudgeAnswer, JudgeError, Question
-from sidelight.models.conversation import Conversation, Message, PlainText
+from sidelight.models.conversation import Conversation
 from sidelight.models.invisible import Invisible, visible
 from sidelight.policy.decisions import Decision, SecondOpinion
 from sidelight.policy.redaction import redacted
@@ -53,7 +53,7 @@ class SecondStage:
         invisible: Invisible = "off",
     ):
         self.judges, self._invisible = judges, invisible
-        self._turns = [Message("user", text.content)] if isinstance(text, PlainText) else [*text]
+        self._turns = [*text]
         self._redacting = [d for d in prompt_decisions if _redacts(d, "input")]
 
     async def resolve(
@@ -94,7 +94,7 @@ class SecondStage:
         Raises:
             JudgeError: The spans to redact are unknown.
         """
-        if any(d.verdict is None or d.verdict.spans is None for d in self._redacting):
+        if not all(decision.has_spans for decision in self._redacting):
             raise JudgeError("not_redacted", "The spans to redact are unknown.")
         spans = [span for each in self._redacting for span in each.spans]
         turns = [

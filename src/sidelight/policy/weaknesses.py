@@ -61,8 +61,9 @@ def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
             "invisible_characters is off, so zero-width spaces between its letters hide an attack. "
             'Set it to "strip".'
         )
-    formats = {each.probe.card.prompt_format for each in bound if each.name in blocking}
-    if policy.system_turns == "trust" and formats != {"raw"}:
+    uses_template = {each.probe.uses_template for each in bound if each.name in blocking}
+    # Without its probes, a policy is taken to be for chats.
+    if policy.system_turns == "trust" and uses_template != {False}:
         yield (
             'system_turns = "trust" lets leading system turns pass unclassified, even if one '
             'contains an attack. If clients can write such turns, set it to "refuse".'
@@ -146,14 +147,14 @@ def _of_probe(rule: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             )
     if rule.side == "output":
         return
-    if probe.card.prompt_format != "raw" and probe.reads.scope == "last_turn":
+    if probe.uses_template and probe.reads.scope == "last_turn":
         yield (
             f"Probe '{probe.name}' has several classes and classifies only the user's last turn, "
             "so it misses an attack in an earlier turn. Retrain it on one label."
         )
     # The text's logit is the largest logit of its tokens, regardless of the surrounding text.
     is_diluted = probe.spans is None
-    if is_diluted and probe.card.prompt_format != "raw" and probe.reads.scope == "conversation":
+    if is_diluted and probe.uses_template and probe.reads.scope == "conversation":
         yield (
             f"Probe '{probe.name}' classifies a conversation as one text, so later turns can "
             "outweigh an attack in an earlier one. If its labels can apply to part of a text, "

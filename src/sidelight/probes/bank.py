@@ -21,6 +21,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.models.conversation import (
     EncodedPrompt,
+    PromptTokens,
     Reads,
     Segment,
     read_tokens,
@@ -247,27 +248,28 @@ class Bank:
         return by_probe
 
     def classify(
-        self, outputs: Sequence[Sequence[ProbeOutput]], is_plain: Sequence[bool]
+        self, outputs: Sequence[Sequence[ProbeOutput]], prompts: Sequence[PromptTokens]
     ) -> list[Verdicts]:
         """For each text, what the probes say; those without a verdict are named as failed.
 
         Args:
             outputs: For each probe, its logits of each text.
-            is_plain: For each text, whether it is plain text, on which probes of chats fail.
+            prompts: The texts, or the prompts that they begin with.
         """
         by_text = zip(*outputs, strict=True)
-        return [self._verdicts(*each) for each in zip(by_text, is_plain, strict=True)]
+        return [self._verdicts(*each) for each in zip(by_text, prompts, strict=True)]
 
     def classify_tools(
-        self, projections: Float[Tensor, "token layer projection"], token_roles: bytes
+        self, projections: Float[Tensor, "token layer projection"], prompt: PromptTokens
     ) -> Verdicts:
         """The verdicts on the turns of tools in a prompt alone, if there are any."""
+        token_roles = bytes(prompt.token_roles)
         tokens, turns = tool_rows(token_roles)
         if not len(tokens):
             return Verdicts()
         chosen = projections[torch.from_numpy(tokens).to(projections.device)]
         tool_roles = bytes(np.frombuffer(token_roles, np.uint8)[tokens])
-        (found,) = self.classify(self.prompt_logits(chosen, [tool_roles]), [False])
+        (found,) = self.classify(self.prompt_logits(chosen, [tool_roles]), [prompt])
         verdicts = (replace(each, turn=int(turns[each.turn or 0])) for each in found.verdicts)
         return Verdicts(tuple(verdicts), found.failed)
 
@@ -315,12 +317,12 @@ class Bank:
         logits = self.logits(self.summarise(chosen, segment_roles))
         return [np.split(of_probe, ends[:-1]) for of_probe in logits]
 
-    def _verdicts(self, logits: Sequence[ProbeOutput], is_plain: bool) -> Verdicts:
+    def _verdicts(self, logits: Sequence[ProbeOutput], prompt: PromptTokens) -> Verdicts:
         verdicts: list[Verdict] = []
         failed: list[str] = []
         token_labels: dict[str, Sequence[TokenLabel]] = {}
         for probe, each in zip(self.probes, logits, strict=True):
-            if not probe.can_classify(is_plain=is_plain):
+            if not probe.can_classify(prompt):
                 failed.append(probe.name)
                 continue
             try:
@@ -385,22 +387,21 @@ class ProbeBanks:
     def classify_prompts(
         self,
         projections: Float[Tensor, "token layer projection"],
-        token_roles: Sequence[bytes],
-        is_plain: Sequence[bool],
+        prompts: Sequence[PromptTokens],
     ) -> list[Verdicts]:
         """The verdicts of the prompt probes for each prompt.
 
         Args:
             projections: The columns of all probes for all tokens, one prompt after the other.
-            token_roles: For each prompt, the ``TokenRole`` of every token.
-            is_plain: As for ``Bank.classify``.
+            prompts: The prompts.
         """
         if (bank := self.prompt_probes) is None:
-            return [Verdicts()] * len(token_roles)
+            return [Verdicts()] * len(prompts)
         projections = projections[..., : bank.projection.weight.shape[2]]
-        text_verdicts = bank.classify(bank.prompt_logits(projections, token_roles), is_plain)
-        prompts = zip(projections.split([*map(len, token_roles)]), token_roles, strict=True)
-        tools = (bank.classify_tools(*prompt) for prompt in prompts)
+        token_roles = [bytes(prompt.token_roles) for prompt in prompts]
+        text_verdicts = bank.classify(bank.prompt_logits(projections, token_roles), prompts)
+        read = zip(projections.split([*map(len, token_roles)]), prompts, strict=True)
+        tools = (bank.classify_tools(*prompt) for prompt in read)
         pairs = zip(text_verdicts, tools, strict=True)
         return [
             verdicts | Verdicts(failed=tool_verdicts.failed, tools=tool_verdicts)
@@ -438,20 +439,20 @@ class ProbeBanks:
         ]
 
     def classify_responses(
-        self, states: Sequence[BankState | None], is_plain: Sequence[bool]
+        self, states: Sequence[BankState | None], prompts: Sequence[PromptTokens]
     ) -> list[Verdicts]:
         """The verdicts of the response probes for each text, on the tokens read so far.
 
         Args:
             states: As ``read`` gives them.
-            is_plain: As for ``Bank.classify``, of the prompts that the texts begin with.
+            prompts: The prompts that the texts begin with.
         """
         present = [state for state in states if state is not None]
         if self.response_probes is None or not present:
             return [Verdicts()] * len(states)
         assert len(present) == len(states)
         return self.response_probes.classify(
-            self.response_probes.text_logits(BankState.pack(present)), is_plain
+            self.response_probes.text_logits(BankState.pack(present)), prompts
         )
 
     def explain(

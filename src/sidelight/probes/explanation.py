@@ -109,7 +109,7 @@ def explain(
     Raises:
         VerdictError: A logit is not finite, or a probe of chats was given plain text.
     """
-    if not probe.can_classify(is_plain=prompt.is_plain):
+    if not probe.can_classify(prompt):
         raise VerdictError(
             f"Probe '{probe.name}' was trained only on chats and cannot classify plain text. "
             "Pass the text as a chat message."

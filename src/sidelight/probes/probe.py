@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from sidelight.data.spans import SpanRule
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.models.conversation import PromptFormat, Reads, Segment
+from sidelight.models.conversation import PromptFormat, PromptTokens, Reads, Segment
 from sidelight.probes.card import ProbeCard
 from sidelight.probes.mechanisms.base import Mechanism
 from sidelight.probes.standardisation import Projection, Standardisation
@@ -82,6 +82,12 @@ class Probe:
     def spans(self) -> SpanRule | None:
         """How tokens are labelled; None for a probe of whole texts."""
         return self.card.spans
+
+    @property
+    def span_rule(self) -> SpanRule:
+        """``spans`` of a probe that labels spans."""
+        assert self.spans is not None, "only probes of spans are asked for them"
+        return self.spans
 
     def changed(self, **fields: Any) -> "Probe":
         """A copy of the probe with these card fields replaced, not yet saved."""
@@ -154,9 +160,14 @@ class Probe:
             return []
         return self.spans.token_labels(text.tokens, self.task.output_labels)
 
-    def can_classify(self, *, is_plain: bool) -> bool:
-        """Whether the probe can classify plain text (if ``is_plain``), or chats."""
-        return not (is_plain and self.card.prompt_format == "chat")
+    def can_classify(self, prompt: PromptTokens) -> bool:
+        """Whether the probe was trained on such prompts; a probe of chats fails on plain text."""
+        return not (prompt.is_plain and self.card.prompt_format == "chat")
+
+    @property
+    def uses_template(self) -> bool:
+        """Whether chats are rendered with the model's chat template, as in training."""
+        return self.card.prompt_format != "raw"
 
     @property
     def classifies_turns(self) -> bool:
@@ -207,12 +218,12 @@ def common_format(probes: Iterable[Probe]) -> PromptFormat | None:
     Raises:
         SidelightError: Some were trained on chats, others on raw texts.
     """
-    by_format: dict[PromptFormat, str] = {
-        "raw" if probe.card.prompt_format == "raw" else "chat": probe.name for probe in probes
+    names: dict[PromptFormat, str] = {
+        "chat" if probe.uses_template else "raw": probe.name for probe in probes
     }
-    if len(by_format) > 1:
+    if len(names) > 1:
         raise SidelightError(
-            f"Probes of chats, such as '{by_format['chat']}', and of raw texts, such as "
-            f"'{by_format['raw']}', cannot be served together. Start a server for each kind."
+            f"Probes of chats, such as '{names['chat']}', and of raw texts, such as "
+            f"'{names['raw']}', cannot be served together. Start a server for each kind."
         )
-    return next(iter(by_format), None)
+    return next(iter(names), None)

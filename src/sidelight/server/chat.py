@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,7 +19,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from starlette.types import Receive, Scope, Send
 
-from sidelight.engines.base import FinishReason, Sampling, TextDelta
+from sidelight.engines.base import Sampling, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Conversation, with_invisible
 from sidelight.policy.enforcement import Classified, Passed
@@ -42,37 +42,61 @@ Streams = Sequence[AsyncGenerator[Passed, None]]
 _SEEDS = 2**63
 # Most prompts of one request in the engine's queue at once, so that others find room there.
 _WAITING = 16
-_ROLE = {"role": "assistant"}
 
 
 class CompletionFormat:
-    """Formats one answer, of a chat or of a completion.
+    """Formats one answer as a completion: each text stands in its choice.
 
     Args:
         result: What comes of the request.
-        is_chat: Whether a text is a message, as chats have it, or stands in its choice.
         includes_usage: Whether a stream ends with a usage chunk.
+
+    Attributes:
+        prefix: Beginning of the answer's id.
+        kind: Type of the object that is the whole answer.
+        chunk_kind: Type of the objects of a stream.
+        opening: More fields of the first delta of each choice.
     """
 
-    def __init__(self, result: RequestResult, *, is_chat: bool, includes_usage: bool):
+    prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+    opening: ClassVar[Json] = {}
+
+    def __init__(self, result: RequestResult, *, includes_usage: bool):
         self._result, self._context = result, result.context
-        self._is_chat, self._includes_usage = is_chat, includes_usage
-        self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._includes_usage = includes_usage
+        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+
+    @staticmethod
+    def text(text: str) -> Json:
+        """A whole text, as a field of its choice."""
+        return {"text": text}
+
+    @staticmethod
+    def delta(text: str | None, end: Json, extra: Json) -> Json:
+        """More of a text, as fields of its choice.
+
+        Args:
+            text: What was added; None at the end.
+            end: Fields of every choice.
+            extra: Our own fields, which go where clients keep them.
+        """
+        return {"text": text or "", **end, **extra}
 
     def completion(self, texts: Sequence[str]) -> Json:
         """The body of a plain answer, once all texts have ended."""
         choices = [
             {
                 "index": index,
-                **({"message": {**_ROLE, "content": text}} if self._is_chat else {"text": text}),
+                **self.text(text),
                 "logprobs": None,
                 "finish_reason": choice.ended and choice.ended.reason,
             }
             for index, (text, choice) in enumerate(zip(texts, self._result.choices, strict=True))
         ]
         return {
-            **self._fields("chat.completion" if self._is_chat else "text_completion"),
+            **self._fields(self.kind),
             "choices": choices,
             "usage": self._usage(),
             **self._verdicts(),
@@ -95,8 +119,8 @@ class CompletionFormat:
         async with aclosing(events):
             try:
                 for index, verdicts in enumerate(openings):
-                    opening = {**(_ROLE if self._is_chat else {}), **_numbered(verdicts)}
-                    yield self._chunk([self._choice(index, "", opening)])
+                    opening = {**self.opening, **_numbered(verdicts)}
+                    yield self._chunk([self.choice(index, "", opening)])
                 if context.chosen:
                     yield self._chunk([], **self._verdicts())
                 async for index, event in events:
@@ -104,7 +128,7 @@ class CompletionFormat:
                         case TextDelta(text):
                             # Of a placeholder, the pieces after the first are empty.
                             if text:
-                                yield self._chunk([self._choice(index, text)])
+                                yield self._chunk([self.choice(index, text)])
                         case Classified():
                             yield self._chunk([], sidelight=self._running(index, event))
                         case Ended(reason):
@@ -113,7 +137,7 @@ class CompletionFormat:
                             extra = (
                                 _numbered(entries, first=first) if context.reads_response else {}
                             )
-                            yield self._chunk([self._choice(index, None, extra, reason)])
+                            yield self._chunk([self.choice(index, None, extra, reason)])
                 if context.reads_response:
                     yield self._chunk([], **self._verdicts())
                 if self._includes_usage:
@@ -122,19 +146,17 @@ class CompletionFormat:
             except SidelightError as error:
                 yield _sse(as_request_error(error).body)
 
-    def _choice(
-        self,
+    @classmethod
+    def choice(
+        cls,
         index: int,
         text: str | None,
-        extra: Mapping[str, Any] | None = None,
-        reason: FinishReason | None = None,
+        extra: Json | None = None,
+        reason: str | None = None,
     ) -> Json:
-        """A chunk's choice; its text is None at the end, ``extra`` goes where clients keep it."""
-        end, extra = {"logprobs": None, "finish_reason": reason}, extra or {}
-        if not self._is_chat:
-            return {"index": index, "text": text or "", **end, **extra}
-        content = {} if text is None else {"content": text}
-        return {"index": index, "delta": {**content, **extra}, **end}
+        """A chunk's choice; arguments as for ``delta``."""
+        end = {"logprobs": None, "finish_reason": reason}
+        return {"index": index, **cls.delta(text, end, extra or {})}
 
     def _verdicts(self) -> Json:
         return {
@@ -165,8 +187,7 @@ class CompletionFormat:
     def _chunk(self, choices: list[Json], **extra: Any) -> str:
         # With include_usage every chunk has the field, null until the last (OpenAI's API).
         blank = {"usage": None} if self._includes_usage else {}
-        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        return _sse({**self._fields(kind), "choices": choices, **blank, **extra})
+        return _sse({**self._fields(self.chunk_kind), "choices": choices, **blank, **extra})
 
     def _fields(self, kind: str) -> Json:
         return {
@@ -175,6 +196,22 @@ class CompletionFormat:
             "created": self._created,
             "model": self._context.model,
         }
+
+
+class ChatCompletionFormat(CompletionFormat):
+    """Formats one answer as a chat completion: each text is a message of its choice."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    opening: ClassVar[Json] = {"role": "assistant"}
+
+    @staticmethod
+    def text(text: str) -> Json:
+        return {"message": {**ChatCompletionFormat.opening, "content": text}}
+
+    @staticmethod
+    def delta(text: str | None, end: Json, extra: Json) -> Json:
+        content = {} if text is None else {"content": text}
+        return {"delta": {**content, **extra}, **end}
 
 
 class EventStream(StreamingResponse):
@@ -230,28 +267,27 @@ def _writing(path: str, answer: type[Completion | ChatCompletion]) -> Callable[.
 @_writing("/v1/chat/completions", ChatAnswer)
 async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
     """The text, plain or streamed; either begins once the prompt has been classified."""
-    return await _answer(body, request, [body.conversation()], is_chat=True)
+    return await _answer(body, request, [body.conversation()], ChatCompletionFormat)
 
 
 @_writing("/v1/completions", CompletionAnswer)
 async def complete_text(body: CompletionRequest, request: ServerRequest) -> Response:
     """The texts, plain or streamed; prompts get no chat template."""
-    return await _answer(body, request, body.texts(), is_chat=False)
+    return await _answer(body, request, body.texts(), CompletionFormat)
 
 
 async def _answer(
     body: WritingRequest,
     request: ServerRequest,
     prompts: Sequence[Conversation],
-    *,
-    is_chat: bool,
+    answer_format: type[CompletionFormat],
 ) -> Response:
     request.require_model(body.model)
     sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
     context = await request.begin(prompts, body.probes, n=n, max_tokens=sampling.max_tokens)
     # Nothing is awaited until the engine has all texts, so that it uses these very probes.
     result = RequestResult(context)
-    answer = CompletionFormat(result, is_chat=is_chat, includes_usage=options.include_usage)
+    answer = answer_format(result, includes_usage=options.include_usage)
     stream_scores = bool(body.stream and options.include_scores)
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:

@@ -275,9 +275,9 @@ def spans_of(decisions: Iterable[Decision]) -> list[Span]:
     """
     every: list[Span] = []
     for decision in decisions:
-        if decision.verdict is None or decision.verdict.spans is None:
+        if not decision.has_spans:
             raise verdict_failure([decision.rule.name])
-        every += decision.verdict.spans
+        every += decision.spans
     return sorted(every)
 
 

@@ -223,7 +223,7 @@ def _flags(
     for each in context.visible(decisions):
         verdict = each.verdict
         assert verdict is not None, "check refuses a text without one"
-        spans = verdict.spans or ()
+        spans = verdict.known_spans
         found = [(span.label, span.probability, span) for span in spans]
         in_spans = {span.label for span in spans}
         found += [

@@ -201,6 +201,17 @@ class ActivationCache:
         )
         return subset
 
+    def joined(self, appended: "ActivationCache") -> "ActivationCache":
+        """A cache of these texts, then those of another cache in the same folder."""
+        assert self.directory == appended.directory, "the states differ"
+        both = copy(self)
+        both._set_texts(
+            [*self.prompts, *appended.prompts],
+            [*self.lengths, *appended.lengths],
+            [*self._names, *appended._names],
+        )
+        return both
+
     def compressed(self, compression: Compression) -> "ActivationCache":
         """A cache of the same texts with this compression."""
         compressed_copy = copy(self)

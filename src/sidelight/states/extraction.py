@@ -171,7 +171,7 @@ def text_logits(
             )
             for probe, texts, of_prompts in zip(bank.probes, outputs, by_probe, strict=True):
                 for i, text in zip(batch, of_prompts, strict=True):
-                    can_classify = probe.can_classify(is_plain=prompts[i].is_plain)
+                    can_classify = probe.can_classify(prompts[i])
                     texts[i] = (
                         text if can_classify else ProbeOutput(np.full_like(text.logits, np.nan))
                     )

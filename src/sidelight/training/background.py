@@ -106,7 +106,7 @@ def _balanced(*sets: Examples) -> Background:
     weights: list[float] = []
     for number, examples in enumerate(sets):
         for item, cells in zip(examples.items, examples.rows, strict=True):
-            turns = _request(item.messages)
+            turns = _request(tuple(item.messages))
             length, *features = _stratum(turns, cells, unknown=len(strata))
             strata.append((number, length, *features))
             # Only a third or an eighth of the conversations that take the most time.

@@ -18,7 +18,13 @@ from jaxtyping import Int
 
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import EncodedPrompt, Message, Reads, lengths_of_turns
+from sidelight.models.conversation import (
+    EncodedPrompt,
+    Message,
+    PlainText,
+    Reads,
+    lengths_of_turns,
+)
 from sidelight.models.encode import PromptEncoder
 from sidelight.states.reader import Reader
 from sidelight.training.background import Background, Messages
@@ -81,6 +87,8 @@ def draw_contexts(
     groups: Sequence[Group],
     options: FitOptions,
     encode: TextEncoder,
+    *,
+    first: int = 0,
 ) -> tuple[Context, ...]:
     """Draw contexts of texts, and background alone; empty without background or for labelled spans.
 
@@ -90,6 +98,7 @@ def draw_contexts(
         groups: Groups of texts to draw contexts for.
         options: Options that set what is read, the tokens of contexts, and the longest context.
         encode: Encodes the texts.
+        first: Index of the first group.
     """
     task, encoder = examples.task, reader.encoder
     is_available = (
@@ -104,7 +113,7 @@ def draw_contexts(
         is_slow = reader.device.type == "cpu"
         least = _LEAST_CONTEXT_TOKENS if is_slow else _LEAST_CONTEXT_TOKENS_ON_GPU
     contexts: list[Context] = []
-    for group, (texts, background) in enumerate(groups):
+    for group, (texts, background) in enumerate(groups, start=first):
         sampler = ContextSampler(
             encoder,
             options.reads,
@@ -113,7 +122,7 @@ def draw_contexts(
             max_tokens=limit,
             seed=int(texts[0]),
         )
-        lengths = (len(encode(examples.items[i].conversation)) for i in texts)
+        lengths = (len(encode(examples.items[i].messages)) for i in texts)
         of_texts = sum(min(length, limit) for length in lengths)
         tokens = context_budget(of_texts, least=least / len(groups))
         background_contexts: list[Context] = []
@@ -253,7 +262,7 @@ class ContextSampler:
         if kind == "inside":
             return Example((Message("user", self._inside(text)),)), None
         if kind == "plain":
-            return Example((Message("user", text),), is_plain=True), None
+            return Example(PlainText(text)), None
         turns = [turn for turn in random.choice(self._conversations) if turn.role not in _SYSTEM]
         turns = turns or [Message("user", text)]
         users = [i for i, turn in enumerate(turns) if turn.role == "user"] or [0]
@@ -294,7 +303,7 @@ class ContextSampler:
     def _encoded(self, example: Example) -> EncodedPrompt | None:
         """Encode the conversation; None if it is too long or the template refuses it."""
         try:
-            prompt = self._encoder.encode_any_length(example.conversation)
+            prompt = self._encoder.encode_any_length(example.messages)
         except SidelightError:
             return None
         fits = len(prompt) <= self._max_tokens and bool(prompt.mask(self._reads).any())

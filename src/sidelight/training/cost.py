@@ -83,7 +83,7 @@ def training_tokens(texts: LabelledExamples, encoder: PromptEncoder) -> list[int
     counts: list[int] = []
     for index, item in enumerate(texts.items):
         with located(item, index):
-            prompt = encoder.encode_any_length(item.conversation, item.response)
+            prompt = encoder.encode_any_length(item.messages, item.response)
             counts.append(min(limit, len(prompt)))
     return counts
 

@@ -1,7 +1,4 @@
-"""Labelled texts with their hidden states: those that train, and those that measure.
-
-Probes and baselines of one table read the same splits, so that no row of it has an advantage.
-"""
+"""Labelled texts with their hidden states."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +30,6 @@ TokenPlaces = Sequence[Sequence[tuple[int, int]]]
 # The least share of texts alone in what training fits. Few texts have more contexts, which would
 # drown them: without it, 32 of each class lost .03 to .17 of AUPRC in their own file.
 _WITHOUT_CONTEXT_SHARE = 0.7
-# The parts of the background that measure, where texts are held out; training has FOLDS.
-_MEASURING_FOLDS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +120,16 @@ class Split:
         """The first text of each group of equal ones, among those that are shown alone."""
         return self.without_context[self.examples.select(self.without_context).first_rows]
 
+    def with_contexts(self, parts: Folds) -> Folds:
+        """Parts of the texts, with their contexts and the background that these are made of.
+
+        A group that contexts were drawn for is in one part.
+        """
+        if not self.contexts:
+            return parts
+        groups = np.array([context.group for context in self.contexts])
+        return tuple(np.flatnonzero(np.isin(groups, groups[rows])) for rows in parts)
+
     def folds(self, count: int) -> Folds:
         """Folds of the texts, with their contexts and the background that these are made of.
 
@@ -137,6 +142,15 @@ class Split:
         count = min(count, int(groups.max()) + 1)
         folds = [np.flatnonzero(groups % count == fold) for fold in range(count)]
         return tuple(folds) if count > 1 else ()
+
+    def joined(self, appended: "Split") -> "Split":
+        """These texts, then those of another split; none may have contexts."""
+        assert not self.contexts + appended.contexts, "texts come before contexts"
+        return Split(
+            self.examples.joined(appended.examples),
+            self.states.joined(appended.states),
+            places=[*self.places, *appended.places],
+        )
 
     def without(self, texts: Int[np.ndarray, " _"]) -> "Split":
         """All but these texts."""
@@ -196,9 +210,8 @@ def plan_split(
     examples: LabelledExamples,
     options: FitOptions,
     *,
-    groups: Sequence[Group] = (),
+    parts: Sequence[Sequence[Group]] = (),
     layers: int | None = None,
-    memory: Memory | None = None,
     encode: TextEncoder | None = None,
 ) -> Split:
     """Labelled texts and their contexts, encoded; their hidden states have not been computed.
@@ -207,16 +220,20 @@ def plan_split(
         reader: The frozen LLM, in any engine.
         examples: The texts.
         options: How texts are read, and where their hidden states go.
-        groups: Those that contexts are drawn for; without any, there are none.
+        parts: The groups of texts that contexts are drawn for; those of a part share
+            ``options.context_tokens``. Without any, there are no contexts.
         layers: How many hidden states of a token are read, from the embedding up; None: all.
-        memory: Holds states in memory; None is one of its own, as large as the options say.
         encode: Encodes the texts, if some are encoded already.
 
     Raises:
         SidelightError: A text without a token to read.
     """
     encode = encode or text_encoder(reader.encoder, examples)
-    drawn, contexts = draw_contexts(reader, examples, groups, options, encode), ()
+    drawn, contexts, groups = list[Context](), (), list[Group]()
+    for siblings in parts:
+        first = len(groups)
+        drawn += draw_contexts(reader, examples, siblings, options, encode, first=first)
+        groups += siblings
     limit = min(options.max_tokens, reader.max_tokens)
     prompts = encode_shortened(encode, examples, reads=options.reads, limit=limit)
     if drawn:
@@ -236,11 +253,11 @@ def plan_split(
         layers=layers,
         engine=reader.engine,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
-        memory=memory or Memory(options.memory_bytes),
+        memory=Memory(options.memory_bytes),
     )
     places: TokenPlaces = ()
     if isinstance(examples, SpanExamples):
-        complete = [encode(item.conversation, item.response) for item in examples.items]
+        complete = [encode(item.messages, item.response) for item in examples.items]
         places = span_places(examples.items, complete, states.lengths)
     return Split(examples, states, contexts, places)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sidelight.data.examples import Example, Examples, located, place_of
 from sidelight.errors import SidelightError
-from sidelight.models.conversation import Conversation, EncodedPrompt, PlainText, Reads
+from sidelight.models.conversation import Conversation, EncodedPrompt, Reads
 from sidelight.models.encode import PromptEncoder
 
 
@@ -26,17 +26,17 @@ class TextEncoder:
         self._prompts: dict[tuple[Conversation, str | None], EncodedPrompt] = {}
 
     def __call__(self, conversation: Conversation, response: str | None = None) -> EncodedPrompt:
-        """The prompt of a conversation and its response, if any.
+        """The prompt of a hashable conversation and its response, if any.
 
         Raises:
             SidelightError: As in ``PromptEncoder.encode_any_length``.
         """
-        turns = conversation if isinstance(conversation, PlainText) else tuple(conversation)
-        if (turns, response) not in self._prompts:
-            self._prompts[turns, response] = self._encoder.encode_any_length(
-                turns, response, with_places=self._with_places
+        key = conversation, response
+        if key not in self._prompts:
+            self._prompts[key] = self._encoder.encode_any_length(
+                conversation, response, with_places=self._with_places
             )
-        return self._prompts[turns, response]
+        return self._prompts[key]
 
 
 def encode_shortened(
@@ -50,7 +50,7 @@ def encode_shortened(
     prompts: list[EncodedPrompt] = []
     for index, item in enumerate(examples.items):
         with located(item, index):
-            prompt = encode(item.conversation, item.response).shortened(limit, reads)
+            prompt = encode(item.messages, item.response).shortened(limit, reads)
             # Prompts are kept as long as the states; places take several times their memory.
             prompts.append(replace(prompt, texts=(), places=()) if prompt.places else prompt)
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]

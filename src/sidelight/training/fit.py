@@ -147,9 +147,8 @@ def fit(
         baseline = selection_for(training).baseline(dataset, options)
         results = train_mechanisms(
             candidates,
-            training=dataset.training,
-            validation=None if dataset.folds else dataset.measured,
-            folds=dataset.folds,
+            split=dataset.split,
+            left_out=dataset.left_out,
             device=reader.device,
             # Depths are trained side by side: without, each would cost a training of its own.
             shares_matmuls=options.early_exit,
@@ -194,15 +193,15 @@ def calibrate_probe(
     Of several trainings, held-out texts choose one: of spans by lookahead at full depth, then by
     depth.
     """
-    measured = dataset.measured
-    selection = selection_for(measured.examples)
+    scored = dataset.scored
+    selection = selection_for(scored.examples)
     deepest = [run for run in candidates if run.depth == max(run.depth for run in candidates)]
-    trained, lookaheads = selection.choose(deepest, measured)
+    trained, lookaheads = selection.choose(deepest, scored)
     of_depths = [run for run in candidates if run.spec == trained.spec]
     trained, depths = choose_depth(
         of_depths, partial(selection.losses, dataset=dataset, options=options)
     )
-    rule, spans = selection.calibrate(trained, measured, options)
+    rule, spans = selection.calibrate(trained, scored, options)
     task, validation, contexts = dataset.task, dataset.validation.examples, dataset.contexts
     logits, in_contexts = trained.logits[: len(validation)], trained.logits[len(validation) :]
     background = conversations_among(contexts, in_contexts)
@@ -222,7 +221,7 @@ def calibrate_probe(
             contexts,
             background,
             calibration.apply(in_contexts),
-            measured.labels[len(validation) :],
+            scored.labels[len(validation) :],
             background.left_out_thresholds(
                 calibrated.text_thresholds, calibration, options.threshold
             ),
@@ -270,7 +269,9 @@ def _record(trained: TrainingRun, dataset: ProbeDataset, options: FitOptions) ->
     return TrainingRecord(
         engine=dataset.training.states.engine,
         states=dataset.training.states.record,
-        training=describe_training(dataset.originals.examples, dataset.input_sha256),
+        training=describe_training(
+            dataset.training.without_contexts().examples, dataset.input_sha256
+        ),
         contexts=dict(contexts),
         threshold_rule=str(options.threshold),
         max_tokens=options.max_tokens,

@@ -56,25 +56,36 @@ class Keeping:
     compression: Compression | None = None
     is_streamed: bool = False
 
-    def apply(self, reader: Reader, split: Split, *, title: str) -> Split:
-        """Store the states of a split in this way; those on disk exist afterwards.
-
-        Raises:
-            SidelightError: The states would not fit on the disk, or a state is not finite.
-        """
+    def apply(self, reader: Reader, split: Split) -> Split:
+        """The split with states that are stored in this way; ``store`` writes them."""
         states = split.states
         if self.compression is not None:
             states = states.compressed(self.compression)
-        if self.is_streamed:
-            return replace(split, states=streamed(reader, states))
-        stored = sum(states.path(row).exists() for row in range(len(split)))
-        if stored:
-            say(f"{title}: the hidden states of {stored:,} of {len(split):,} are on disk already.")
-        return replace(split, states=extract(reader, states, title=title))
+        return replace(split, states=streamed(reader, states) if self.is_streamed else states)
+
+
+def store(reader: Reader, split: Split, *, title: str) -> None:
+    """Write the missing states of a split, unless they are recomputed whenever they are read.
+
+    Raises:
+        SidelightError: The states would not fit on the disk, or a state is not finite.
+    """
+    states = split.states
+    stored = (
+        0 if states.is_streamed else sum(states.path(row).exists() for row in range(len(split)))
+    )
+    if stored:
+        say(f"{title}: the hidden states of {stored:,} of {len(split):,} are on disk already.")
+    extract(reader, states, title=title)
 
 
 def choose_keeping(
-    reader: Reader, splits: Sequence[Split], candidates: Sequence[Candidate], options: FitOptions
+    reader: Reader,
+    training: Split,
+    candidates: Sequence[Candidate],
+    options: FitOptions,
+    *,
+    tokens: int,
 ) -> Keeping:
     """Choose how to store hidden states, from ``options.states`` and the number of tokens.
 
@@ -84,16 +95,15 @@ def choose_keeping(
 
     Args:
         reader: The frozen LLM, in any engine.
-        splits: The training split, then the measured split, before their states are computed.
+        training: What the probe is trained on, before its states are computed.
         candidates: Mechanisms to train; without any, states stay uncompressed.
         options: Options of the user.
+        tokens: Number of tokens whose states are stored.
 
     Raises:
         SidelightError: A state is not finite, or the compression cannot be written.
     """
-    training = splits[0]
     who = replace(reader.fingerprint, layers=training.states.layers)
-    tokens = sum(sum(split.states.lengths) for split in splits)
     # Without candidates, or if other training runs share states, they are stored uncompressed on
     # disk.
     is_temporary = bool(candidates) and not options.keep_cache
@@ -271,9 +281,8 @@ def _difference(
     for states, tensors in ((uncompressed, large), (compressed, small)):
         (run,) = train_mechanisms(
             candidates[:1],
-            training=replace(sample, states=states.in_memory(Memory(0, tensors))),
-            validation=None,
-            folds=folds,
+            split=replace(sample, states=states.in_memory(Memory(0, tensors))),
+            left_out=folds,
             device=reader.device,
         )
         if run is None:

@@ -48,27 +48,26 @@ _NOTHING = np.array([], dtype=np.int64)
 def train_mechanisms(
     candidates: Sequence[Candidate],
     *,
-    training: Split,
-    validation: Split | None,
-    folds: Folds = (),
+    split: Split,
+    left_out: Folds = (),
     device: torch.device | str = "cpu",
     shares_matmuls: bool = False,
     checkpoint: Path | None = None,
 ) -> list[TrainingRun | None]:
     """Train all candidates side by side; the result of one does not depend on its neighbours.
 
-    With cross-fitting, the probe is trained on every text, and each text is scored by a probe that
-    was not trained on it. Calibration, thresholds and metrics are based on these logits. With few
-    texts, a held-out part would be missed in training, and would be too small for early stopping or
-    selection. All epochs are run.
+    The texts that are left out are scored by a probe that was not trained on them: calibration,
+    thresholds and metrics are based on these logits. One part is held out: the returned run is
+    trained on the rest, with early stopping on the part without its contexts. Of several parts,
+    which are folds, each is scored by a run of its own, from the same reads, and the returned run
+    is trained on every text: with few texts, a held-out part would be missed in training, and would
+    be too small for early stopping. Then, and without any part, all epochs are run.
 
     Args:
         candidates: Mechanisms to train.
-        training: Split to fit the parameters to.
-        validation: Split that is scored after training, and without its contexts after each epoch
-            for early stopping; None runs all epochs and keeps the last.
-        folds: With cross-fitting, each candidate is also trained without each of these folds, from
-            the same reads, to score it.
+        split: The texts.
+        left_out: Rows of each part to leave out. ``TrainingRun.logits`` has theirs, in their order
+            in the split.
         device: Device to train on.
         shares_matmuls: Whether runs share matmuls in float32 as well, which is several times as
             fast for many folds. The results then depend on other runs, within rounding.
@@ -78,25 +77,29 @@ def train_mechanisms(
     Returns:
         A run for each candidate, in order; None for one that diverged, on a fold or on all texts.
     """
+    is_held_out, count = len(left_out) == 1, len(candidates)
+    training, validation, folds = split, None, left_out
+    if is_held_out:
+        training, folds = split.without(left_out[0]), ()
+        validation = split.select(left_out[0]).without_contexts()
     trainer = _Trainer(
         candidates, training, torch.device(device), (_NOTHING, *folds), shares=shares_matmuls
     )
-    trainer.train(None if validation is None else validation.without_contexts(), checkpoint)
-    full_runs = trainer.runs[: len(candidates)]
-    if validation is not None:
-        scores = trainer.score(full_runs, validation, dtype=torch.float32)
-        for run, (logits, token_logits) in zip(full_runs, scores, strict=True):
-            run.logits, run.token_logits = logits, token_logits
-    elif folds:
-        for run in full_runs:
-            run.logits = np.empty((len(training), training.task.outputs))
-    for number, fold in enumerate(folds, start=1):
-        runs = trainer.runs[number * len(candidates) : (number + 1) * len(candidates)]
-        scores = trainer.score(runs, training.select(fold), dtype=torch.float32)
-        for result, run, (logits, _) in zip(full_runs, runs, scores, strict=True):
-            result.logits[fold] = np.nan if run.has_diverged else logits
-    finite = [not run.has_diverged and np.isfinite(run.logits).all() for run in full_runs]
-    return [run if is_finite else None for run, is_finite in zip(full_runs, finite, strict=True)]
+    trainer.train(validation, checkpoint)
+    returned = trainer.runs[:count]
+    rows = np.sort(np.concatenate([_NOTHING, *left_out]))
+    for run in returned:
+        run.logits = np.full((len(rows), split.task.outputs), np.nan)
+    for number, fold in enumerate(left_out):
+        first = 0 if is_held_out else (1 + number) * count
+        runs = trainer.runs[first : first + count]
+        scores = trainer.score(runs, split.select(fold), dtype=torch.float32)
+        for result, run, (logits, token_logits) in zip(returned, runs, scores, strict=True):
+            result.logits[np.searchsorted(rows, fold)] = np.nan if run.has_diverged else logits
+            if is_held_out:
+                result.token_logits = token_logits
+    finite = [not run.has_diverged and np.isfinite(run.logits).all() for run in returned]
+    return [run if is_finite else None for run, is_finite in zip(returned, finite, strict=True)]
 
 
 def divergence(spec: MechanismSpec, settings: TrainingSettings) -> SidelightError:

@@ -1,69 +1,93 @@
-"""The training and validation splits of a probe, with their hidden states.
+"""The texts of a probe with their hidden states, and which of them training leaves out.
 
 Probes and baselines in one table use the same splits, so that no row has an advantage.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 
 from sidelight.data.examples import LabelledExamples, located, place_of
 from sidelight.errors import warn
-from sidelight.states.cache import Memory
 from sidelight.states.reader import Reader
 from sidelight.training.background import Background, choose_conversations
 from sidelight.training.contexts import Context, has_contexts
 from sidelight.training.dataset import Split, plan_split, text_encoder
 from sidelight.training.encoding import TextEncoder
-from sidelight.training.keeping import choose_keeping
+from sidelight.training.keeping import choose_keeping, store
 from sidelight.training.loop import Candidate
 from sidelight.training.settings import FitOptions
-from sidelight.training.validation import FOLDS, Folds, choose_validation, warn_of_shared_texts
+from sidelight.training.validation import (
+    FOLDS,
+    Folds,
+    Rows,
+    choose_validation,
+    warn_of_shared_texts,
+)
 from sidelight.types import Task
 
-# Number of background parts for measurement if texts are held out; training has FOLDS.
-_MEASURING_FOLDS = 2
+# Number of groups with contexts in a held-out part; the rest has FOLDS.
+_SCORING_FOLDS = 2
 
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """The splits for fitting and for model selection, without test data.
+    """The texts for fitting and for model selection, without test data.
 
     Attributes:
         reader: The frozen LLM, in any engine.
-        training: Split that parameters are fitted to: texts alone, then their contexts.
-        measured: Split for early stopping, settings, calibration and thresholds: texts alone, then
-            their contexts. With cross-fitting, the same as ``training``.
-        folds: Indices of the training texts of each fold with cross-fitting, else empty.
+        split: All texts alone, then in contexts.
+        left_out: Rows of each part that training leaves out, with contexts; see ``Folds``.
         input_sha256: Hash of the input texts, before holding out and without contexts.
     """
 
     reader: Reader
-    training: Split
-    measured: Split
-    folds: Folds = ()
+    split: Split
+    left_out: Folds
     input_sha256: str = ""
 
+    @staticmethod
+    def held_out(reader: Reader, training: Split, validation: Split) -> "ProbeDataset":
+        """A probe is trained on one split, and selected and calibrated on another."""
+        rows = len(training) + np.arange(len(validation))
+        return ProbeDataset(reader, training.joined(validation), (rows,))
+
+    @property
+    def folds(self) -> Folds:
+        """The folds of cross-fitting; empty with a held-out part."""
+        return self.left_out if len(self.left_out) > 1 else ()
+
     @cached_property
-    def originals(self) -> Split:
-        """The training texts without their contexts."""
-        return self.training.without_contexts()
+    def training(self) -> Split:
+        """What the probe is trained on: texts alone, then their contexts."""
+        return self.split if self.folds else self.split.without(self.left_out[0])
+
+    @cached_property
+    def scored(self) -> Split:
+        """What is scored by a probe that was not trained on it: texts alone, then their contexts.
+
+        It decides on early stopping, settings, calibration and thresholds.
+        """
+        return self.split if self.folds else self.split.select(self.left_out[0])
 
     @cached_property
     def validation(self) -> Split:
-        """The texts of ``measured`` without their contexts."""
-        return self.measured.without_contexts()
+        """The texts of ``scored`` without their contexts."""
+        return self.scored.without_contexts()
 
     @cached_property
     def contexts(self) -> tuple[Context, ...]:
-        """The contexts of ``measured``, which follow its texts."""
-        return self.measured.contexts[len(self.validation) :]
+        """The contexts of ``scored``, which follow its texts; their groups count from 0."""
+        contexts = self.scored.contexts[len(self.validation) :]
+        groups = np.unique([context.group for context in contexts], return_inverse=True)[1]
+        pairs = zip(contexts, groups.tolist(), strict=True)
+        return tuple(replace(context, group=group) for context, group in pairs)
 
     @property
     def task(self) -> Task:
-        return self.training.task
+        return self.split.task
 
 
 def prepare(
@@ -74,7 +98,7 @@ def prepare(
     options: FitOptions,
     candidates: Sequence[Candidate] = (),
 ) -> ProbeDataset:
-    """Choose the validation texts, draw contexts, and run the model over all texts.
+    """Choose the texts to leave out, draw contexts, and run the model over all texts.
 
     Training and search both begin here, so that a search selects on the texts that later calibrate.
     The arguments are those of ``fit``, and the candidates to train. States are compressed only if
@@ -90,47 +114,47 @@ def prepare(
     training = _with_room(encode, training, limit, title="training")
     if validation is not None:
         validation = _with_room(encode, validation, limit, title="validation")
-    training, validation, folds = choose_validation(training, validation, options)
-    task = options.with_none(training.task)
-    training, validation = replace(training, task=task), replace(validation, task=task)
-    background_texts = options.background if has_contexts(training, options) else Background()
-    background = choose_conversations(background_texts, training)
-    rows = _groups(training, FOLDS)
-    background_folds = background.split_into(len(rows) + (0 if folds else _MEASURING_FOLDS))
-    groups = [*zip(rows, background_folds, strict=False)]
-    memory = Memory(options.memory_bytes)
+    texts, left_out = choose_validation(training, validation, options)
+    texts = replace(texts, task=options.with_none(texts.task))
+    background_texts = options.background if has_contexts(texts, options) else Background()
+    if len(left_out) > 1:
+        trained, groups = texts, [left_out]
+    else:
+        held_out = np.concatenate(left_out)
+        rest = np.setdiff1d(np.arange(len(texts)), held_out)
+        trained = texts.select(rest)
+        warn_of_shared_texts(trained, texts.select(held_out))
+        groups = [_groups(texts, rest, FOLDS), _groups(texts, held_out, _SCORING_FOLDS)]
+    background = choose_conversations(background_texts, trained)
+    conversations = iter(background.split_into(sum(map(len, groups))))
     depths = [reader.fingerprint.first_layers(settings.layers) for _, settings in candidates]
-    # Other training runs that share states may read all layers.
-    layers = max(depths) if depths and not options.keep_cache else None
-    split = partial(
-        plan_split, reader, options=options, layers=layers, memory=memory, encode=encode
+    split = plan_split(
+        reader,
+        texts,
+        options,
+        parts=[[(rows, next(conversations)) for rows in each] for each in groups],
+        # Other training runs that share states may read all layers.
+        layers=max(depths) if depths and not options.keep_cache else None,
+        encode=encode,
     )
-    planned = [split(training, groups=groups)]
-    if not folds:
-        warn_of_shared_texts(training, validation)
-        background_folds = background_folds[len(rows) :]
-        groups = [*zip(_groups(validation, len(background_folds)), background_folds, strict=False)]
-        planned.append(split(validation, groups=groups))
-    # They hold the complete prompts of all texts.
-    del encode, split
-    keeping = choose_keeping(reader, planned, candidates, options)
-    titles = ("Training texts", "Validation texts")
-    splits = [
-        keeping.apply(reader, plan, title=title)
-        for plan, title in zip(planned, titles, strict=False)
-    ]
-    fitted, measured = splits[0], splits[-1]
-    if folds:
-        folds = fitted.folds(len(folds))
-    for texts in splits:
-        cut = [prompt for prompt in texts.states.prompts if prompt.dropped]
-        if cut:
-            limit = min(options.max_tokens, max(map(len, cut)))
-            warn(
-                f"{len(cut)} of {len(texts)} texts were truncated to {limit} tokens for training "
-                "(--set max_tokens=N). Prediction never truncates."
-            )
-    return ProbeDataset(reader, fitted, measured, folds, input_sha256)
+    # It holds the complete prompts of all texts.
+    del encode
+    planned = ProbeDataset(reader, split, split.with_contexts(left_out), input_sha256)
+    tokens = sum(split.states.lengths)
+    keeping = choose_keeping(reader, planned.training, candidates, options, tokens=tokens)
+    dataset = replace(planned, split=keeping.apply(reader, split))
+    # What trains comes first in memory.
+    store(reader, dataset.training, title="Training texts")
+    if not dataset.folds:
+        store(reader, dataset.scored, title="Validation texts")
+    cut = [prompt for prompt in split.states.prompts if prompt.dropped]
+    if cut:
+        limit = min(options.max_tokens, max(map(len, cut)))
+        warn(
+            f"{len(cut)} of {len(split)} texts were truncated to {limit} tokens for training "
+            "(--set max_tokens=N). Prediction never truncates."
+        )
+    return dataset
 
 
 def _with_room(
@@ -145,7 +169,7 @@ def _with_room(
         # A text of one message has only the template, as all texts do.
         if len(item.messages) > 1:
             with located(item, index):
-                prompt = encode(item.conversation, item.response)
+                prompt = encode(item.messages, item.response)
             if len(prompt) > limit and prompt.fixed >= limit:
                 full.append(index)
     if len(full) in (0, len(examples)):
@@ -160,9 +184,10 @@ def _with_room(
     return replace(fitting, skipped=examples.skipped)
 
 
-def _groups(examples: LabelledExamples, count: int) -> Folds:
-    """At most this many groups of texts, each with contexts and a part of the background."""
-    count = min(count, examples.distinct)
-    groups = examples.folds(count, seed=0) if count > 1 else (np.arange(len(examples)),)
+def _groups(texts: LabelledExamples, rows: Rows, count: int) -> Folds:
+    """At most this many groups of these rows, each with contexts and a part of the background."""
+    chosen = texts.select(rows)
+    count = min(count, chosen.distinct)
+    groups = chosen.folds(count, seed=0) if count > 1 else (np.arange(len(rows)),)
     # With few texts of several classes, the first group can contain all.
-    return tuple(group for group in groups if len(group))
+    return tuple(rows[group] for group in groups if len(group))

@@ -44,7 +44,7 @@ class TextSelection:
         self, run: TrainingRun, dataset: ProbeDataset, options: FitOptions
     ) -> Float[np.ndarray, " text"]:
         """The calibrated log loss of each text, together with its contexts."""
-        task, measured, texts = dataset.task, dataset.measured, len(dataset.validation)
+        task, scored, texts = dataset.task, dataset.scored, len(dataset.validation)
         logits, in_contexts = run.logits[:texts], run.logits[texts:]
         calibrated = calibrate_examples(
             logits,
@@ -57,14 +57,14 @@ class TextSelection:
         losses = calibrated.losses
         if len(in_contexts):
             probabilities = calibrated.calibration.apply(in_contexts)
-            rest = log_losses(task, probabilities, measured.labels[texts:])
+            rest = log_losses(task, probabilities, scored.labels[texts:])
             losses = np.concatenate([losses, rest])
         # A text and its contexts are one observation, as is a single conversation.
         owners = np.arange(len(losses))
-        for row, context in enumerate(dataset.contexts, start=texts):
-            owners[row] = row if context.text is None else context.text
+        for row, context in enumerate(scored.contexts):
+            owners[row] = len(dataset.split) + row if context.text is None else context.text
         owners = np.unique(owners, return_inverse=True)[1]
-        weights = measured.weights
+        weights = scored.weights
         sums = np.bincount(owners, losses * weights)
         return sums * len(sums) / weights.sum()
 
@@ -97,7 +97,7 @@ class SpanSelection(TextSelection):
         """The calibrated log loss of each text, the mean over its tokens."""
         del options
         task = dataset.task
-        labels = task.labels_of(dataset.measured.targets.labels.values.numpy())
+        labels = task.labels_of(dataset.scored.targets.labels.values.numpy())
         logits = np.concatenate(run.token_logits)
         calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
         losses = log_losses(task, calibration.apply(logits), labels)

@@ -99,19 +99,16 @@ def measure_baseline(dataset: ProbeDataset, options: FitOptions) -> Calibrated:
     """Train the baseline on the texts without contexts, and measure it on the same texts as a
     probe.
     """
-    task, training, measured = dataset.task, dataset.originals, dataset.validation.examples
-    if dataset.folds:
-        logits = np.empty((len(training), task.outputs))
-        for fold in (fold[fold < len(training)] for fold in dataset.folds):
-            rest = training.without(fold)
-            words = fit_tfidf(rest.texts, rest.labels, task)
-            logits[fold] = words.logits(training.select(fold).texts)
-    else:
-        words = fit_tfidf(training.texts, training.labels, task)
-        logits = words.logits(dataset.validation.texts)
+    task, split = dataset.task, dataset.split.without_contexts()
+    logits = np.empty((len(split), task.outputs))
+    folds = [fold[fold < len(split)] for fold in dataset.left_out]
+    for fold in folds:
+        rest = split.without(fold)
+        words = fit_tfidf(rest.texts, rest.labels, task)
+        logits[fold] = words.logits(split.select(fold).texts)
     return calibrate_examples(
-        logits,
-        measured,
+        logits[np.sort(np.concatenate(folds))],
+        dataset.validation.examples,
         dataset.folds,
         kind=options.calibration,
         rule=options.threshold,

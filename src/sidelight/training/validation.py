@@ -1,5 +1,4 @@
-"""Choice of the validation texts: a separate set, a held-out part, or each fold of the training
-texts.
+"""Choice of the texts that training leaves out: a separate set, a held-out part, or each fold.
 
 Also checks which texts a probe can classify. Nothing here needs torch.
 """
@@ -16,7 +15,11 @@ from sidelight.statistics.calibration import require_calibratable, suggested_cal
 from sidelight.statistics.thresholds import require_thresholds, warn_of_few_texts
 from sidelight.training.settings import FitOptions
 
-Folds = tuple[Int[np.ndarray, " _"], ...]
+Rows = Int[np.ndarray, " _"]
+# The rows of each part that training leaves out. One part is held out: the probe is trained on the
+# rest. Several are folds: the probe is trained on all texts, and each fold is scored by a probe
+# that was not trained on it.
+Folds = tuple[Rows, ...]
 FOLDS = 5
 # Training warns about fewer validation texts of a class.
 _ROUGH_BELOW = 10
@@ -24,11 +27,12 @@ _ROUGH_BELOW = 10
 
 def choose_validation(
     training: LabelledExamples, validation: LabelledExamples | None, options: FitOptions
-) -> tuple[LabelledExamples, LabelledExamples, Folds]:
-    """Choose validation texts if none are given. Needs no model.
+) -> tuple[LabelledExamples, Folds]:
+    """Choose which texts to leave out. Needs no model.
 
     Returns:
-        The training texts, the validation texts, and the folds if both are the same.
+        All texts, those of the validation set or the held-out part last, and the rows of each part
+        to leave out.
 
     Raises:
         SidelightError: The texts do not allow a choice or a calibration, or the labels do not fit
@@ -37,35 +41,37 @@ def choose_validation(
     require_thresholds(training.task, options.threshold)
     options.with_none(training.task)
     options.resolved_for(training)
-    folds: Folds = ()
-    if validation is None:
-        if folds := choose_folds(training):
-            validation = training
-            training.warn_of_near_duplicates()
-        else:
-            training, validation = _hold_out(training)
-    require_same_task(training, validation)
-    task = training.task
+    if validation is not None:
+        require_same_task(training, validation)
+        texts, left_out = training.joined(validation), (len(training) + np.arange(len(validation)),)
+    elif left_out := choose_folds(training):
+        texts = training
+        training.warn_of_near_duplicates()
+    else:
+        texts, left_out = _hold_out(training)
+    scored = texts.select(np.sort(np.concatenate(left_out)))
+    require_same_task(texts, scored)
+    task = texts.task
     kind = options.calibration or suggested_calibration(task)
-    require_calibratable(kind, validation.labels, task)
-    counts = validation.count_by_label
+    require_calibratable(kind, scored.labels, task)
+    counts = scored.count_by_label
     # For spans, the rule counts words.
     counts_texts = not isinstance(training, SpanExamples)
-    is_few = counts_texts and warn_of_few_texts(task, counts, len(validation), options.threshold)
-    rarest, texts = min(counts.items(), key=lambda count: count[1])
-    if texts < _ROUGH_BELOW and not is_few:
+    is_few = counts_texts and warn_of_few_texts(task, counts, len(scored), options.threshold)
+    rarest, count = min(counts.items(), key=lambda count: count[1])
+    if count < _ROUGH_BELOW and not is_few:
         warn(
-            f"Validation has only {texts} texts of the rarest class, '{rarest}', so the "
+            f"Validation has only {count} texts of the rarest class, '{rarest}', so the "
             "calibration and the validation metrics are imprecise. Label more texts of this "
             "class first."
         )
-    return training, validation, folds
+    return texts, left_out
 
 
-def _hold_out(
-    examples: LabelledExamples,
-) -> tuple[LabelledExamples, LabelledExamples]:
-    """Hold out a part for validation; warn if too few texts prevent cross-fitting."""
+def _hold_out(examples: LabelledExamples) -> tuple[LabelledExamples, Folds]:
+    """Hold out a part for validation, which comes last; warn if too few texts prevent
+    cross-fitting.
+    """
     is_binary = examples.task.kind == "binary"
     counts = examples.count_by_label
     if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
@@ -82,14 +88,16 @@ def _hold_out(
             f"texts or duplicates among them. Instead, {validation_share(len(examples)):.0%} of "
             f"the texts were held out for validation. Add more texts of '{label}'."
         )
-    training, validation = examples.split(validation_share(len(examples)), seed=0)
-    if not len(validation) or (is_binary and not validation.label_counts.all()):
+    held_out = examples.hold_out(validation_share(len(examples)), seed=0)
+    if not len(held_out) or (is_binary and not examples.select(held_out).label_counts.all()):
         raise SidelightError(
             "Too few distinct texts to hold some of each label out for validation: got "
             f"{examples.distinct} in all, and duplicates stay together. Give at least {FOLDS} of "
             "each label, or name a validation set (--validation, validation=)."
         )
-    return training, validation
+    texts = np.arange(len(examples))
+    order = np.concatenate([np.setdiff1d(texts, held_out), held_out])
+    return examples.select(order), (texts[-len(held_out) :],)
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:

@@ -33,7 +33,6 @@ from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.preparing import ProbeDataset
 from sidelight.training.settings import TrainingSettings, suggested_settings
-from sidelight.training.validation import Folds
 from sidelight.types import MechanismSpec, OptionValue, Task
 
 # Random trials before the estimator has enough scores to learn from.
@@ -153,7 +152,6 @@ def search_settings(
     trials: int,
     seed: int,
     storage: Path,
-    folds: Folds = (),
     generation: int = 8,
     on_generation: Callable[[tuple[Trial, ...]], None] = lambda _trials: None,
 ) -> tuple[Trial, ...]:
@@ -164,15 +162,11 @@ def search_settings(
     resumes where it stopped and ends with the same result.
 
     Args:
-        dataset: Training texts, to which parameters are fitted, and validation texts, which are
-            scored.
+        dataset: The texts; those that training leaves out are scored.
         mechanism: Name of the mechanism.
         trials: Total number of trials, including those already in the storage.
         seed: Seed of the proposals, the initial parameters and the order of the data.
         storage: Journal file of the trials; several mechanisms may share it.
-        folds: Folds from ``choose_folds``, for a data set whose training and validation texts are
-            the same. Each fold is scored by a training run on the others, as in ``fit`` for few
-            texts. Without folds, the validation texts are scored.
         generation: Number of trials that are proposed and trained together. A larger generation
             shares each read among more trials, but these are proposed without each other's scores
             and need more memory.
@@ -202,7 +196,7 @@ def search_settings(
         while len(asked := _trials(study, (TrialState.RUNNING,))[:count]) < count:
             _propose(study, distributions, seed)
         candidates = [(trial.spec, trial.settings) for trial in asked]
-        for trial, logits in zip(asked, _evaluate(candidates, dataset, folds), strict=True):
+        for trial, logits in zip(asked, _evaluate(candidates, dataset), strict=True):
             if logits is None:
                 study.tell(trial.number, state=TrialState.PRUNED)
             else:
@@ -260,19 +254,16 @@ def _propose(study: optuna.Study, distributions: dict[str, BaseDistribution], se
     study.ask(distributions)
 
 
-def _evaluate(
-    candidates: Sequence[Candidate], dataset: ProbeDataset, folds: Folds
-) -> list[np.ndarray | None]:
+def _evaluate(candidates: Sequence[Candidate], dataset: ProbeDataset) -> list[np.ndarray | None]:
     """Return the validation logits of each candidate; None for a diverged training run."""
-    device = dataset.reader.device
     trained = train_mechanisms(
         candidates,
-        training=dataset.training,
-        validation=None if folds else dataset.validation,
-        folds=folds,
-        device=device,
+        split=dataset.split,
+        left_out=dataset.left_out,
+        device=dataset.reader.device,
     )
-    return [None if one is None else one.logits for one in trained]
+    texts = len(dataset.validation)
+    return [None if one is None else one.logits[:texts] for one in trained]
 
 
 def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:

@@ -36,8 +36,7 @@ def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Pat
         examples: Texts that the probe was not trained on.
         directory: Output folder; created if absent.
     """
-    probe = classifier.probe
-    assert probe.spans is not None
+    probe, rule = classifier.probe, classifier.probe.span_rule
     labels = examples.task.output_labels
     scores = [
         text_scores
@@ -46,13 +45,13 @@ def examine_spans(classifier: Classifier, examples: SpanExamples, directory: Pat
     picture = plot_thresholds(
         np.concatenate([labelled_characters(*row, labels) for row in examples.text_spans]),
         # As in the decoding of spans, the margins exclude some characters.
-        np.concatenate([probe.spans.within_margins(text_scores) for text_scores in scores]),
+        np.concatenate([rule.within_margins(text_scores) for text_scores in scores]),
         labels,
         directory,
-        thresholds=probe.spans.thresholds,
+        thresholds=rule.thresholds,
         title=probe.name,
     )
-    found = [probe.spans.read(text_scores, labels) for text_scores in scores]
+    found = [rule.read(text_scores, labels) for text_scores in scores]
     page = directory / "worst.html"
     write_text(page, worst_spans_page(examples, found, title=probe.name))
     return [picture, page]

@@ -84,7 +84,7 @@ class Review:
         self._price = price
         self._pace: float | None = None
         self._questions = [
-            Question.about(item.conversation, item.response) for item in pool.examples.items
+            Question.about(item.messages, item.response) for item in pool.examples.items
         ]
         self._digests = [_text_digest(item) for item in pool.examples.items]
         self._rows = {digest: row for row, digest in enumerate(self._digests)}

@@ -103,9 +103,8 @@ class LlamaBackbone:
         self.is_exact = checkpoint.dtype == "float32"
         header = sha256(reader.data[: reader.data_offset].tobytes()).hexdigest()
         loaded = _tokenizer(path, tokenizer, header)
-        chosen = prompt_format or ("chat" if loaded.chat_template else "raw")
         limit = config["context_length"]
-        self.encoder = PromptEncoder(loaded, prompt_format=chosen, max_tokens=limit)
+        self.encoder = PromptEncoder(loaded, prompt_format=prompt_format, max_tokens=limit)
         self.fingerprint = fingerprint(
             checkpoint,
             self.encoder,

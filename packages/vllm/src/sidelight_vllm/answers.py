@@ -217,12 +217,9 @@ class TextEvents:
     def _prompt_classified(self, report: Report) -> PromptClassified:
         call, probes = self._call, self._call.client.served.probes
         verdicts = report.of(prompt_probe_names(probes))
-        return PromptClassified(
-            annotate_spans(verdicts, probes, call.encoded or EncodedPrompt((), ())),
-            is_plain=call.encoded is not None and call.encoded.is_plain,
-            tokens=call.prompt_tokens,
-            classification_s=report.seconds,
-        )
+        prompt = call.encoded or EncodedPrompt((), ())
+        verdicts = annotate_spans(verdicts, probes, prompt)
+        return PromptClassified(verdicts, prompt, classification_s=report.seconds)
 
     async def _events_of(self, output: Any) -> AsyncGenerator[Event, None]:
         (text,) = output.outputs

@@ -31,6 +31,7 @@ from sidelight.errors import SidelightError
 from sidelight.models.invisible import visible
 from sidelight.server import admin, checks, classify, detectors, guardrail, questions
 from sidelight.server.app import LOOPBACK, application, status_router
+from sidelight.server.chat import ChatCompletionFormat, CompletionFormat
 from sidelight.server.errors import (
     RequestError,
     as_request_error,
@@ -52,6 +53,7 @@ _EVENT_END = b"\n\n"
 # Routes with OpenAI's chunks, which may have no choices.
 _CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _MESSAGES = "/v1/messages"
+_FORMATS = {each.chunk_kind: each for each in (CompletionFormat, ChatCompletionFormat)}
 # Total text length up to which a request body is stripped.
 _MOST_CHARACTERS = 2**20
 # Body fields that become part of a prompt on any vLLM route.
@@ -296,7 +298,6 @@ class _Answer:
 
     def _tokenless_ends(self) -> list[dict[str, Any]]:
         """The final chunks of texts without a sent token, which vLLM omits."""
-        is_chat = self._chunk_fields.get("object") == "chat.completion.chunk"
         tokenless = {
             index: text.ended.reason
             for index, text in enumerate(self._request.choices)
@@ -306,13 +307,12 @@ class _Answer:
             name = f"cmpl-{self._id[REQUEST_ID]}"
             self._chunk_fields = {
                 "id": name,
-                "object": "text_completion",
+                "object": CompletionFormat.chunk_kind,
                 "created": int(time.time()),
             }
-        text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
-        end = {**text, "logprobs": None}
+        answer = _FORMATS.get(self._chunk_fields.get("object", ""), CompletionFormat)
         return [
-            {"choices": [{"index": index, **end, "finish_reason": reason}]}
+            {"choices": [answer.choice(index, None, reason=reason)]}
             for index, reason in tokenless.items()
         ]
 

@@ -236,7 +236,7 @@ class VllmEngine(Engine):
         ) -> PromptClassified:
             readable = verdicts.of(every if has_response(turns) else prompt_names)
             readable = annotate_spans(readable, probes, prompt)
-            return PromptClassified(readable, is_plain=prompt.is_plain, tokens=len(prompt))
+            return PromptClassified(readable, prompt)
 
         # Spans of thousands of messages take seconds.
         each = zip(conversations, prompts, checked, strict=True)

@@ -193,7 +193,7 @@ def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
     """The encoder for recognising conversations that were encoded elsewhere."""
     model = vllm_config.model_config
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False)
-    prompt_format = common_format(probes) or "chat"
+    prompt_format = common_format(probes)
     return PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=model.max_model_len)
 
 

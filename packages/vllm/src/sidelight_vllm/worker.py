@@ -115,17 +115,13 @@ class RequestClassifier:
         ids = [plan.request_id for plan in plans]
         if self.banks.response_probes:
             self._states.update(zip(ids, states, strict=True))
-        response_verdicts = self.banks.classify_responses(states, [plan.is_plain for plan in plans])
+        response_verdicts = self.banks.classify_responses(states, plans)
         by_request = dict(zip(ids, response_verdicts, strict=True))
         ending = [plan for plan in plans if plan.ends_prompt]
         if ending:
             shares = projections.split([len(plan.token_roles) for plan in plans])
             chosen = [p for r, p in zip(plans, shares, strict=True) if r.ends_prompt]
-            prompt_verdicts = self.banks.classify_prompts(
-                torch.cat(chosen),
-                [plan.token_roles for plan in ending],
-                [plan.is_plain for plan in ending],
-            )
+            prompt_verdicts = self.banks.classify_prompts(torch.cat(chosen), ending)
             for plan, request_verdicts in zip(ending, prompt_verdicts, strict=True):
                 by_request[plan.request_id] = request_verdicts | by_request[plan.request_id]
         return by_request | dict.fromkeys(self._broken.intersection(ids), self._no_verdict)

@@ -280,10 +280,9 @@ def _encoder_and_fingerprint(
 ) -> tuple[PromptEncoder, Fingerprint]:
     """The encoder of a model's prompts, and its fingerprint."""
     text = config.get_text_config()
-    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
     # A tokenizer without a limit reports an astronomically large one.
     limit = min(getattr(text, "max_position_embeddings", _NO_LIMIT), tokenizer.model_max_length)
-    encoder = PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
+    encoder = PromptEncoder(tokenizer, prompt_format=prompt_format, max_tokens=int(limit))
     # Hidden states: the embedding and one per block.
     layers, width = text.num_hidden_layers + 1, text.hidden_size
     return encoder, fingerprint(checkpoint, encoder, name=name, layers=layers, width=width)

@@ -150,7 +150,7 @@ def compare_defaults(
     training_background, unseen = background.split_into(2)
     held_out_texts = examples.select(held_out_rows)
     everyone = [(np.arange(len(held_out_texts)), unseen)]
-    test_split = plan_split(backbone, held_out_texts, options, groups=everyone)
+    test_split = plan_split(backbone, held_out_texts, options, parts=[everyone])
     extract(backbone, test_split.states)
     in_contexts = replace(options, background=training_background)
     ours = {
@@ -184,7 +184,7 @@ def compare_defaults(
             )
         dataset = prepare(backbone, drawn, None, options=in_contexts)
         for rival in rivals:
-            splits = {rival: dataset.originals}
+            splits = {rival: dataset.training.without_contexts()}
             if rival in _REGRESSIONS:
                 splits[f"{rival} in contexts"] = dataset.training
             for row, split in splits.items():
@@ -258,8 +258,7 @@ def fit_rival(
     if name in _EARLY_STOPPING:
         fold = training.examples.folds(round(1 / _HELD_OUT), seed=0)[0]
         left_out = training.select(fold)
-        dataset = ProbeDataset(backbone, training.without(fold), left_out)
-        fitted = BASELINES[name]().fit(dataset, seed=0)
+        fitted = BASELINES[name]().fit(ProbeDataset(backbone, training, (fold,)), seed=0)
         return Rival(fitted.logits(left_out), left_out.labels, fitted.logits)
     if name == "tfidf":
         texts = np.array(training.texts, dtype=object)

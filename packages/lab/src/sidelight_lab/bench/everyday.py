@@ -81,8 +81,8 @@ def measure_everyday(
     """
     random = Random(0)
     is_positive = positive_texts(examples, target.thresholds)
-    positives = [item.messages for item in compress(examples.items, is_positive)]
-    negatives = [item.messages for item in compress(examples.items, ~is_positive)]
+    positives = [tuple(item.messages) for item in compress(examples.items, is_positive)]
+    negatives = [tuple(item.messages) for item in compress(examples.items, ~is_positive)]
     if not (positives and negatives):
         raise SidelightError(
             f"Got {len(positives)} texts with {' or '.join(target.thresholds)} and "

@@ -291,9 +291,7 @@ def _served(backbone: TransformersBackbone, probes: Sequence[Probe]) -> Callable
         logits, is_token, _ = _returned(decoder.read_prompts(batch, tap))
         text_verdicts = [Verdicts()] * len(batch)
         if tap:
-            token_roles = [bytes(prompt.token_roles) for prompt in batch]
-            is_plain = [prompt.is_plain for prompt in batch]
-            text_verdicts = banks.classify_prompts(tap.projected()[is_token], token_roles, is_plain)
+            text_verdicts = banks.classify_prompts(tap.projected()[is_token], batch)
         tokens = tuple(logits.argmax(1).tolist())
         return Answer(tokens, tuple(verdicts.verdicts for verdicts in text_verdicts))
 

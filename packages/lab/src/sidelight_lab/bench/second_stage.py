@@ -134,7 +134,7 @@ def _measured(
     answers = recorded
     if answers is None:
         dataset = prepare(backbone, drawn, None, options=options)
-        rival = fit_rival("encoder", dataset.originals, backbone)
+        rival = fit_rival("encoder", dataset.training.without_contexts(), backbone)
         answers = rival.calibration(drawn.task).apply(rival.score(test))[:, 0]
     thresholds = _thresholds(probe, scores, test.labels == 1)
     judge = JudgeSettings(

@@ -154,7 +154,7 @@ def compare_spans(
     learned, measured = (
         make_split(backbone, texts, options, title="Texts") for texts in (training, validation)
     )
-    dataset = ProbeDataset(backbone, learned, measured)
+    dataset = ProbeDataset.held_out(backbone, learned, measured)
     for rival in rivals:
         if rival in _ONE_LAYER:
             reader = _OneLayer(backbone, root, is_mean=_ONE_LAYER[rival])

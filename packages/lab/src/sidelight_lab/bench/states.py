@@ -193,9 +193,8 @@ def _scores(split: Split, states: ActivationCache, candidate: Candidate) -> Scor
     if not isinstance(split.examples, SpanExamples):
         (run,) = train_mechanisms(
             [candidate],
-            training=subset,
-            validation=None,
-            folds=subset.folds(FOLDS),
+            split=subset,
+            left_out=subset.folds(FOLDS),
             shares_matmuls=True,
         )
         if run is None:
@@ -206,7 +205,7 @@ def _scores(split: Split, states: ActivationCache, candidate: Candidate) -> Scor
         return run.logits, labels, np.arange(len(split))
     fold = split.folds(_SPAN_FOLDS)[0]
     validation = subset.select(fold)
-    (run,) = train_mechanisms([candidate], training=subset.without(fold), validation=validation)
+    (run,) = train_mechanisms([candidate], split=subset, left_out=(fold,))
     if run is None:
         raise divergence(*candidate)
     names = split.task.output_labels

@@ -94,7 +94,7 @@ def measure_tools(backbone: Backbone, probe: Probe, examples: LabelledExamples) 
 
 def _chat(item: Example) -> tuple[Message, ...]:
     if item.messages[-1].role == "tool":
-        return item.messages
+        return tuple(item.messages)
     return REQUEST, CALL, Message("tool", item.text)
 
 
@@ -121,9 +121,7 @@ def classify_prompts(
                 backbone.run(chosen, layers=tap.depth)
             projected = tap.projected()
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
-            token_roles = [bytes(prompt.token_roles) for prompt in chosen]
-            is_plain = [prompt.is_plain for prompt in chosen]
-            each = banks.classify_prompts(projected[torch.stack(is_text)], token_roles, is_plain)
+            each = banks.classify_prompts(projected[torch.stack(is_text)], chosen)
             text_verdicts |= dict(zip(batch, each, strict=True))
             advance(sum(lengths[i] for i in batch))
     return [text_verdicts[row] for row in range(len(prompts))]

@@ -151,7 +151,7 @@ def bench_everyday(
     harmless_texts: dict[str, list[Messages]] = {}
     if harmless is not None:
         texts = load_examples(harmless, text=text, label=None)
-        harmless_texts[Path(harmless).name] = [item.messages for item in texts.items]
+        harmless_texts[Path(harmless).name] = [tuple(item.messages) for item in texts.items]
     prompts: list[str] = []
     if padding is not None:
         prompts = [item.text for item in load_examples(padding, text=text, label=None).items]

@@ -97,7 +97,6 @@ def search(
                 trials=trials,
                 seed=seed,
                 storage=out / "journal.log",
-                folds=dataset.folds,
                 on_generation=lambda tried: _report(tried, trials),
             )
             write_search(trials_of, out)

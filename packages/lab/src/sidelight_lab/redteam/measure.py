@@ -157,7 +157,7 @@ class Subject:
 
     @property
     def messages(self) -> Messages:
-        return self.example.messages
+        return tuple(self.example.messages)
 
     @property
     def text(self) -> str:

@@ -72,7 +72,7 @@ class RecipeContext:
         """Training and validation texts with their hidden states."""
         training, validation = self.sample(data.training), self.sample(data.validation)
         require_same_task(training, validation)
-        return ProbeDataset(
+        return ProbeDataset.held_out(
             self.backbone,
             self.extract(training, "Training texts"),
             self.extract(validation, "Validation texts"),

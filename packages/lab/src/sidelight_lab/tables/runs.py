@@ -119,7 +119,7 @@ def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
             split.select(_balanced(split, recipe.labels_per_class, random))
             for split in (dataset.training, dataset.validation)
         )
-        draws.append(ProbeDataset(dataset.reader, training, validation))
+        draws.append(ProbeDataset.held_out(dataset.reader, training, validation))
     return draws
 
 
@@ -153,8 +153,8 @@ def _train(runs: Sequence[tuple[Run, ProbeRow]], *, max_tokens: int) -> None:
     start = perf_counter()
     trained = train_mechanisms(
         [(row.spec(), replace(row.training_settings(), seed=run.seed)) for run, row in runs],
-        training=dataset.training,
-        validation=dataset.validation,
+        split=dataset.split,
+        left_out=dataset.left_out,
         device=dataset.reader.device,
     )
     # Probes that are trained together share the time evenly.
