@@ -348,7 +348,7 @@ def test_flagged_conversations_are_counted_at_out_of_fold_thresholds():
 
 
 def test_few_conversations_yield_no_false_positive_rate():
-    sentence = rate_sentence(0, 99, abstains=False)
+    sentence = rate_sentence(0, 99, TOXICITY)
     assert "too few" in sentence
     assert "%" not in sentence
     # `eval` and `guard` say it too, which have no such option.
@@ -358,7 +358,7 @@ def test_few_conversations_yield_no_false_positive_rate():
     assert {*remedy.groups()[1:]} <= {o for each in train.params for o in each.opts}
     assert remedy[1] == train.name
     assert "context_tokens" in _kinds()
-    assert rate_sentence(4, 100, abstains=False) == (
+    assert rate_sentence(4, 100, TOXICITY) == (
         "False positives: 4.0 % of 100 conversations from held-out sources (95 % CI 1.6 to 9.8 %)"
     )
 
@@ -485,7 +485,7 @@ def test_traffic_is_measured_by_conversation_and_length():
     assert middle == Detections(positives=1, found=0, negatives=1, flagged=0)
     assert [probability for probability, _ in traffic.worst] == [0.9, 0.7, 0.2]
     # What is kept with a probe holds no text, which may be private.
-    assert "w w" in traffic_lines(traffic, abstains=False)
+    assert "w w" in traffic_lines(traffic, TOXICITY)
     assert "w w" not in json.dumps(traffic.to_dict())
 
 
@@ -502,7 +502,7 @@ def test_multiclass_probes_classify_background_as_none(tiny, options):
     assert fitted.probe.task.labels == (*INTENT.labels, "none")
     assert len(fitted.traffic.background) == len(TRAFFIC)
     assert fitted.traffic.flagged <= 0.1 * len(TRAFFIC)
-    sentence = rate_sentence(3, 100, abstains=True)
+    sentence = rate_sentence(3, 100, fitted.probe.task)
     assert sentence.startswith("Classes other than 'none': 3.0 % of 100 conversations")
     # The figures are those of the classes that texts have.
     assert [*fitted.report.per_class] == [*INTENT.labels]

@@ -163,9 +163,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         with nullcontext() if self.verbose else quiet():
             logits = self.classifier_.logits(examples)
         probabilities = self.probe_.calibration.apply(logits)
-        if self.probe_.task.kind == "binary":
-            return np.column_stack([1 - probabilities, probabilities])
-        known = probabilities[:, : len(self.classes_)]
+        known = self.probe_.task.label_probabilities(probabilities)[:, : len(self.classes_)]
         return known / known.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PlainSerializer, PlainValidator
 
+from sidelight.errors import SidelightError, did_you_mean
+
 # Arrays of labels, probabilities and metrics; jaxtyping adds their axes.
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -75,31 +77,87 @@ class MechanismSpec:
 class Task:
     """The decision that a probe makes: its kind and its labels.
 
+    A task gets the class of its kind, as a ``pathlib.Path`` gets that of its system. The methods
+    here suit most kinds; the subclasses hold the exceptions.
+
     Attributes:
         kind: ``binary`` (one positive class), ``multiclass`` (exactly one label holds) or
             ``multilabel`` (each label holds or not).
         labels: Names in the order of the outputs; (negative, positive) for a binary task.
+
+    Raises:
+        SidelightError: The kind is unknown.
     """
 
     kind: TaskKind
     labels: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if self.kind not in _CLASS_OF_KIND:
+            raise SidelightError(
+                f"Unknown kind of task '{self.kind}'.{did_you_mean(self.kind, _CLASS_OF_KIND)}"
+            )
+        # Not in __new__, because pydantic and copies pass no arguments to it.
+        object.__setattr__(self, "__class__", _CLASS_OF_KIND[self.kind])
+
+    def __repr__(self) -> str:
+        return f"Task(kind={self.kind!r}, labels={self.labels!r})"
+
+    @property
+    def output_labels(self) -> tuple[str, ...]:
+        """The label of each logit; for a binary task, only the positive class."""
+        return self.labels
+
     @property
     def outputs(self) -> int:
         """The number of logits: one for a binary task, else one per label."""
-        return 1 if self.kind == "binary" else len(self.labels)
+        return len(self.output_labels)
 
     @property
     def is_sound(self) -> bool:
         """Whether the number of labels fits the kind, and the labels are distinct and printable."""
         count = len(self.labels)
-        is_enough = count == 2 if self.kind == "binary" else count >= 2
-        return is_enough and len({*self.labels}) == count and all(map(is_label, self.labels))
+        return count >= 2 and len({*self.labels}) == count and all(map(is_label, self.labels))
 
     @property
     def flaggable(self) -> tuple[str, ...]:
         """The labels that have a threshold; empty for a multi-class task."""
-        return () if self.kind == "multiclass" else self.output_labels
+        return self.output_labels
+
+    @property
+    def abstains(self) -> bool:
+        """Whether the last of several classes is ``none``, for texts of no other class."""
+        return False
+
+    @property
+    def foreground(self) -> slice:
+        """The labels other than the class ``none`` of background traffic."""
+        return slice(-1) if self.abstains else slice(None)
+
+    @property
+    def choices(self) -> dict[str | bool, str]:
+        """The label that each answer names, if exactly one label holds; else empty."""
+        return {label: label for label in self.labels}
+
+    @property
+    def flags(self) -> str:
+        """The object of the sentence "The probe flags ..."."""
+        return "each label that reaches its threshold"
+
+    @property
+    def background_errors(self) -> str:
+        """The name of verdicts on background traffic that are wrong."""
+        return "False positives"
+
+    def has_thresholds(self, thresholds: Sequence[float]) -> bool:
+        """Whether these are a threshold between 0 and 1 for each label that has one."""
+        return len(thresholds) == len(self.flaggable) and all(
+            0 <= least <= 1 for least in thresholds
+        )
+
+    def is_form_of(self, labels: AnyArray) -> bool:
+        """Whether these can be labels of texts, as in ``LabelledExamples.labels``."""
+        return labels.ndim == 1 and bool(np.isin(labels, np.arange(len(self.labels))).all())
 
     def holds(self, labels: AnyArray) -> Flags:
         """Whether each label holds, ``[text, label]``.
@@ -107,9 +165,6 @@ class Task:
         Args:
             labels: As in ``LabelledExamples.labels``, or decisions of the same form.
         """
-        if self.kind == "multilabel":
-            # Also for an empty array, which has one axis.
-            return labels.reshape(len(labels), len(self.labels)).astype(np.bool_)
         return labels.reshape(-1, 1) == np.arange(len(self.labels))
 
     def targets(self, labels: AnyArray) -> Flags:
@@ -118,32 +173,50 @@ class Task:
 
     def labels_of(self, targets: AnyArray) -> Numbers:
         """The inverse of ``targets``, for a binary or multi-label task."""
-        return (targets[:, 0] if self.kind == "binary" else targets).astype(np.int64)
+        return targets.astype(np.int64)
 
     def label_probabilities(self, probabilities: Values) -> Values:
         """Probability of each label, ``[text, label]``, from the probability of each output."""
-        if self.kind == "binary":
-            return np.hstack([1 - probabilities, probabilities])
         return probabilities
 
-    @property
-    def output_labels(self) -> tuple[str, ...]:
-        """The label of each logit; for a binary task, only the positive class."""
-        return self.labels[-self.outputs :]
+    def decided(self, probabilities: Values, thresholds: Sequence[float] | Values) -> Flags:
+        """Whether each label is predicted, ``[text, label]``.
 
-    @property
-    def abstains(self) -> bool:
-        """Whether the last of several classes is ``none``, for texts of no other class."""
-        return self.kind == "multiclass" and self.labels[-1] == NONE
+        Args:
+            probabilities: Of each output, ``[text, output]``.
+            thresholds: Of each output, or of each text and output; unused if multi-class.
+        """
+        return self.holds(probabilities >= np.array(thresholds))
 
-    @property
-    def flags(self) -> str:
-        """The object of the sentence "The probe flags ..."."""
-        if self.kind == "multiclass":
-            return "nothing: with several classes, a verdict names one, and `flagged` stays false"
-        if self.kind == "multilabel":
-            return "each label that reaches its threshold"
-        return f"'{self.labels[1]}'"
+    def flagged(self, probabilities: Values, thresholds: Sequence[float] | Values) -> Flags:
+        """Which texts are flagged, or given a class other than ``none``; arguments as above."""
+        return np.asarray((probabilities >= np.array(thresholds)).any(axis=1))
+
+    def confidences(self, probabilities: Values, targets: Flags) -> tuple[Values, Flags]:
+        """Probability and truth of each label, or of only the most probable of several classes."""
+        return probabilities, targets
+
+    def likelihoods(self, probabilities: Values, labels: Numbers) -> Values:
+        """Probability of what holds in each text: each label or its absence, or the class.
+
+        Args:
+            probabilities: Of each output, ``[text, output]``.
+            labels: As in ``LabelledExamples.labels``.
+        """
+        return np.where(self.targets(labels), probabilities, 1 - probabilities)
+
+    def confusion_matrix(self, actual: Flags, predicted: Flags) -> Numbers:
+        """Counts of texts, ``[actual, predicted]``; for a multi-label task, of each label.
+
+        Args:
+            actual: Whether each label holds, ``[text, label]``.
+            predicted: Whether it was predicted.
+        """
+        return actual.T.astype(np.int64) @ predicted.astype(np.int64)
+
+    def logit_weights(self, label: str) -> NDArray[np.float32]:
+        """Weights whose sum of logits is the evidence for the label of an output."""
+        return np.eye(self.outputs, dtype=np.float32)[self.output_labels.index(label)]
 
     def decide(
         self,
@@ -169,7 +242,6 @@ class Task:
             turn: The turn that decided, as ``Verdict.turn``.
             version: Version of the probe, as in ``Verdict.version``.
         """
-        best = max(probabilities, key=probabilities.__getitem__)
         if spans is not None:
             spans = tuple(span for span in spans if span.label in thresholds)
             annotated = (span.label for span in spans)
@@ -179,12 +251,113 @@ class Task:
             for name, least in thresholds.items()
             if probabilities[name] >= least or name in annotated
         )
-        if self.kind == "binary":
-            best = reached[0] if reached else self.labels[0]
-        labels = reached if reached or self.kind == "multilabel" else (best,)
+        best, labels = self._named(probabilities, reached)
         return Verdict(
             probe, best, labels, dict(probabilities), bool(reached), turn, spans, version=version
         )
+
+    def _named(
+        self, probabilities: Mapping[str, float], reached: tuple[str, ...]
+    ) -> tuple[str, tuple[str, ...]]:
+        """``Verdict.label`` and ``labels``, given the labels that reach their thresholds."""
+        best = max(probabilities, key=probabilities.__getitem__)
+        return best, reached or (best,)
+
+
+class _Binary(Task):
+    @property
+    def output_labels(self) -> tuple[str, ...]:
+        return self.labels[-1:]
+
+    @property
+    def is_sound(self) -> bool:
+        return len(self.labels) == 2 and super().is_sound
+
+    @property
+    def choices(self) -> dict[str | bool, str]:
+        return {**super().choices, False: self.labels[0], True: self.labels[1]}
+
+    @property
+    def flags(self) -> str:
+        return f"'{self.labels[1]}'"
+
+    def labels_of(self, targets: AnyArray) -> Numbers:
+        return targets[:, 0].astype(np.int64)
+
+    def label_probabilities(self, probabilities: Values) -> Values:
+        return np.hstack([1 - probabilities, probabilities])
+
+    def _named(
+        self, probabilities: Mapping[str, float], reached: tuple[str, ...]
+    ) -> tuple[str, tuple[str, ...]]:
+        best = reached[0] if reached else self.labels[0]
+        return best, reached or (best,)
+
+
+class _MultiClass(Task):
+    @property
+    def flaggable(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def abstains(self) -> bool:
+        return self.labels[-1] == NONE
+
+    @property
+    def flags(self) -> str:
+        return "nothing: with several classes, a verdict names one, and `flagged` stays false"
+
+    @property
+    def background_errors(self) -> str:
+        return f"Classes other than '{NONE}'"
+
+    def decided(self, probabilities: Values, thresholds: Sequence[float] | Values) -> Flags:
+        return self.holds(probabilities.argmax(axis=1))
+
+    def flagged(self, probabilities: Values, thresholds: Sequence[float] | Values) -> Flags:
+        return probabilities.argmax(axis=1) != self.labels.index(NONE)
+
+    def confidences(self, probabilities: Values, targets: Flags) -> tuple[Values, Flags]:
+        winner = probabilities.argmax(axis=1, keepdims=True)
+        stated = np.take_along_axis(probabilities, winner, axis=1)
+        return stated, np.take_along_axis(targets, winner, axis=1)
+
+    def likelihoods(self, probabilities: Values, labels: Numbers) -> Values:
+        return np.take_along_axis(probabilities, labels[:, None], axis=1)
+
+    def logit_weights(self, label: str) -> NDArray[np.float32]:
+        # The softmax ignores what all logits share.
+        return super().logit_weights(label) - np.float32(1 / self.outputs)
+
+
+class _MultiLabel(Task):
+    @property
+    def choices(self) -> dict[str | bool, str]:
+        return {}
+
+    def is_form_of(self, labels: AnyArray) -> bool:
+        return labels.shape[1:] == (len(self.labels),) and bool(np.isin(labels, (0, 1)).all())
+
+    def holds(self, labels: AnyArray) -> Flags:
+        # Also for an empty array, which has one axis.
+        return labels.reshape(len(labels), len(self.labels)).astype(np.bool_)
+
+    def confusion_matrix(self, actual: Flags, predicted: Flags) -> Numbers:
+        both = (np.stack([~flags, flags]).astype(np.int64) for flags in (actual, predicted))
+        return np.einsum("arl,prl->lap", *both)
+
+    def _named(
+        self, probabilities: Mapping[str, float], reached: tuple[str, ...]
+    ) -> tuple[str, tuple[str, ...]]:
+        best, _ = super()._named(probabilities, reached)
+        return best, reached
+
+
+_CLASS_OF_KIND: Mapping[TaskKind, type[Task]] = {
+    "binary": _Binary,
+    "multiclass": _MultiClass,
+    "multilabel": _MultiLabel,
+}
 
 
 @dataclass(frozen=True, order=True)

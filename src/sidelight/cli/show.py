@@ -20,7 +20,7 @@ from sidelight.scoring import Assessment, SpanAssessment
 from sidelight.statistics.background import Detections, Traffic
 from sidelight.statistics.metrics import wilson
 from sidelight.training.fit import Fit
-from sidelight.types import NONE, visible
+from sidelight.types import NONE, Task, visible
 
 _METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # With fewer conversations, no false-positive rate is given.
@@ -68,7 +68,7 @@ def print_fit(result: Fit) -> None:
     if sources := result.probe.card.training.validation.sources:
         print_sources(sources)
     if result.traffic is not None and len(result.traffic.background):
-        click.echo(traffic_lines(result.traffic, abstains=result.probe.task.abstains))
+        click.echo(traffic_lines(result.traffic, result.probe.task))
     click.echo(summary(headline, result.probe.card.training.flagged))
 
 
@@ -113,7 +113,7 @@ def print_assessment(assessment: Assessment) -> None:
     print_operating_points(assessment)
     flagged, conversations = probe.card.training.flagged
     if conversations:
-        click.echo(rate_sentence(flagged, conversations, abstains=probe.task.abstains))
+        click.echo(rate_sentence(flagged, conversations, probe.task))
     elif probe.thresholds:
         click.echo(
             "False positives: unknown, because the probe was trained without background traffic."
@@ -227,27 +227,28 @@ def summary(report: Report, background: tuple[int, int]) -> str:
     """
     task, counts, rows = report.task, report.confusion_matrix, report.rows
     traffic = _background_share(*background)
-    if task.kind == "multiclass":
-        named = f"; assigns a class other than '{NONE}' to {traffic}" if traffic else ""
-        return f"Classifies {np.trace(counts):,} of {rows:,} texts correctly{named}."
-    ((passed, false), (missed, found)) = (
-        counts if task.kind == "binary" else counts.sum(0)
-    ).tolist()
-    if task.kind == "multilabel":
-        flagged = f"; flags {traffic}" if traffic else ""
-        return (
-            f"Finds {found:,} of {found + missed:,} labels in {rows:,} texts and assigns "
-            f"{false:,} wrongly{flagged}."
-        )
-    # A test may have texts of only one label.
-    positives, negatives = found + missed, passed + false
-    finds = f"finds {found:,} of {positives:,} '{task.labels[1]}' texts" if positives else ""
-    flags = [f"{false:,} of {negatives:,} other texts"] if negatives else []
-    flags += [traffic] if traffic else []
-    clauses = [finds] if finds else []
-    clauses += [f"flags {' and '.join(flags)}"] if flags else []
-    sentence = "; ".join(clauses)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    match task.kind:
+        case "multiclass":
+            named = f"; assigns a class other than '{NONE}' to {traffic}" if traffic else ""
+            return f"Classifies {np.trace(counts):,} of {rows:,} texts correctly{named}."
+        case "multilabel":
+            ((_, false), (missed, found)) = counts.sum(0).tolist()
+            flagged = f"; flags {traffic}" if traffic else ""
+            return (
+                f"Finds {found:,} of {found + missed:,} labels in {rows:,} texts and assigns "
+                f"{false:,} wrongly{flagged}."
+            )
+        case "binary":
+            ((passed, false), (missed, found)) = counts.tolist()
+            # A test may have texts of only one label.
+            positives, negatives = found + missed, passed + false
+            finds = f"finds {found:,} of {positives:,} '{task.labels[1]}' texts"
+            flags = [f"{false:,} of {negatives:,} other texts"] if negatives else []
+            flags += [traffic] if traffic else []
+            clauses = [finds] if positives else []
+            clauses += [f"flags {' and '.join(flags)}"] if flags else []
+            sentence = "; ".join(clauses)
+            return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 @summary.register
@@ -270,10 +271,10 @@ def _background_share(flagged: int, conversations: int) -> str:
     return f"{_percent(flagged / conversations)} of background traffic"
 
 
-def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
+def traffic_lines(traffic: Traffic, task: Task) -> str:
     """Lines on the false positives in background traffic and the embedded positives found."""
     conversations = len(traffic.background)
-    lines = [rate_sentence(traffic.flagged, conversations, abstains=abstains)]
+    lines = [rate_sentence(traffic.flagged, conversations, task)]
     if conversations >= _FEWEST:
         counts = [
             f"{kind} {_percent(counts.flagged / counts.negatives)} of {counts.negatives}"
@@ -293,7 +294,7 @@ def traffic_lines(traffic: Traffic, *, abstains: bool) -> str:
     return "\n".join(lines)
 
 
-def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
+def rate_sentence(flagged: int, conversations: int, task: Task) -> str:
     """The false-positive rate on background traffic, or with few conversations, how to get one."""
     if conversations < _FEWEST:
         return (
@@ -303,10 +304,9 @@ def rate_sentence(flagged: int, conversations: int, *, abstains: bool) -> str:
         )
     share = flagged / conversations
     ((low,), (high,)) = wilson(np.array([share]), np.array([conversations])).tolist()
-    errors = f"Classes other than '{NONE}'" if abstains else "False positives"
     return (
-        f"{errors}: {_percent(share)} of {conversations} conversations from held-out sources "
-        f"(95 % CI {100 * low:.1f} to {_percent(high)})"
+        f"{task.background_errors}: {_percent(share)} of {conversations} conversations from "
+        f"held-out sources (95 % CI {100 * low:.1f} to {_percent(high)})"
     )
 
 

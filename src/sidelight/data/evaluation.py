@@ -109,13 +109,13 @@ def evaluate(predictions: Predictions, *, bootstrap: int = 1000, seed: int = 0) 
     """
     task, rows = predictions.task, len(predictions.scores)
     confusion = predictions.confusion_matrix()
-    if task.abstains and not predictions.targets[:, -1].any():
-        # A class without rows would count as never correct.
+    if not predictions.targets[:, -1].any():
+        # A class 'none' without rows would count as never correct.
         predictions = replace(
             predictions,
-            scores=predictions.scores[:, :-1],
-            targets=predictions.targets[:, :-1],
-            decisions=predictions.decisions[:, :-1],
+            scores=predictions.scores[:, task.foreground],
+            targets=predictions.targets[:, task.foreground],
+            decisions=predictions.decisions[:, task.foreground],
         )
     draws = measure_resamples(predictions, resamples=bootstrap, seed=seed)
     metrics = {name: Estimate.of(draws[name]) for name in METRICS}

@@ -135,12 +135,9 @@ class SpanRule:
 
     def fits(self, task: Task) -> bool:
         """Whether each label of a task has a threshold between 0 and 1, and a margin."""
-        calibration = self.calibration
-        vectors = (self.thresholds, self.margins, calibration.scale, calibration.shift)
-        is_complete = {*map(len, vectors)} == {task.outputs}
         return (
-            is_complete
-            and calibration.task == task.kind
+            self.calibration.fits(task)
+            and len(self.thresholds) == len(self.margins) == task.outputs
             and all(0 <= least <= 1 for least in self.thresholds)
             and all(margin is None or margin >= 0 for margin in self.margins)
         )

@@ -311,8 +311,8 @@ class BoundRule:
             return routes.get(FAILED_LABEL, FAILED_LABEL)
         if routes:
             return next((routes[label] for label in verdict.labels if label in routes), None)
-        names_class = verdict.flagged or self.probe.task.kind == "multiclass"
-        return verdict.labels[0] if names_class else None
+        named = self.probe.task.output_labels
+        return next((label for label in verdict.labels if label in named), None)
 
 
 def side_of(card: "ProbeCard") -> Side:

@@ -308,10 +308,8 @@ class ProbeCard(_Record):
         task, traffic = self.task, self.training.traffic
         checks = {
             "task.labels": task.is_sound,
-            "thresholds": len(self.thresholds) == len(task.flaggable)
-            and all(0 <= threshold <= 1 for threshold in self.thresholds),
-            "calibration": self.calibration.task == task.kind
-            and len(self.calibration.scale) == task.outputs,
+            "thresholds": task.has_thresholds(self.thresholds),
+            "calibration": self.calibration.fits(task),
             "spans": self.spans is None or self.spans.fits(task),
             "judge_fit": self.judge_fit is None or (task.kind == "binary" and self.spans is None),
             "curves": not self.training.curves or tuple(self.training.curves) == task.flaggable,

@@ -126,10 +126,9 @@ def explain(
     decisive = probe.highest(logits[:-1], segments, ProbeOutput(logits[-1]))
     verdict = probe.verdict(decisive.logits, turn=decisive.turn)
     labels = probe.task.output_labels
-    label = labels[0] if probe.task.kind == "binary" else verdict.label
-    targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]
-    if probe.task.kind == "multiclass":
-        targets -= 1 / len(labels)
+    # The negative class of a binary task has no logit.
+    label = verdict.label if verdict.label in labels else labels[0]
+    targets = probe.task.logit_weights(label)
     segment = int(logits[:, labels.index(label)].argmax())
     shares = mechanism.shares(_texts(projections, [read[segment]]), torch.from_numpy(targets)[None])
     return Explanation(

@@ -190,7 +190,4 @@ class Metrics(Collector):
 
 def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
     """The probability of each label; for a binary probe only that of the positive label."""
-    if probe.task.kind != "binary":
-        return verdict.probabilities
-    positive = probe.task.labels[1]
-    return {positive: verdict.probabilities[positive]}
+    return {label: verdict.probabilities[label] for label in probe.task.output_labels}

@@ -206,11 +206,8 @@ def _answer(
     if isinstance(question, ChoiceQuestion) and name in verdicts:
         verdict, task = verdicts[name], tasks[name]
         values = [option.value for option in question.choices]
-        # A binary probe also accepts true for its positive label and false for the other.
-        of_bool = task.labels if task.kind == "binary" else ("", "")
-        labels = [value if isinstance(value, str) else of_bool[value] for value in values]
-        by_label = dict(zip(labels, values, strict=True))
-        if task.kind != "multilabel" and sorted(labels) == sorted(verdict.probabilities):
+        by_label = {task.choices[value]: value for value in values if value in task.choices}
+        if len(by_label) == len(values) and by_label.keys() == verdict.probabilities.keys():
             return {
                 "type": "choice",
                 "name": name,

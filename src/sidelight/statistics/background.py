@@ -94,18 +94,7 @@ class Conversations:
     ) -> int:
         """Number of conversations flagged at the thresholds of the other folds."""
         applied = self.left_out_thresholds(thresholds, calibration, rule)[self.folds]
-        return int(flags_of(task, calibration.apply(self.logits), applied).sum())
-
-
-def flags_of(
-    task: Task,
-    probabilities: Float[Values, "text output"],
-    thresholds: Sequence[float] | Float[Values, "text label"],
-) -> Bool[Flags, " text"]:
-    """Which texts are flagged, or given a class other than ``none``."""
-    if task.abstains:
-        return probabilities.argmax(1) < task.outputs - 1
-    return np.asarray((probabilities >= np.array(thresholds)).any(1))
+        return int(task.flagged(calibration.apply(self.logits), applied).sum())
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ class Calibration:
         if min(self.scale) <= 0:
             raise ValueError("scale must be positive")
 
+    def fits(self, task: Task) -> bool:
+        """Whether it calibrates the outputs of this task."""
+        return self.task == task.kind and len(self.scale) == task.outputs
+
     def apply(self, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
         """Calibrated probabilities; in a multi-class task, each row sums to 1.
 
@@ -136,14 +140,13 @@ def fit_calibration(
     if kind == "none":
         return Calibration("none", task.kind, ones, zeros)
     logits = logits.astype(np.float64)
-    is_multiclass = task.kind == "multiclass"
     holds = task.targets(integers)
     if task.kind != "multilabel" and (holds.all(axis=0) | ~holds.any(axis=0)).all():
         raise SidelightError(
             f"Cannot fit a {kind} calibration on {len(holds)} rows of one class; rows of both "
             "classes are needed. Add validation rows, or use kind 'none'."
         )
-    if is_multiclass:
+    if task.kind == "multiclass":
         errors = np.full((len(holds), 1), 1 / (len(holds) + 2))
         scale, shifts = _fit_affine(kind, logits, holds, errors, around[0])
         return Calibration(kind, task.kind, (scale,) * task.outputs, tuple(shifts.tolist()))

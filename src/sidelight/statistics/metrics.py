@@ -91,11 +91,7 @@ class Predictions:
         A multi-label task has a 2 x 2 matrix per label, [label, actual, predicted], where absent
         comes before present.
         """
-        actual, predicted = self.targets.astype(np.int64), self.decisions.astype(np.int64)
-        if self.task.kind != "multilabel":
-            return actual.T @ predicted
-        actual, predicted = np.stack([1 - actual, actual]), np.stack([1 - predicted, predicted])
-        return np.einsum("arl,prl->lap", actual, predicted)
+        return self.task.confusion_matrix(self.targets, self.decisions)
 
     def confidences(self) -> tuple[Float[Values, "row item"], Bool[Flags, "row item"]]:
         """The probabilities for a reliability diagram or ECE, and their outcomes.
@@ -103,12 +99,7 @@ class Predictions:
         They belong to the positive class if binary, to the most probable class if multi-class, and
         to every label if multi-label.
         """
-        stated, correct = self.scores[:, self.headline], self.targets[:, self.headline]
-        if self.task.kind == "multiclass":
-            winner = stated.argmax(axis=1, keepdims=True)
-            stated = np.take_along_axis(stated, winner, axis=1)
-            correct = np.take_along_axis(correct, winner, axis=1)
-        return stated, correct
+        return self.task.confidences(self.scores[:, self.headline], self.targets[:, self.headline])
 
 
 def decide(
@@ -136,11 +127,11 @@ def decide(
     """
     integers = checked_labels(task, probabilities, labels)
     assert 0 <= probabilities.min() <= probabilities.max() <= 1, "logits are no probabilities"
-    assert len(thresholds) == len(task.flaggable), thresholds
+    assert task.has_thresholds(thresholds), thresholds
     applied = thresholds if row_thresholds is None else row_thresholds
-    decided = probabilities >= applied if task.flaggable else probabilities.argmax(axis=1)
+    decided = task.decided(probabilities, applied)
     scores = task.label_probabilities(probabilities)
-    return Predictions(task, thresholds, scores, task.holds(integers), task.holds(decided))
+    return Predictions(task, thresholds, scores, task.holds(integers), decided)
 
 
 def checked_labels(
@@ -158,9 +149,7 @@ def checked_labels(
             f"Row {is_finite.argmin()} of the outputs contains NaN or infinity. Check whether "
             "its hidden states overflow in half precision, or whether training diverged."
         )
-    is_multilabel = task.kind == "multilabel"
-    assert labels.shape[1:] == ((len(task.labels),) if is_multilabel else ())
-    assert np.isin(labels, np.arange(2 if is_multilabel else len(task.labels))).all()
+    assert task.is_form_of(labels), labels
     return labels.astype(np.int64)
 
 
@@ -178,12 +167,8 @@ def log_losses(
         SidelightError: As `checked_labels`.
     """
     integers = checked_labels(task, probabilities, labels)
-    if task.kind == "multiclass":
-        stated = np.take_along_axis(probabilities, integers[:, None], axis=1)
-    else:
-        targets = integers.reshape(probabilities.shape)
-        stated = np.where(targets == 1, probabilities, 1 - probabilities)
-    return -np.log(stated.clip(_SURE, None)).mean(axis=1)
+    likelihoods = task.likelihoods(probabilities, integers)
+    return -np.log(likelihoods.clip(_SURE, None)).mean(axis=1)
 
 
 def decision_metrics(

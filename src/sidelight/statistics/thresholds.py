@@ -296,8 +296,6 @@ def warn_of_few_texts(
         texts: Number of texts that thresholds are chosen on.
         rule: Objective of the thresholds.
     """
-    if not task.flaggable:
-        return False
     classified = {label: positives[label] for label in task.flaggable}
     few = {label: count for label, count in classified.items() if count < ENOUGH_POSITIVES}
     if few:
@@ -307,7 +305,7 @@ def warn_of_few_texts(
             f"{ENOUGH_POSITIVES}). Recall on new texts may be much higher or lower. Label more "
             "of these texts first."
         )
-    negatives = texts - max(classified.values())
+    negatives = texts - max(classified.values(), default=0)
     # With fewer negatives, zero flagged texts are no evidence for the rate (rule of three).
     wanted = math.ceil(3 / rule.value) if rule.kind == "fpr" else 0
     if negatives < wanted:

@@ -17,7 +17,7 @@ from sidelight.data.evaluation import Report, evaluate
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError, warn
 from sidelight.probes.card import CalibrationTexts, Texts, TrainingRecord, TrainingTexts
-from sidelight.statistics.background import Conversations, Detections, flags_of
+from sidelight.statistics.background import Conversations, Detections
 from sidelight.statistics.calibration import (
     Calibration,
     CalibrationKind,
@@ -176,7 +176,7 @@ def measure_sources(
     if not thresholds or not 2 <= len(names) <= _MOST_SOURCES:
         return {}
     holds = np.asarray(examples.labels.reshape(len(examples), -1).any(1))
-    flags = flags_of(examples.task, probabilities, thresholds)
+    flags = examples.task.flagged(probabilities, thresholds)
     measured: dict[str, Detections] = {}
     for source in sorted(names - {""}):
         is_source = sources == source

@@ -45,7 +45,7 @@ class TfIdf:
             # A label without training texts is constant and has no decision function.
             chance = self.model.predict_proba(texts).clip(_LEAST, 1 - _LEAST)
             return np.log(chance / (1 - chance))
-        if self.task.kind == "multiclass" and len(self.model.classes_) < self.task.outputs:
+        if len(self.model.classes_) < self.task.outputs:
             # A class without training texts is almost impossible.
             chance = np.full((len(texts), self.task.outputs), _LEAST)
             chance[:, self.model.classes_] = self.model.predict_proba(texts).clip(min=_LEAST)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sidelight.errors import warn
-from sidelight.statistics.background import Conversations, Detections, Traffic, flags_of
+from sidelight.statistics.background import Conversations, Detections, Traffic
 from sidelight.statistics.metrics import wilson
 from sidelight.statistics.thresholds import OperatingCurve, ThresholdRule
 from sidelight.types import Task
@@ -52,10 +52,9 @@ def measure_traffic(
     groups = np.array([context.group for context in contexts], dtype=int)
     # A fold may have contexts but no conversations.
     applied = thresholds[np.minimum(groups, len(thresholds) - 1)]
-    flags = flags_of(task, probabilities, applied)
-    flaggable = probabilities[:, :-1] if task.abstains else probabilities
+    flags = task.flagged(probabilities, applied)
     conversations = conversations_of(contexts)
-    highest = flaggable[conversations].max(1)
+    highest = probabilities[conversations, task.foreground].max(1)
     background_contexts = [contexts[row] for row in conversations.tolist()]
     order = np.argsort(-highest, kind="stable")[:_EXAMPLES].tolist()
     worst = [(float(highest[i]), excerpt(background_contexts[i].example.text)) for i in order]

@@ -72,9 +72,8 @@ def _hold_out(examples: LabelledExamples) -> tuple[LabelledExamples, Folds]:
     """Hold out a part for validation, which comes last; warn if too few texts prevent
     cross-fitting.
     """
-    is_binary = examples.task.kind == "binary"
     counts = examples.count_by_label
-    if len(examples) < 2 * FOLDS or (is_binary and min(counts.values()) < FOLDS):
+    if len(examples) < 2 * FOLDS or not _has_both(examples, FOLDS):
         shares = ", ".join(f"{count} of '{label}'" for label, count in counts.items())
         raise SidelightError(
             f"Too few texts to train on: got {len(examples)} ({shares}). Give at least {FOLDS} "
@@ -89,7 +88,7 @@ def _hold_out(examples: LabelledExamples) -> tuple[LabelledExamples, Folds]:
             f"the texts were held out for validation. Add more texts of '{label}'."
         )
     held_out = examples.hold_out(validation_share(len(examples)), seed=0)
-    if not len(held_out) or (is_binary and not examples.select(held_out).label_counts.all()):
+    if not len(held_out) or not _has_both(examples.select(held_out), 1):
         raise SidelightError(
             "Too few distinct texts to hold some of each label out for validation: got "
             f"{examples.distinct} in all, and duplicates stay together. Give at least {FOLDS} of "
@@ -98,6 +97,11 @@ def _hold_out(examples: LabelledExamples) -> tuple[LabelledExamples, Folds]:
     texts = np.arange(len(examples))
     order = np.concatenate([np.setdiff1d(texts, held_out), held_out])
     return examples.select(order), (texts[-len(held_out) :],)
+
+
+def _has_both(examples: LabelledExamples, least: int) -> bool:
+    """Whether a binary task has this many texts of both classes; other tasks may lack labels."""
+    return examples.task.kind != "binary" or int(examples.label_counts.min()) >= least
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
@@ -132,11 +136,11 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
             f"{task}. Load the validation data with task=training.task."
         )
     counts = validation.label_counts
-    missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
-    if missing and task.kind == "binary":
+    if not _has_both(validation, 1):
         raise SidelightError(
-            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. Add "
-            "some, or leave the validation data out to hold out part of the training data."
+            f"The validation data has no '{task.labels[counts.argmin()]}' text, so no threshold "
+            "can be chosen. Add some, or leave the validation data out to hold out part of the "
+            "training data."
         )
     if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
         raise SidelightError(

@@ -16,7 +16,6 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.engines.transformers.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.states.extraction import cached_logits, extract
-from sidelight.statistics.background import flags_of
 from sidelight.statistics.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.statistics.metrics import decide, log_losses
 from sidelight.training.background import Background
@@ -176,7 +175,7 @@ def compare_defaults(
                 for name, report in zip(_ACCURACIES, (evaluate(decided), run.report), strict=True)
             }
             if run.traffic is not None and len(conversations):
-                flags = flags_of(run.probe.task, chances[conversations], run.probe.thresholds)
+                flags = run.probe.task.flagged(chances[conversations], run.probe.thresholds)
                 share = run.traffic.flagged / max(1, len(run.traffic.background))
                 printed |= zip(_TRAFFIC, (float(flags.mean()), share), strict=True)
             evaluated.append(
