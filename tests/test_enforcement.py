@@ -215,27 +215,21 @@ def test_cached_decision_applies_only_to_its_prompt(prompt_probe):
         guarded(enforcement, prompt_event(0.9), Finished("stop", 3, 0))
 
 
-class CountingTask(Task):
-    """A task that counts the verdicts that it decides on."""
-
-    decided = 0
-
-    def decide(self, *args, **options):
-        type(self).decided += 1
-        return super().decide(*args, **options)
-
-
 def test_prompt_is_decided_once_for_engine_observer_and_client(prompt_probe, monkeypatch):
-    monkeypatch.setattr(CountingTask, "decided", 0)
-    counted = prompt_probe.changed(
-        task=CountingTask(prompt_probe.task.kind, prompt_probe.task.labels)
-    )
+    decided: list[Task] = []
+    decide = Task.decide
+
+    def counted(task, *args, **options):
+        decided.append(task)
+        return decide(task, *args, **options)
+
+    monkeypatch.setattr(Task, "decide", counted)
     notes = Notes()
-    enforcement = Enforcement([BoundRule(counted, Rule("flag"))], lambda _: notes)
+    enforcement = Enforcement([BoundRule(prompt_probe, Rule("flag"))], lambda _: notes)
     assert enforcement.admits(prompt_event(0.9))
     admitted, ended = guarded(enforcement, prompt_event(0.9), Finished("stop", 3, 0))
     assert isinstance(admitted, Classified)
-    assert CountingTask.decided == 1
+    assert len(decided) == 1
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.of_prompt is admitted.decisions
     assert notes.of_end == ended.decisions
