@@ -245,9 +245,13 @@ def left_out(
     candidate = (probe.card.mechanism, replace(options.settings, layers=depth))
     # A labelled text and its contexts; conversations of the background have no source.
     sources = np.array(split.examples.sources, dtype=object)
-    sources[[context.kind == "background" for context in split.contexts]] = ""
+    for row, context in enumerate(split.contexts):
+        if context.kind == "background":
+            sources[row] = ""
+    fold_of = np.zeros(len(split), dtype=int)
     # Background, labelled or not, is left out by its groups.
-    fold_of = np.array([context.group for context in split.contexts]) % len(folds)
+    for fold, rows in enumerate(split.folds(len(folds))):
+        fold_of[rows] = fold
     for fold, names in enumerate(folds):
         fold_of[np.isin(sources, names)] = fold
     if unlisted := {*sources} - {"", "background", *chain(*folds)}:

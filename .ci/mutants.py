@@ -35,7 +35,7 @@ AREAS = {
     "mechanisms": (
         20,
         ["probes/mechanisms"],
-        ["mechanisms", "bank", "explanation", "training"],
+        ["mechanisms", "bank", "explanation", "training", "spans"],
     ),
     "bank": (
         12,
@@ -47,6 +47,7 @@ AREAS = {
         ["policy"],
         [
             "enforcement",
+            "second_stage",
             "policy_*",
             "policies",
             "disclosure",
@@ -63,6 +64,7 @@ AREAS = {
         ],
         [
             "prompts",
+            "invisible",
             "turns*",
             "chat_families",
             "backbones",
@@ -76,6 +78,7 @@ AREAS = {
         ["server"],
         [
             "server_*",
+            "second_stage",
             "disclosure",
             "redaction",
             "polic*",
