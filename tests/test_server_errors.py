@@ -12,8 +12,11 @@ from unittest.mock import Mock
 import pytest
 from pydantic import ValidationError
 
+from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers.engine import TransformersEngine
+from sidelight.errors import ContextLengthError, SidelightError, VerdictError
+from sidelight.server.errors import as_request_error
 from sidelight.server.guardrail import GuardrailRequest
 from sidelight.server.observe import LogFormatter
 from sidelight.server.questions import DecisionRequest
@@ -276,3 +279,20 @@ def test_asyncio_logs_omit_exception_messages():
     assert "Exception in callback" in log
     assert log.count("RuntimeError at") == 2
     assert "zebra" not in log
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (SidelightError("x"), 400, None),
+        (ContextLengthError("x"), 400, "context_length_exceeded"),
+        (EngineBusyError(waiting=2, limit=2), 429, "engine_busy"),
+        (EngineUnavailableError("x"), 503, "unavailable"),
+        (GenerationError("x"), 500, "generation_failed"),
+        (VerdictError("x"), 500, "verdict_failed"),
+    ],
+)
+def test_each_kind_of_error_has_its_status_and_code(error, status, code):
+    request_error = as_request_error(error)
+    assert request_error.status == status
+    assert request_error.body["error"]["code"] == code
