@@ -233,6 +233,6 @@ def test_label_command_works_end_to_end(tiny, tmp_path, browser):
                     wait_for_labels(page, 1)
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 0, lines
-    assert lines[-2] == "1 texts are labelled in texts-labels.jsonl (1 of them just now).\n"
+    assert lines[-2] == "1 texts are labelled in texts-labels.jsonl (1 in this session).\n"
     assert lines[-1].startswith("Next: sidelight train --data texts-labels.jsonl --out ")
     assert not any(row["text"] in line for row in rows for line in lines)
