@@ -6,16 +6,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import PlainSerializer, PlainValidator
 
 from sidelight.errors import SidelightError, did_you_mean
 
 # Arrays of labels, probabilities and metrics; jaxtyping adds their axes.
-Values = NDArray[np.float64]
-Numbers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-AnyArray = NDArray[np.generic]
+# Not NDArray, which is an alias from numpy 2.5 on, and jaxtyping wants a class.
+_Shape = tuple[Any, ...]
+Values = np.ndarray[_Shape, np.dtype[np.float64]]
+Weights = np.ndarray[_Shape, np.dtype[np.float32]]
+Numbers = np.ndarray[_Shape, np.dtype[np.int64]]
+Flags = np.ndarray[_Shape, np.dtype[np.bool_]]
+AnyArray = np.ndarray[_Shape, np.dtype[np.generic]]
 
 
 def as_json(dtype: type[np.generic], *, axes: int | None = None) -> tuple[Any, ...]:
@@ -214,7 +216,7 @@ class Task:
         """
         return actual.T.astype(np.int64) @ predicted.astype(np.int64)
 
-    def logit_weights(self, label: str) -> NDArray[np.float32]:
+    def logit_weights(self, label: str) -> Weights:
         """Weights whose sum of logits is the evidence for the label of an output."""
         return np.eye(self.outputs, dtype=np.float32)[self.output_labels.index(label)]
 
@@ -325,7 +327,7 @@ class _MultiClass(Task):
     def likelihoods(self, probabilities: Values, labels: Numbers) -> Values:
         return np.take_along_axis(probabilities, labels[:, None], axis=1)
 
-    def logit_weights(self, label: str) -> NDArray[np.float32]:
+    def logit_weights(self, label: str) -> Weights:
         # The softmax ignores what all logits share.
         return super().logit_weights(label) - np.float32(1 / self.outputs)
 
