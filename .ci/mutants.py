@@ -321,7 +321,7 @@ def main() -> None:
     elif arguments.command == "run":
         run(arguments.faults, arguments.out, arguments.workers)
     else:
-        report(arguments.out)
+        report(arguments.faults)
 
 
 if __name__ == "__main__":
