@@ -328,11 +328,14 @@ class DeferContract:
         assert refusal(server.post(chat(subjects.injected))) == (500, "verdict_failed")
 
     def test_judge_failure_follows_the_on_failure_rule(self, server, subjects):
+        changed = 'sidelight_judge_changes_total{judge="guardian"'
         for on_failure, wanted in (("pass", 200), ("probe", 400), ("block", 500)):
             server.defers(on_failure=on_failure)
             server.judge.answers(JSONResponse({}, status_code=500))
+            before = server.counted(changed)
             answer = server.post(chat(subjects.injected))
             assert answer.status_code == wanted, (on_failure, answer.text)
+            assert server.counted(changed) == before
         server.defers(on_failure="probe")
         answer = server.post(chat(subjects.leaking))
         assert is_cut(subjects, answer)

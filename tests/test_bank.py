@@ -1,5 +1,6 @@
 """Laws of the bank: every probe gets its own verdict, and many cost as many matmuls as one."""
 
+import time
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -164,6 +165,13 @@ def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
     gates = [untrained_probe(tiny, f"gate-{i}", mechanism="gate") for i in range(50)]
     assert matmuls(gates) == matmuls(gates[:1])
     assert matmuls(gates) == matmuls([]) + tiny.fingerprint.layers
+
+
+def test_tap_measures_seconds_within_the_pass(tiny, prompts):
+    tap = Bank([untrained_probe(tiny, "toxicity")]).tap()
+    begin = time.perf_counter()
+    projected(tiny, tap, prompts)
+    assert 0 < tap.seconds < time.perf_counter() - begin
 
 
 def test_non_finite_logits_raise_verdict_errors(tiny):

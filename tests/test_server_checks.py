@@ -82,6 +82,8 @@ def test_openai_client_gets_decisions_for_several_questions(client, tiny, expect
     )
     assert decision.usage.input_tokens == decision.usage.total_tokens == tokens_of(tiny)
     assert decision.usage.output_tokens == 0
+    assert decision.usage.input_tokens_details.cached_tokens == 0
+    assert decision.usage.output_tokens_details.reasoning_tokens == 0
 
 
 def test_models_route_lists_served_model_with_probes(client, http):
