@@ -94,6 +94,10 @@ AREAS = {
         [
             "training",
             "fit",
+            "keeping",
+            "depth",
+            "training_cost",
+            "background",
             "contexts",
             "recalibration",
             "classifier",

@@ -112,13 +112,15 @@ def test_probe_list_includes_every_probe_with_its_rule(tiny, folders):
     }
 
 
-def test_replacement_without_paths_reloads_current_folders(tiny, folders):
+def test_replacement_without_paths_reloads_current_folders(tiny, folders, caplog):
     newer = load_probe(folders["newer"]).version
     with serving(tiny, folders) as admin:
         before = admin.verdicts
         shutil.copytree(folders["newer"], folders["toxicity"], dirs_exist_ok=True)
         assert admin.verdicts == before
         assert admin.put({})["toxicity"]["version"] == newer
+        late = load_probe(folders["late"]).version
+        assert f"serving: toxicity {newer}, late {late}." in caplog.text
         after = admin.verdicts
         assert after["toxicity"]["probabilities"] != before["toxicity"]["probabilities"]
         assert after["late"] == before["late"]

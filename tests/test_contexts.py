@@ -471,7 +471,7 @@ def test_card_reports_metrics_at_served_threshold_without_background_texts(tiny,
 
 
 def test_traffic_is_measured_by_conversation_and_length():
-    contexts = [single_context(words) for words in (20, 100, 30, 40)]
+    contexts = [single_context(words) for words in (20, 150, 30, 31)]
     contexts += [single_context(10, "inside", 0), single_context(120, "turn", 1)]
     contexts += [single_context(10, "plain", 0)]
     chance = np.array([[0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
@@ -480,6 +480,13 @@ def test_traffic_is_measured_by_conversation_and_length():
     thresholds = np.array([[0.5]])
     traffic = measure_traffic(TOXICITY, contexts, background, chance, labels, thresholds)
     assert (len(traffic.background), traffic.flagged) == (4, 2)
+    assert {kind: (each.negatives, each.flagged) for kind, each in traffic.kinds.items()} == {
+        "up to 30 words": (2, 2),
+        "to 150": (2, 0),
+        "longer": (0, 0),
+        "one turn": (4, 2),
+        "several turns": (0, 0),
+    }
     short, middle, _ = traffic.surroundings.values()
     assert short == Detections(positives=1, found=1, negatives=3, flagged=2)
     assert middle == Detections(positives=1, found=0, negatives=1, flagged=0)

@@ -283,6 +283,12 @@ def test_too_few_distinct_texts_are_refused(tiny, tmp_path, kind):
         fitted(tiny, tmp_path, alike)
 
 
+def test_fewer_texts_than_folds_need_are_refused(tiny, tmp_path):
+    wanted = wordings.TOO_FEW_TO_TRAIN.format(got=9, each=FOLDS, all=2 * FOLDS)
+    with pytest.raises(SidelightError, match=wanted):
+        fitted(tiny, tmp_path, planted_rows("binary", 9))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", range(10, 16))
 def test_few_multiclass_texts_train_probe_with_none_class(tiny, tmp_path, count, warned):

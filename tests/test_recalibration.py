@@ -164,6 +164,11 @@ def test_recalibration_without_texts_moves_thresholds_along_stored_curve():
     assert again.thresholds == probe.thresholds
 
 
+def test_negatives_of_stored_curve_suffice_for_false_positive_rate(warned):
+    recalibrate(trained(), rule=ThresholdRule("fpr", 0.05))
+    assert not warned()
+
+
 def test_recalibrated_probe_records_its_recalibration(tmp_path):
     old = load_probe(save_probe(trained(), tmp_path / "old"))
     logits, labels = drawn(TOXICITY, 200, share=0.1, seed=1)

@@ -81,6 +81,7 @@ class TestSidelightServer(DeferContract):
         series = (
             (f'probe="{name}"', "sidelight_judge_questions_total", 'outcome="cancelled"'),
             (f'probe="{name}"', "sidelight_verdicts_total", 'outcome="unfinished"'),
+            ("sidelight_requests_total", f'route="{path}"', 'status="499"'),
         )
         before = [server.counted(*words) for words in series]
         with pytest.raises(httpx.ReadTimeout):

@@ -17,6 +17,7 @@ from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import Classified
 from sidelight.policy.request import RequestContext, RequestResult
 from sidelight.policy.rules import Policy, Rule, bound_rules
+from sidelight.server.guardrail import GuardrailRequest
 from sidelight.types import Task, Verdicts
 from worlds.models import INTENT, spans_probe, three_probes, untrained_probe
 from worlds.servers import ENGINE_ROUNDING, MODEL, in_process, served
@@ -367,6 +368,13 @@ def test_guardrail_skips_only_trusted_system_turns(tiny, messages, count):
     # Without its message, a text may be anyone's.
     assert system_only["action"] == "BLOCKED"
     assert answered["error"]["code"] == "no_response_probe"
+
+
+@pytest.mark.parametrize("roles", [("tool", "user", "assistant"), ("assistant", "user", "tool")])
+def test_guardrail_text_has_least_trusted_of_its_roles(roles):
+    messages = [message_of(role, TEXT) for role in roles]
+    request = GuardrailRequest(input_type="request", texts=[TEXT], structured_messages=messages)
+    assert request.roles() == {TEXT: "tool"}
 
 
 def test_guardrail_names_setting_that_refuses_system_turns(tiny):
