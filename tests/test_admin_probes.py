@@ -119,8 +119,8 @@ def test_replacement_without_paths_reloads_current_folders(tiny, folders, caplog
         shutil.copytree(folders["newer"], folders["toxicity"], dirs_exist_ok=True)
         assert admin.verdicts == before
         assert admin.put({})["toxicity"]["version"] == newer
-        late = load_probe(folders["late"]).version
-        assert f"serving: toxicity {newer}, late {late}." in caplog.text
+        version = load_probe(folders["late"]).version
+        assert f"serving: toxicity {newer}, late {version}." in caplog.text
         after = admin.verdicts
         assert after["toxicity"]["probabilities"] != before["toxicity"]["probabilities"]
         assert after["late"] == before["late"]

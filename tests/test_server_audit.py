@@ -66,6 +66,8 @@ def test_audit_log_records_every_decision_once_without_text(engine, path):
     verdicts = {v["probe"]: v for v in answer.json()["sidelight"]["verdicts"]}
     for line in written[:3]:
         assert line["scores"] == verdicts[line["probe"]]["probabilities"]
+        assert line["turn"] == verdicts[line["probe"]].get("turn")
+    assert [line["thresholds"] for line in written[:3]] == [{"toxic": t} for t in (1.0, 0.0, 0.5)]
     # The same text has the same hash, wherever it came in.
     assert len({line["text_hmac"] for line in written}) == 1
     assert "zebra" not in path.read_text()

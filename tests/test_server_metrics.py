@@ -134,11 +134,11 @@ def test_metrics_count_requests_tokens_and_verdicts_without_exposing_text(tiny):
     assert values['sidelight_verdicts_total{outcome="flagged",probe="always"}'] == "2.0"
     for name in ("time_to_verdict", "time_to_first_text", "e2e_request_latency"):
         assert values[f"sidelight_{name}_seconds_count"] == "1.0"
-    first, later, whole = (
+    first, later, request_time = (
         float(values[f"sidelight_{name}_seconds_sum"])
         for name in ("time_to_first_text", "inter_text_latency", "e2e_request_latency")
     )
-    assert 0 < first <= first + later <= whole
+    assert 0 < first <= first + later <= request_time
     assert values["sidelight_requests_running"] == values["sidelight_requests_waiting"] == "0.0"
     # Durations are told by the template of the route.
     counts = {name: value for name, value in values.items() if name.startswith(DURATION)}

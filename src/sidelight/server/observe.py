@@ -241,6 +241,8 @@ class RequestTextObserver:
                 "outcome": d.status,
                 "labels": None if d.verdict is None else list(d.verdict.labels),
                 "scores": None if d.verdict is None else d.verdict.probabilities,
+                "thresholds": dict(d.rule.thresholds),
+                "turn": None if d.verdict is None else d.verdict.turn,
                 "action": d.action,
                 **({"decided_by": d.decided_by} if d.rule.rule.defer else {}),
                 **({"judge": d.second.to_json()} if d.second else {}),
