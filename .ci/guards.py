@@ -183,12 +183,14 @@ FOLDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("Wikipedia comments",),
     ),
     "refusal": (
-        ("JailbreakBench artifacts",),
-        ("refusal_direction runs",),
+        # Both have answers to the same prompts.
+        ("JailbreakBench artifacts", "refusal_direction runs"),
         ("XSTest completions",),
         ("CoCoNot preferences", "OpenAI RBR gold"),
     ),
 }
+# What a packaged probe depends on.
+_DECISIVE = (".ci/guards.py", "src", "packages/guards/src", "packages/llama/src")
 # The share of decisions on which the copy must agree with the probe.
 AGREEMENT, TEXTS = 0.99, 500
 # Longer texts are compared where there are not enough others: it takes an hour as it is.
@@ -214,7 +216,13 @@ def train_once(name: str, seed: int, backbone: Backbone) -> None:
     folder = BUILD / f"training-{seed}" / name
     texts = load_guard(name)
     options = _options(name, texts, backbone, seed)
-    if not holds_probe(folder):
+    if holds_probe(folder):
+        expected = options.training_sha256(
+            texts, None, name=name, model=backbone.fingerprint, engine=backbone.engine
+        )
+        if read_card(folder).training.training_sha256 != expected:
+            sys.exit(f"{folder} was trained on other texts or with other options. Remove it.")
+    else:
         print(f"{name}, training {seed + 1}: {len(texts):,} texts", flush=True)
         print_fit(fit(backbone, texts, None, name=name, options=options, out=folder))
     path = folder / LEFT_OUT
@@ -263,6 +271,7 @@ def left_out(
     flags = probabilities[:, 0] >= probe.thresholds[0]
     is_background = sources == ""
     sources_found = measure_sources(examples, probabilities[without_context], probe.thresholds)
+    assert sources_found, "no source is measured, as there are too many"
     metrics: dict[str, Any] = {
         "probe": probe.version,
         "threshold": probe.thresholds[0],
@@ -287,6 +296,7 @@ def left_out(
 def _without(candidate: Candidate, split: Split, fold_of: np.ndarray) -> np.ndarray:
     """The logits of each part by a probe of the others; NaN for texts in no part (below 0)."""
     folds = tuple(np.flatnonzero(fold_of == fold) for fold in np.unique(fold_of[fold_of >= 0]))
+    assert len(folds) > 1, "a single part would decide on early stopping"
     (run,) = train_mechanisms([candidate], split=split, left_out=folds, shares_matmuls=True)
     assert run is not None, "the training diverged"
     logits = np.full((len(split), split.task.outputs), np.nan)
@@ -505,7 +515,7 @@ def _commit_of_build() -> str:
     if not path.exists():
         if any(BUILD.glob("*/")):
             sys.exit(f"{BUILD} says of no commit that it was begun at. Remove the folder.")
-        if changed := _git("status", "--porcelain", "--", "src", "guards"):
+        if changed := _git("status", "--porcelain", "--", *_DECISIVE):
             sys.exit(f"Commit these changes first, so that build.json can name them:\n{changed}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(head)

@@ -242,6 +242,21 @@ def test_response_probes_are_not_compared_with_background(tiny, examples, option
 
 
 @pytest.mark.slow
+def test_background_containing_validation_texts_is_excluded(tiny, examples, options, warned):
+    """As negatives, they would train the probe on what calibrates it."""
+    words = ("apple", "boat", "cloud", "door", "eagle", "flute", "grass", "house", "ink", "jug")
+    texts = [f"{word} {word.upper()} {word[::-1]}" for word in words]
+    validation = replace(examples.select(range(10)), items=tuple(map(turns_of, texts)))
+    copies = tuple((Message("user", text),) for text in texts)
+    with_copies = replace(options, background=Background((*copies, *TRAFFIC)))
+    dataset = prepare(tiny, examples, validation, options=with_copies)
+    assert any("10 background conversations contain" in warning for warning in warned())
+    drawn = {c.example.text for c in dataset.split.contexts if c.kind == "background"}
+    assert drawn
+    assert not drawn & {*texts}
+
+
+@pytest.mark.slow
 def test_texts_have_no_contexts_without_background(tiny, examples, tmp_path):
     dataset = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
     assert (dataset.contexts, len(dataset.training), dataset.training.contexts) == ((), 60, ())

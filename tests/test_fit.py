@@ -11,7 +11,7 @@ import pytest
 
 import sidelight.training.fit
 import wordings
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import LabelledExamples, SpanExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import Message, Reads
@@ -33,7 +33,7 @@ from sidelight.training.settings import (
     suggested_settings,
 )
 from sidelight.training.tfidf import warn_of_better_words
-from sidelight.training.validation import FOLDS, choose_folds
+from sidelight.training.validation import FOLDS, choose_folds, choose_validation
 from worlds.data import planted_rows
 from worlds.models import family_backbone
 
@@ -281,6 +281,14 @@ def test_too_few_distinct_texts_are_refused(tiny, tmp_path, kind):
     alike = [row for row in planted_rows(kind, 9)[:3] for _ in range(20)]
     with pytest.raises(SidelightError, match=wordings.TOO_FEW_DISTINCT):
         fitted(tiny, tmp_path, alike)
+
+
+def test_only_one_data_set_with_spans_is_refused():
+    texts = load_examples(planted_rows("binary", 40))
+    spans = SpanExamples(**vars(texts), spans=((),) * len(texts))
+    for training, validation in ((spans, texts), (texts, spans)):
+        with pytest.raises(SidelightError, match=wordings.ONE_SET_WITH_SPANS):
+            choose_validation(training, validation, FitOptions())
 
 
 def test_fewer_texts_than_folds_need_are_refused(tiny, tmp_path):

@@ -150,7 +150,7 @@ def choose_conversations(background: Background, examples: LabelledExamples) -> 
     chosen = background.select(row for row, texts in enumerate(turns) if not labelled & {*texts})
     if left_out := len(conversations) - len(chosen):
         warn(
-            f"{left_out} background conversations contain a training text and were left out, "
+            f"{left_out} background conversations contain a labelled text and were left out, "
             "because background traffic counts as negative."
         )
     if 0 < len(chosen) < _FEW_CONVERSATIONS:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.examples import Example, LabelledExamples, located
 from sidelight.errors import SidelightError
 from sidelight.models.conversation import (
     EncodedPrompt,
@@ -122,8 +122,10 @@ def draw_contexts(
             max_tokens=limit,
             seed=int(texts[0]),
         )
-        lengths = (len(encode(examples.items[i].messages)) for i in texts)
-        of_texts = sum(min(length, limit) for length in lengths)
+        of_texts = 0
+        for row in texts.tolist():
+            with located(examples.items[row], row):
+                of_texts += min(len(encode(examples.items[row].messages)), limit)
         tokens = context_budget(of_texts, least=least / len(groups))
         background_contexts: list[Context] = []
         if by_turn or task.abstains:

@@ -202,7 +202,7 @@ class _Trainer:
             sha256(run.standardisation.scale.cpu().numpy().tobytes()).hexdigest()
             for run in self.runs
         ]
-        runs = [(run.spec, run.settings) for run in self.runs]
+        runs = [(run.spec, run.settings, run.texts.tolist()) for run in self.runs]
         versions = (version("sidelight"), torch.__version__)
         return hash_of(
             states.key, states.record, states.shards, runs, scales, self._device, versions

@@ -118,14 +118,14 @@ def prepare(
     texts = replace(texts, task=options.with_none(texts.task))
     background_texts = options.background if has_contexts(texts, options) else Background()
     if len(left_out) > 1:
-        trained, groups = texts, [left_out]
+        groups = [left_out]
     else:
         held_out = np.concatenate(left_out)
         rest = np.setdiff1d(np.arange(len(texts)), held_out)
-        trained = texts.select(rest)
-        warn_of_shared_texts(trained, texts.select(held_out))
+        warn_of_shared_texts(texts.select(rest), texts.select(held_out))
         groups = [_groups(texts, rest, FOLDS), _groups(texts, held_out, _SCORING_FOLDS)]
-    background = choose_conversations(background_texts, trained)
+    # Texts that are left out too: background traffic trains as negatives.
+    background = choose_conversations(background_texts, texts)
     conversations = iter(background.split_into(sum(map(len, groups))))
     depths = [reader.fingerprint.first_layers(settings.layers) for _, settings in candidates]
     split = plan_split(

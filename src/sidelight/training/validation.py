@@ -135,6 +135,11 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
             f"The validation data has the labels {validation.task}, but the training data has "
             f"{task}. Load the validation data with task=training.task."
         )
+    if type(training) is not type(validation):
+        raise SidelightError(
+            "Only one of the training and the validation data has labelled spans. Load both with "
+            "spans, or both without."
+        )
     counts = validation.label_counts
     if not _has_both(validation, 1):
         raise SidelightError(

@@ -28,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
+from sidelight.models.fingerprint import hash_of
 from sidelight.probes.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.training.loop import Candidate, train_mechanisms
 from sidelight.training.optimisation import validation_score
@@ -185,6 +186,7 @@ def search_settings(
     subject = {
         name: f"{split.states.key} {split.examples.content_hash}" for name, split in sides.items()
     }
+    subject["left-out texts"] = hash_of(*(rows.tolist() for rows in dataset.left_out))
     subject |= {"seed": str(seed), "space": repr(space)}
     study = _open_study(mechanism, storage, subject)
     if not study.get_trials(deepcopy=False, states=(*_KNOWN, TrialState.WAITING)):
