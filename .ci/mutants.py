@@ -97,7 +97,6 @@ AREAS = {
             "keeping",
             "depth",
             "training_cost",
-            "background",
             "contexts",
             "recalibration",
             "classifier",
